@@ -1,0 +1,35 @@
+"""Excise edits one behaviour out of an open-weight language model and proves what it cost.
+
+The names below load on first use, so that `import excise` (and `excise --help`) stays fast.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "Config": "config",
+    "ExciseError": "errors",
+    "Record": "record",
+    "load_config": "config",
+    "run": "pipeline",
+    "scorer": "scorers",
+}
+
+__all__ = ["Config", "ExciseError", "Record", "__version__", "load_config", "run", "scorer"]
+
+if TYPE_CHECKING:
+    from excise.config import Config, load_config
+    from excise.errors import ExciseError
+    from excise.pipeline import run
+    from excise.record import Record
+    from excise.scorers import scorer
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        return getattr(import_module(f"excise.{_EXPORTS[name]}"), name)
+    raise AttributeError(f"module 'excise' has no attribute {name!r}")

@@ -1,0 +1,54 @@
+"""The directional method: a model's writers, grouped by shape, and any candidate's edits of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from excise.anatomy import Writer
+from excise.config import EditSection
+from excise.directions import Directions
+from excise.edits import Edit, GroupStats, build, prepare
+from excise.space import Candidate
+
+
+class DirectionalMethod:
+    """Prepared once per run; a candidate's edits are a function of the candidate alone."""
+
+    def __init__(
+        self, writers: Sequence[Writer], directions: Directions, section: EditSection
+    ) -> None:
+        self.writers = writers
+        self._groups: list[tuple[str, list[int], GroupStats]] = []
+        shapes = dict.fromkeys((w.component, tuple(w.module.weight.shape)) for w in writers)
+        for component, shape in shapes:
+            members = [
+                number
+                for number, w in enumerate(writers)
+                if w.component == component and tuple(w.module.weight.shape) == shape
+            ]
+            chosen = [writers[number] for number in members]
+            stats = prepare(
+                [w.module.weight for w in chosen],
+                [w.layer for w in chosen],
+                directions,
+                row_norms=section.row_norms,
+                gains=[w.gain if section.post_norms else None for w in chosen],
+                biases=[w.module.bias for w in chosen],
+            )
+            self._groups.append((component, members, stats))
+
+    def edits(self, candidate: Candidate) -> list[Edit | None]:
+        """One edit per writer; None where the candidate's strength is zero."""
+        out: list[Edit | None] = [None] * len(self.writers)
+        for component, members, stats in self._groups:
+            layers = [self.writers[number].layer for number in members]
+            strengths = [candidate.strength(component, layer) for layer in layers]
+            if not any(strengths):
+                continue
+            group = build(stats, candidate.index, torch.tensor(strengths, dtype=torch.float64))
+            for g, (number, strength) in enumerate(zip(members, strengths, strict=True)):
+                if strength:
+                    out[number] = group.one(g)
+        return out

@@ -1,0 +1,97 @@
+"""Directions from residuals: pure maths, no model.
+
+Shapes: L layers, D residual width. Means are over prompts, at the last prompt token, of the residual
+after each layer. Method: difference of means, Arditi et al. 2024 (arXiv:2406.11717); the projected
+form removes the part along the contrast mean.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from excise.errors import MeasurementError
+
+_TINY = 1e-12
+
+
+@dataclass(frozen=True)
+class Directions:
+    """Per layer: the unit difference of means, and the unit contrast mean.
+
+    Attributes:
+        unit: (L, D) float32, normalised target mean - contrast mean after each layer.
+        contrast: (L, D) float32, normalised contrast mean after each layer.
+        projected: remove the component along the contrast mean of the layer that is edited.
+    """
+
+    unit: Tensor
+    contrast: Tensor
+    projected: bool = False
+
+    def at(self, layer: int, index: float | None) -> Tensor:
+        """The direction (D,) used at `layer`: its own, or the one at a float `index`.
+
+        A float index f takes normalise(lerp(unit[floor f], unit[ceil f], frac f)).
+        """
+        weights = mixture(layer if index is None else index, self.unit.shape[0])
+        v = sum(weight * self.unit[row] for row, weight in weights)
+        assert isinstance(v, Tensor)
+        v = normalise(v)
+        if self.projected:
+            m = self.contrast[layer]
+            v = normalise(v - (v @ m) * m)
+        return v
+
+
+def mixture(index: float, layers: int) -> list[tuple[int, float]]:
+    """A float index as (row, weight) pairs: one pair at a whole number, else two."""
+    low = min(max(int(index), 0), layers - 1)
+    high, fraction = min(low + 1, layers - 1), float(index) - low
+    if fraction <= 0.0 or high == low:
+        return [(low, 1.0)]
+    return [(low, 1.0 - fraction), (high, fraction)]
+
+
+def from_means(target: Tensor, contrast: Tensor, *, projected: bool = False) -> Directions:
+    """Directions from the mean residuals (L, D) of target and contrast prompts.
+
+    Raises:
+        MeasurementError: a mean is not finite, or the two sets do not differ at some layer.
+    """
+    if not bool(torch.isfinite(target).all() and torch.isfinite(contrast).all()):
+        raise MeasurementError(
+            "residuals are not finite: the model overflows in this dtype; try --set model.dtype=float32"
+        )
+    difference = target.double() - contrast.double()
+    sizes = difference.norm(dim=-1)
+    if bool((sizes < _TINY).any()):
+        layer = int((sizes < _TINY).nonzero()[0])
+        raise MeasurementError(
+            f"target and contrast residuals are equal after layer {layer}: no direction separates them"
+        )
+    return Directions(
+        normalise(difference).float(), normalise(contrast.double()).float(), projected
+    )
+
+
+def normalise(x: Tensor) -> Tensor:
+    """x / |x| along the last axis."""
+    return x / x.norm(dim=-1, keepdim=True).clamp_min(_TINY)
+
+
+def winsorise(x: Tensor, quantile: float) -> Tensor:
+    """Clamp each row's |x| at its own `quantile`. x: (..., D)."""
+    size = x.shape[-1]
+    rank = min(max(round(quantile * (size - 1)), 0), size - 1)
+    limit = x.abs().kthvalue(rank + 1, dim=-1, keepdim=True).values
+    return x.clamp(-limit, limit)
+
+
+def auc(target: Tensor, contrast: Tensor) -> float:
+    """Chance that a target value exceeds a contrast value (ties count half): area under the ROC."""
+    wins = (target[:, None] > contrast[None, :]).double()
+    ties = (target[:, None] == contrast[None, :]).double()
+    return float((wins + 0.5 * ties).mean())

@@ -1,0 +1,308 @@
+"""One batched pass answers every scorer's request, for C candidates at once.
+
+Rows are candidates x prompts, candidate-major, each carrying its candidate's edit at every writer of
+the untouched model. Layers below the first edited one run once for all candidates of a stack.
+
+Shapes: C candidates, S of them in one stack, P prompts, B rows, T tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from excise.anatomy import Writer
+from excise.decoding import ResponseTree, greedy
+from excise.divergence import divergences
+from excise.errors import MeasurementError, MemoryExhausted
+from excise.evidence import Decided, Divergence, Evidence, Request, Response, Responses
+from excise.forward import Forward, repeat_batch
+from excise.kvcache import share_lower_layers
+from excise.loading import Loaded
+from excise.stacking import CandidateEdits, Stack
+from excise.tokens import Batch, end_tokens, left_pad, pad_token
+
+R = TypeVar("R")
+
+_CHUNK_BYTES = {"cpu": 48 * 2**20, "cuda": 256 * 2**20}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How large a pass is. `rows` bounds candidates x prompts, `stack` the candidates of one pass."""
+
+    rows: int = 256
+    stack: int = 8
+    reuse: bool = True
+
+
+@dataclass(frozen=True)
+class Original:
+    """The original model's responses to one side's prompts, and its states while it gave them."""
+
+    responses: list[Response]
+    states: list[Tensor]  # per prompt (tokens, D): the state that predicts each response token
+
+
+class Engine:
+    """Measures candidates on one side's prompts each: `prompts` maps side -> token ids."""
+
+    def __init__(
+        self,
+        loaded: Loaded,
+        writers: Sequence[Writer],
+        prompts: dict[str, list[list[int]]],
+        *,
+        max_new_tokens: int,
+        plan: Plan | None = None,
+    ) -> None:
+        self.plan = plan or Plan()
+        self.writers = writers
+        self.prompts = prompts
+        self.limit = max_new_tokens
+        self._loaded = loaded
+        self._forward = Forward(loaded.model, loaded.anatomy)
+        self._ends = end_tokens(loaded.model, loaded.tokenizer)
+        self._pad = pad_token(loaded.tokenizer, self._ends)
+        self._originals: dict[str, Original] = {}
+        self._trees: dict[frozenset[Decided] | None, ResponseTree] = {}
+
+    def measure(
+        self,
+        candidates: Sequence[CandidateEdits],
+        requests: Sequence[Request],
+        only: dict[str, int] | None = None,
+    ) -> list[Evidence]:
+        """Answer all requests for every candidate, in their order.
+
+        Args:
+            candidates: each an edit or None per writer; all None is the original model.
+            requests: duplicates are answered once; of several `Responses` to one side, each is
+                decoded until all of them are decided.
+            only: side -> number of its first prompts to measure; all of them by default.
+
+        Raises:
+            MemoryExhausted: one row does not fit.
+            MeasurementError: the model's logits are not finite.
+        """
+        with torch.inference_mode():
+            found: dict[int, Evidence] = {}
+            for numbers, stack in self._stacks(candidates):
+                evidence = self._measure_stack(stack, requests, only or {})
+                found.update(zip(numbers, evidence, strict=True))
+        return [found[number] for number in range(len(candidates))]
+
+    def original(self, side: str) -> Original:
+        """The original model's whole responses to a side's prompts, measured once."""
+        if side not in self._originals:
+            with torch.inference_mode():
+                bare = Stack(self.writers, [[None] * len(self.writers)])
+                numbers = list(range(len(self.prompts[side])))
+                responses = self._spread(self._respond(side, None), bare, numbers)[0]
+                states = self._spread(self._read(side, responses), bare, numbers)[0]
+            self._originals[side] = Original(responses, states)
+        return self._originals[side]
+
+    def _stacks(self, candidates: Sequence[CandidateEdits]) -> Iterator[tuple[list[int], Stack]]:
+        """Candidates in stacks; those that begin at like layers share one, so more is reused."""
+
+        def first(number: int) -> int:
+            layers = [w.layer for w, e in zip(self.writers, candidates[number], strict=True) if e]
+            return min(layers, default=1 << 30)
+
+        order = sorted(range(len(candidates)), key=lambda n: (first(n), n))
+        for start in range(0, len(order), self.plan.stack):
+            numbers = order[start : start + self.plan.stack]
+            yield numbers, Stack(self.writers, [candidates[n] for n in numbers])
+
+    def _measure_stack(
+        self, stack: Stack, requests: Sequence[Request], only: dict[str, int]
+    ) -> list[Evidence]:
+        evidence = [Evidence() for _ in range(stack.size)]
+        for side in dict.fromkeys(request.side for request in requests):
+            ours = [request for request in requests if request.side == side]
+            numbers = list(range(len(self.prompts[side])))[: only.get(side)]
+            wanted = [request for request in ours if isinstance(request, Responses)]
+            if wanted:
+                answers = self._spread(self._respond(side, _until_all(wanted)), stack, numbers)
+                for one, responses in zip(evidence, answers, strict=True):
+                    one.responses[side] = responses
+            if any(isinstance(request, Divergence) for request in ours):
+                values = self._spread(self._diverge(side), stack, numbers)
+                for one, per_prompt in zip(evidence, values, strict=True):
+                    one.divergence[side] = per_prompt
+        return evidence
+
+    # -- batches, and what to do when one does not fit -------------------------------------------
+
+    def _spread(
+        self,
+        work: Callable[[Stack, list[int], list[int]], list[list[R]]],
+        stack: Stack,
+        numbers: list[int],
+    ) -> list[list[R]]:
+        """Run `work` on chunks of prompts for all candidates of a stack; per candidate, per prompt.
+
+        When memory runs out the chunk is halved (prompts first, then candidates) and later chunks
+        stay as small.
+        """
+        out: list[list[R | None]] = [[None] * len(numbers) for _ in range(stack.size)]
+        lengths = {n: i for i, n in enumerate(numbers)}
+        waiting = self._chunks(list(range(stack.size)), numbers)
+        with stack.applied():
+            while waiting:
+                members, chunk = waiting.pop(0)
+                try:
+                    answers = work(stack, members, chunk)
+                except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    answers = None
+                if answers is None:  # outside the handler, so that its traceback frees the tensors
+                    waiting = self._backed_off(members, chunk) + waiting
+                    continue
+                for member, values in zip(members, answers, strict=True):
+                    for number, value in zip(chunk, values, strict=True):
+                        out[member][lengths[number]] = value
+        return out  # type: ignore[return-value]
+
+    def _chunks(self, members: list[int], numbers: list[int]) -> list[tuple[list[int], list[int]]]:
+        """(candidates, prompts) of each pass; prompts of like length together."""
+        size = max(1, self.plan.rows // len(members))
+        some = max(1, min(len(members), self.plan.rows))
+        return [
+            (members[m : m + some], numbers[start : start + size])
+            for start in range(0, len(numbers), size)
+            for m in range(0, len(members), some)
+        ]
+
+    def _backed_off(
+        self, members: list[int], chunk: list[int]
+    ) -> list[tuple[list[int], list[int]]]:
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        rows = len(members) * len(chunk)
+        if rows == 1:
+            raise MemoryExhausted(
+                "out of memory with one prompt at a time: use a smaller model, a smaller dtype, "
+                "shorter prompts or --max-new-tokens, or a device with more memory"
+            )
+        self.plan = replace(self.plan, rows=max(1, rows // 2))
+        if len(chunk) > 1:
+            half = len(chunk) // 2
+            return [(members, chunk[:half]), (members, chunk[half:])]
+        half = len(members) // 2
+        return [(members[:half], chunk), (members[half:], chunk)]
+
+    # -- the three kinds of work -----------------------------------------------------------------
+
+    def _respond(self, side: str, deciders: frozenset[Decided] | None) -> Any:
+        if deciders not in self._trees:
+            self._trees[deciders] = ResponseTree(self._loaded.tokenizer, deciders)
+        tree = self._trees[deciders]
+
+        def work(stack: Stack, members: list[int], chunk: list[int]) -> list[list[Response]]:
+            batch = self._batch([self.prompts[side][n] for n in chunk])
+            capacity = batch.ids.shape[1] + self.limit
+            hidden, cache = self._prefill(stack, members, batch, 1, capacity)
+            logits = self._forward.logits(hidden[:, -1])
+            if not bool(torch.isfinite(logits).all()):
+                raise MeasurementError(
+                    "the model's logits are not finite: try --set model.dtype=float32"
+                )
+            owners = [member for member in members for _ in chunk]
+            responses = greedy(
+                self._forward,
+                tree,
+                logits.argmax(-1),
+                batch.mask.repeat(len(members), 1),
+                cache,
+                ends=self._ends,
+                limit=self.limit,
+                regroup=lambda rows: stack.select([owners[row] for row in rows]),
+            )
+            return _per_member(responses, len(members))
+
+        return work
+
+    def _read(self, side: str, responses: list[Response]) -> Any:
+        """Teacher-forced states at the tokens that predict each response: (tokens, D) per prompt."""
+
+        def work(stack: Stack, members: list[int], chunk: list[int]) -> list[list[Tensor]]:
+            texts = [responses[n].tokens for n in chunk]
+            batch = self._batch(
+                [[*self.prompts[side][n], *t[:-1]] for n, t in zip(chunk, texts, strict=True)]
+            )
+            keep = max(len(t) for t in texts)
+            hidden, _ = self._prefill(stack, members, batch, keep, None)
+            grouped = hidden.unflatten(0, (len(members), len(chunk)))
+            return [
+                [row[keep - len(t) :] for row, t in zip(rows, texts, strict=True)]
+                for rows in grouped
+            ]
+
+        return work
+
+    def _diverge(self, side: str) -> Any:
+        original = self.original(side)
+        read = self._read(side, original.responses)
+        chunk_bytes = _CHUNK_BYTES.get(self._loaded.device.type, _CHUNK_BYTES["cuda"])
+
+        def work(stack: Stack, members: list[int], chunk: list[int]) -> list[list[Tensor]]:
+            states = read(stack, members, chunk)
+            before = torch.cat([original.states[n] for n in chunk])
+            after = torch.stack([torch.cat(rows) for rows in states])
+            values = divergences(self._forward, before, after, chunk_bytes).double().cpu()
+            sizes = [len(original.responses[n].tokens) for n in chunk]
+            return [list(row.split(sizes)) for row in values]
+
+        return work
+
+    def _batch(self, rows: list[list[int]]) -> Batch:
+        return left_pad(rows, range(len(rows)), self._pad, self._loaded.device)
+
+    def _prefill(
+        self, stack: Stack, members: list[int], batch: Batch, keep: int, capacity: int | None
+    ) -> tuple[Tensor, Any]:
+        """Hidden states (S*P, keep, D) of all candidates' rows, and the cache if one is kept."""
+        times = len(members)
+        stack.select([member for member in members for _ in range(len(batch.rows))])
+        layer = min(stack.first_layer, self._loaded.anatomy.skippable)
+        reuse = self.plan.reuse and times > 1 and layer > 0
+        cache = None if capacity is None else self._forward.cache(capacity)
+        lower = None
+        start: Any = nullcontext()
+        if reuse:
+            layer = min(layer, len(self._loaded.anatomy.layers) - 1)
+            hidden, lower = self._forward.below(batch, layer, capacity)
+            start = self._forward.starting_at(layer, hidden.repeat(times, 1, 1))
+        with start:
+            states = self._forward.hidden(*repeat_batch(batch, times), cache, keep)
+        if lower is not None:
+            share_lower_layers(lower, cache, layer, times)
+        return states, cache
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether this is how a device, or the CPU's allocator, says that memory has run out."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error).lower()
+    return "out of memory" in text or "can't allocate memory" in text or "not enough memory" in text
+
+
+def _until_all(wanted: Sequence[Responses]) -> frozenset[Decided] | None:
+    """Whose verdicts must be settled; None when one asker needs the whole text."""
+    deciders = [request.decided for request in wanted]
+    some = frozenset(decided for decided in deciders if decided is not None)
+    return some if len(some) and None not in deciders else None
+
+
+def _per_member(rows: list[R], members: int) -> list[list[R]]:
+    size = len(rows) // members
+    return [rows[start : start + size] for start in range(0, len(rows), size)]

@@ -1,0 +1,76 @@
+"""Every exception that Excise raises on purpose.
+
+    ExciseError                     exit code 1: it failed while running
+    |-- InputError                  exit code 2: the user can fix it; nothing was written
+    |   |-- ConfigError             unknown key, bad value, bad expression
+    |   |-- PromptError             prompt file missing, empty, wrong column, sets not distinct
+    |   |-- ModelError              no weights, pickled, truncated or NaN weights
+    |   |   `-- UnknownArchitecture no data row says where the writers are
+    |   |-- OutputError             the output folder holds something else
+    |   `-- RunStateError           a run folder that cannot be resumed, read or exported from
+    |-- MeasurementError            a measurement is not a number, or cannot be made
+    |-- MemoryExhausted             one row at a time does not fit
+    |-- StorageError                disk full, or a write that failed
+    `-- ExportError                 the written model is not the measured one
+
+A message says what happened, where, and what to do. Programmer errors are `assert`s.
+"""
+
+from __future__ import annotations
+
+EXIT_DONE = 0
+EXIT_FAILED = 1
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+
+
+class ExciseError(Exception):
+    """Root of the tree; `exit_code` is what the command line returns for it."""
+
+    exit_code = EXIT_FAILED
+
+
+class InputError(ExciseError, ValueError):
+    """Something the user gave cannot be used; nothing was written."""
+
+    exit_code = EXIT_BAD_INPUT
+
+
+class ConfigError(InputError):
+    """A configuration key, value or expression is not valid."""
+
+
+class PromptError(InputError):
+    """A prompt set cannot be read, is empty, or is not distinct from its counterpart."""
+
+
+class ModelError(InputError):
+    """A model folder or id cannot be loaded as it is."""
+
+
+class UnknownArchitecture(ModelError):
+    """No architecture row says where this model's layers and writers are."""
+
+
+class OutputError(InputError):
+    """The place to write to already holds something else."""
+
+
+class RunStateError(InputError):
+    """A run folder is missing, locked, or does not belong to this model or configuration."""
+
+
+class MeasurementError(ExciseError):
+    """A measurement is not finite or could not be made."""
+
+
+class MemoryExhausted(ExciseError):
+    """Even the smallest batch does not fit in memory."""
+
+
+class StorageError(ExciseError):
+    """A write failed: disk full, permissions, or a broken mount."""
+
+
+class ExportError(ExciseError):
+    """An exported model does not reproduce what was measured."""

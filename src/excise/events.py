@@ -1,0 +1,82 @@
+"""What the library tells its caller while it works. The library itself never prints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Event:
+    """Base of all events."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The event as one JSON-ready object; `event` names its type."""
+        return {"event": type(self).__name__, **asdict(self)}
+
+
+@dataclass(frozen=True)
+class PhaseStarted(Event):
+    """A phase begins; `total` counts its steps where that is known."""
+
+    phase: str
+    total: int | None = None
+
+
+@dataclass(frozen=True)
+class Progress(Event):
+    """`done` of the phase's steps are behind us."""
+
+    phase: str
+    done: int
+    total: int | None = None
+
+
+@dataclass(frozen=True)
+class PhaseEnded(Event):
+    """A phase is over after `seconds`."""
+
+    phase: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class TrialMeasured(Event):
+    """One trial of the search has its scores."""
+
+    number: int
+    scores: dict[str, float]
+    screened: bool
+    on_front: bool
+
+
+@dataclass(frozen=True)
+class Notice(Event):
+    """Something that the user should know and that stops nothing."""
+
+    message: str
+
+
+@dataclass(frozen=True)
+class Finished(Event):
+    """The run is over; `folder` holds its record."""
+
+    folder: str
+
+
+OnEvent = Callable[[Event], None]
+
+
+def ignore(event: Event) -> None:
+    """An `OnEvent` that does nothing."""
+    del event
+
+
+def track(items: Iterable[T], phase: str, total: int, on_event: OnEvent) -> Iterator[T]:
+    """Yield `items` and report how many are done."""
+    for done, item in enumerate(items, start=1):
+        yield item
+        on_event(Progress(phase, done, total))

@@ -1,0 +1,121 @@
+"""One model's forward pass, cut where the engine needs it: hidden states, head, lower layers alone.
+
+Works on Transformers' own modules: layers are stepped over by replacing `forward` on the instance
+for the length of a context, never by rewriting a family's code.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from excise.anatomy import Anatomy
+from excise.kvcache import roomy_cache
+from excise.tokens import Batch
+
+
+class Forward:
+    """The backbone and the head of one model. B rows, T tokens, D width, V vocabulary."""
+
+    def __init__(self, model: Any, anatomy: Anatomy) -> None:
+        self.model = model
+        self.anatomy = anatomy
+        parameters = inspect.signature(type(anatomy.backbone).forward).parameters
+        self._trims = "logits_to_keep" in parameters
+        self._output_type: type | None = None
+
+    def cache(self, capacity: int) -> Any:
+        """An empty key-value cache for `capacity` positions."""
+        return roomy_cache(self.model.config, capacity)
+
+    def hidden(
+        self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any = None, keep: int = 1
+    ) -> Tensor:
+        """Final hidden states (B, keep, D) of the last `keep` positions of `ids` (B, T).
+
+        A backbone that can leave out the others in its upper layers is asked to.
+        """
+        kwargs = {"logits_to_keep": keep} if self._trims else {}
+        output = self.anatomy.backbone(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=cache is not None,
+            **kwargs,
+        )
+        self._output_type = type(output)
+        hidden: Tensor = output.last_hidden_state
+        return hidden[:, -keep:]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Raw logits (N, V) in float32 of final hidden states (N, D).
+
+        The model's own forward computes them (head, soft caps, scales) on the states it is handed.
+        """
+        assert self._output_type is not None, "hidden() comes first"
+        states = self._output_type(last_hidden_state=hidden[None])
+        ids = torch.zeros(1, hidden.shape[0], dtype=torch.long, device=hidden.device)
+        with replaced_forward({self.anatomy.backbone: lambda *_a, **_k: states}):
+            logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
+        return logits[0].float()
+
+    def below(self, batch: Batch, layer: int, capacity: int | None) -> tuple[Tensor, Any]:
+        """Run only the layers below `layer`: their output (B, T, D), and their cache if one is kept."""
+        cache = None if capacity is None else self.cache(capacity)
+        caught: list[Tensor] = []
+
+        def catch(hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
+            caught.append(hidden_states)
+            return hidden_states
+
+        upper = self.anatomy.layers[layer:]
+        steps: dict[nn.Module, Callable[..., Any]] = dict.fromkeys(upper, _pass_through)
+        steps[upper[0]] = catch
+        with replaced_forward(steps):
+            # Every position is needed here, so the backbone must not trim before `layer`.
+            self.hidden(batch.ids, batch.mask, batch.positions, cache, keep=batch.ids.shape[1])
+        return caught[0], cache
+
+    @contextmanager
+    def starting_at(self, layer: int, hidden: Tensor) -> Iterator[None]:
+        """Within this context a pass skips the layers below `layer` and goes on from `hidden`."""
+        lower = self.anatomy.layers[:layer]
+        steps: dict[nn.Module, Callable[..., Any]] = dict.fromkeys(lower, _pass_through)
+        steps[lower[-1]] = lambda *_a, **_k: hidden
+        with replaced_forward(steps):
+            yield
+
+
+def _pass_through(hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
+    return hidden_states
+
+
+@contextmanager
+def replaced_forward(steps: dict[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Give modules another `forward`, and give back what they had, whatever happens."""
+    before = [(module, module.__dict__.get("forward")) for module in steps]
+    try:
+        for module, step in steps.items():
+            module.__dict__["forward"] = step
+        yield
+    finally:
+        for module, old in before:
+            if old is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.__dict__["forward"] = old
+
+
+def repeat_batch(batch: Batch, times: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids, mask and positions with all rows repeated `times` times over (candidate-major)."""
+    return (
+        batch.ids.repeat(times, 1),
+        batch.mask.repeat(times, 1),
+        batch.positions.repeat(times, 1),
+    )

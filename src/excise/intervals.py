@@ -1,0 +1,34 @@
+"""Confidence intervals of what is measured. Pure maths."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+Z95 = 1.959963984540054
+
+
+def wilson(count: int, n: int) -> tuple[float, float]:
+    """95 % interval of a rate: Wilson 1927, sound at 0 and 1 and for small n."""
+    if n == 0:
+        return (0.0, 1.0)
+    rate, z2 = count / n, Z95 * Z95
+    centre = (rate + z2 / (2 * n)) / (1 + z2 / n)
+    half = Z95 / (1 + z2 / n) * (rate * (1 - rate) / n + z2 / (4 * n * n)) ** 0.5
+    low = 0.0 if count == 0 else max(0.0, centre - half)
+    high = 1.0 if count == n else min(1.0, centre + half)
+    return (low, high)
+
+
+def ratio(totals: Sequence[float], sizes: Sequence[int]) -> tuple[float, tuple[float, float]]:
+    """Sum of totals over sum of sizes, with a 95 % interval that treats each pair as one draw.
+
+    Tokens of one response are not independent, so the spread is taken over responses (linearised
+    ratio estimator; Cochran, Sampling Techniques, 1977).
+    """
+    n, size = len(totals), sum(sizes)
+    value = sum(totals) / size
+    if n < 2:
+        return value, (value, value)
+    spread = sum((t - value * s) ** 2 for t, s in zip(totals, sizes, strict=True))
+    half = Z95 * (n * spread / (n - 1)) ** 0.5 / size
+    return value, (max(0.0, value - half), value + half)

@@ -1,0 +1,86 @@
+"""A key-value cache that writes into room set aside, instead of copying itself at every token.
+
+Fits Transformers' `Cache`: attention layers get a `RoomyLayer`, every other kind of layer keeps the
+class that Transformers chose for it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+
+class RoomyLayer(DynamicLayer):  # type: ignore[misc]
+    """Keys and values (B, H, capacity, d), of which the first `length` positions are filled.
+
+    Sliding-window layers keep every position too; the mask hides what is out of the window.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__()
+        self.capacity = capacity
+        self.length = 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Set the room aside, for the batch, heads and widths of the first states seen."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        b, h, _, d = key_states.shape
+        self.keys = key_states.new_empty(b, h, self.capacity, d)
+        self.values = value_states.new_empty(b, h, self.capacity, value_states.shape[-1])
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append the new positions; returns all filled ones."""
+        del args, kwargs
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        end = self.length + key_states.shape[-2]
+        assert end <= self.capacity, "the cache was made too small"
+        self.keys[:, :, self.length : end] = key_states
+        self.values[:, :, self.length : end] = value_states
+        self.length = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def get_seq_length(self) -> int:
+        """Positions filled so far."""
+        return self.length
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep only these rows."""
+        if self.length:
+            self.keys = self.keys.index_select(0, indices.to(self.keys.device))
+            self.values = self.values.index_select(0, indices.to(self.values.device))
+
+    def copy_repeated(self, other: RoomyLayer, times: int) -> None:
+        """Take the filled positions of `other`, its rows repeated `times` times over."""
+        keys, values = other.keys[:, :, : other.length], other.values[:, :, : other.length]
+        self.update(keys.repeat(times, 1, 1, 1), values.repeat(times, 1, 1, 1))
+
+
+def roomy_cache(config: Any, capacity: int) -> DynamicCache:
+    """A cache for `capacity` positions in all."""
+    cache = DynamicCache(config=config)
+    cache.layers = [
+        RoomyLayer(capacity) if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) else layer
+        for layer in cache.layers
+    ]
+    return cache
+
+
+def select_rows(cache: DynamicCache, rows: list[int]) -> None:
+    """Keep only these rows of every layer."""
+    indices = torch.tensor(rows)
+    for layer in cache.layers:
+        layer.batch_select_indices(indices)
+
+
+def share_lower_layers(source: DynamicCache, into: DynamicCache, layers: int, times: int) -> None:
+    """Fill the first `layers` layers of `into` with those of `source`, rows repeated."""
+    for ours, theirs in zip(into.layers[:layers], source.layers[:layers], strict=False):
+        if isinstance(ours, RoomyLayer) and isinstance(theirs, RoomyLayer) and theirs.length:
+            ours.copy_repeated(theirs, times)

@@ -1,0 +1,220 @@
+"""Load a causal LM, its tokenizer and its anatomy from a folder or a Hub id.
+
+Only safetensors are read, no remote code runs unless the configuration asks for it, and whatever is
+wrong with a checkpoint is said in one line before anything is computed.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+
+from excise.anatomy import Anatomy, check_finite, describe, row_for
+from excise.config import ModelSection
+from excise.errors import ModelError
+
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready to be measured. `folder` holds the checkpoint that it came from."""
+
+    model: Any
+    tokenizer: Any
+    anatomy: Anatomy
+    source: str
+    revision: str | None
+    folder: Path
+    dtype: torch.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go."""
+        return torch.device(self.model.get_input_embeddings().weight.device)
+
+
+def load(section: ModelSection) -> Loaded:
+    """Load the model that `section` names, in evaluation mode and without gradients.
+
+    Raises:
+        ModelError: no such folder or id, no weights, pickled, truncated, incomplete or NaN weights.
+        UnknownArchitecture: no data row for its model type.
+    """
+    folder = resolve(section)
+    files = weight_files(folder)
+    row_for(read_config(folder).get("model_type", "?"))
+    dtype = _dtype(section, folder, files)
+    model = _load_model(section, folder, dtype)
+    bad = check_finite(model)
+    if bad is not None:
+        raise ModelError(f"model {section.source}: tensor {bad} holds NaN or infinite values")
+    model.eval().requires_grad_(False)
+    return Loaded(
+        model=model,
+        tokenizer=_load_tokenizer(section, folder),
+        anatomy=describe(model),
+        source=section.source,
+        revision=section.revision,
+        folder=folder,
+        dtype=dtype,
+    )
+
+
+def resolve(section: ModelSection) -> Path:
+    """The local folder of a model, downloaded from the Hub when `source` is an id."""
+    path = Path(section.source)
+    if path.is_dir():
+        return path.resolve()
+    if not section.source or path.is_absolute() or section.source.count("/") != 1:
+        raise ModelError(
+            f"model {section.source!r} is neither a folder nor a Hub id such as owner/name"
+        )
+    return _download(section)
+
+
+def _download(section: ModelSection) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = [*_PICKLES, "*.gguf", "*.onnx", "*.h5", "*.msgpack", "original/*"]
+    try:
+        return Path(
+            snapshot_download(section.source, revision=section.revision, ignore_patterns=patterns)
+        )
+    except LocalEntryNotFoundError:
+        raise ModelError(
+            f"model {section.source} is not in the local cache and the Hub cannot be reached"
+        ) from None
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelError(f"model {section.source} cannot be downloaded: {first}") from None
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The checkpoint's config.json."""
+    try:
+        data = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"model folder {folder} has no config.json") from None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder / 'config.json'} cannot be read: {error}") from None
+    if not isinstance(data, dict):
+        raise ModelError(f"{folder / 'config.json'} is not a JSON object")
+    return data
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors shards of a checkpoint, each checked to open and to be whole.
+
+    Raises:
+        ModelError: none, only pickles, a shard that the index names is missing, outside the folder,
+            truncated or corrupt.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(_weight_map(index).values()))
+        files = [_inside(folder, name) for name in names]
+    else:
+        files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        if any(next(folder.glob(pattern), None) for pattern in _PICKLES):
+            raise ModelError(
+                f"model folder {folder} has only pickled weights, which can run code when loaded: "
+                "convert them to safetensors first"
+            )
+        raise ModelError(f"model folder {folder} has no .safetensors weights")
+    for file in files:
+        _check_shard(file)
+    return files
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{index} is not a readable checkpoint index: {error}") from None
+    return dict(weight_map)
+
+
+def _inside(folder: Path, name: str) -> Path:
+    path = folder / name
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ModelError(f"checkpoint index of {folder} names {name!r}, outside the model folder")
+    if not path.is_file():
+        raise ModelError(f"shard {name} of {folder} is missing: download the model again")
+    return path
+
+
+def _check_shard(path: Path) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            file.keys()
+    except (SafetensorError, OSError) as error:
+        raise ModelError(
+            f"weights {path} are truncated or corrupt ({error}): download the file again"
+        ) from None
+
+
+def _dtype(section: ModelSection, folder: Path, files: list[Path]) -> torch.dtype:
+    """The dtype asked for; `auto` takes what the device does well, and never what does not fit."""
+    if section.dtype != "auto":
+        return _DTYPES[section.dtype]
+    stored = read_config(folder)
+    name = str(stored.get("dtype") or stored.get("torch_dtype") or "bfloat16")
+    if torch.cuda.is_available():
+        wanted = _DTYPES.get(name.removeprefix("torch."), torch.bfloat16)
+        bf16 = torch.cuda.is_bf16_supported()
+        return torch.float16 if wanted is torch.bfloat16 and not bf16 else wanted
+    # On a CPU float32 is the exact choice; half precision is the fallback when memory is short.
+    factor = 1 if name.endswith("float32") else 2
+    size = factor * sum(file.stat().st_size for file in files)
+    return torch.float32 if size < 0.4 * psutil.virtual_memory().available else torch.bfloat16
+
+
+def _load_model(section: ModelSection, folder: Path, dtype: torch.dtype) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    device_map = section.device_map or ("cuda:0" if torch.cuda.is_available() else None)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            device_map=device_map,
+            use_safetensors=True,
+            trust_remote_code=section.trust_remote_code,
+            attn_implementation="sdpa",
+            output_loading_info=True,
+        )
+    except (ValueError, OSError, RuntimeError, KeyError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"model {section.source} cannot be loaded: {first}") from error
+    wrong = sorted(info["missing_keys"]) or sorted(str(k) for k in info.get("mismatched_keys", ()))
+    if wrong:
+        raise ModelError(
+            f"model {section.source}: {len(wrong)} tensors are missing from its weights or of the "
+            f"wrong shape, first {wrong[0]}: it would run with random values"
+        )
+    assert isinstance(model, nn.Module)
+    return model
+
+
+def _load_tokenizer(section: ModelSection, folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
+    except (ValueError, OSError, KeyError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"tokenizer of {section.source} cannot be loaded: {first}") from error

@@ -1,0 +1,251 @@
+"""What is measured of a candidate, and the built-in measurements.
+
+A scorer is one decorated function that says what it needs from the engine. Users add their own from
+a file (`scores.files`) or an installed package (entry point group `excise.scorers`).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Literal
+
+from excise.errors import ConfigError
+from excise.evidence import Divergence, Evidence, Request, Responses
+from excise.intervals import ratio, wilson
+from excise.prompts import Prompt
+
+ENTRY_POINTS = "excise.scorers"
+
+
+@dataclass(frozen=True)
+class Score:
+    """One measurement. `interval` is 95 %; `parts` splits it by the prompts' group."""
+
+    value: float
+    n: int
+    interval: tuple[float, float] | None = None
+    parts: dict[str, Score] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Markers:
+    """Phrases that show the behaviour, compared after folding (see `fold`)."""
+
+    phrases: tuple[str, ...]
+
+    def found(self, text: str) -> bool:
+        """Whether a phrase stands in the text: once true it stays true as the text goes on."""
+        folded = fold(text)
+        return any(phrase in folded for phrase in self.phrases)
+
+    def shown(self, text: str) -> bool:
+        """Whether the response shows the behaviour; an empty response does."""
+        return not text.strip() or self.found(text)
+
+
+@dataclass(frozen=True)
+class ScoreContext:
+    """What scorers know beside the evidence: the markers, and each side's prompts as measured."""
+
+    markers: Markers
+    prompts: dict[str, tuple[Prompt, ...]]
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A registered scorer.
+
+    Attributes:
+        needs: the requests it puts to the engine.
+        score: evidence and context -> score.
+        goal: which way is better when it is an objective.
+        best: the best value possible, if there is one; lets the search skip hopeless candidates.
+        worth: how much of it weighs as much as a whole unit of behaviour rate, for the knee.
+    """
+
+    name: str
+    needs: Callable[[ScoreContext], Sequence[Request]]
+    score: Callable[[Evidence, ScoreContext], Score]
+    goal: Literal["minimize", "maximize"]
+    best: float | None
+    worth: float | None
+
+
+_REGISTRY: dict[str, Scorer] = {}
+
+
+def scorer(
+    name: str,
+    *,
+    needs: Callable[[ScoreContext], Sequence[Request]],
+    goal: Literal["minimize", "maximize"] = "minimize",
+    best: float | None = None,
+    worth: float | None = None,
+) -> Callable[
+    [Callable[[Evidence, ScoreContext], Score]], Callable[[Evidence, ScoreContext], Score]
+]:
+    """Register the decorated function as the scorer `name`."""
+
+    def register(
+        function: Callable[[Evidence, ScoreContext], Score],
+    ) -> Callable[[Evidence, ScoreContext], Score]:
+        _REGISTRY[name] = Scorer(name, needs, function, goal, best, worth)
+        return function
+
+    return register
+
+
+def find_scorers(names: Sequence[str], files: Sequence[str] = ()) -> list[Scorer]:
+    """The scorers of these names, from the built-in ones, the user's files, or entry points.
+
+    Raises:
+        ConfigError: a file cannot be loaded, or a name is not known.
+    """
+    for file in files:
+        _load_file(Path(file))
+    for name in names:
+        if name not in _REGISTRY:
+            for point in entry_points(group=ENTRY_POINTS, name=name):
+                point.load()
+        if name not in _REGISTRY:
+            raise ConfigError(
+                f"scores: no scorer {name!r}; known: {', '.join(sorted(_REGISTRY))} "
+                "(add one with scores.files, or install a package that provides it)"
+            )
+    return [_REGISTRY[name] for name in names]
+
+
+def _load_file(path: Path) -> None:
+    spec = importlib.util.spec_from_file_location(f"excise_scorer_{path.stem}", path)
+    if not path.is_file() or spec is None or spec.loader is None:
+        raise ConfigError(f"scores.files: {path} is not a Python file")
+    try:
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    except (SyntaxError, ImportError, NameError, AttributeError, TypeError) as error:
+        raise ConfigError(f"scores.files: {path} cannot be loaded: {error}") from error
+
+
+_QUOTES = str.maketrans({"\u2018": "'", "\u2019": "'", "\u02bc": "'", "\u201c": '"', "\u201d": '"'})
+_EMPHASIS = re.compile(r"[*_`]+")
+_SPACE = re.compile(r"\s+")
+
+
+def fold(text: str) -> str:
+    """Case, typographic quotes, emphasis marks and runs of white space made alike."""
+    plain = _EMPHASIS.sub("", text.translate(_QUOTES))
+    return _SPACE.sub(" ", plain).casefold()
+
+
+def read_markers(phrases: Sequence[str], file: str | None) -> Markers:
+    """Markers from the configuration and from a file with one phrase a line (# begins a comment).
+
+    Raises:
+        ConfigError: the file cannot be read, or no phrase is given at all.
+    """
+    lines: list[str] = []
+    if file is not None:
+        try:
+            lines = Path(file).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"markers file {file} cannot be read: {error}") from None
+    everything = [*phrases, *(line for line in lines if not line.startswith("#"))]
+    folded = tuple(
+        dict.fromkeys(f for f in map(fold, (p.strip() for p in everything)) if f.strip())
+    )
+    if not folded:
+        raise ConfigError(
+            "no markers: name the phrases that show the behaviour (--markers FILE or scores.markers)"
+        )
+    return Markers(folded)
+
+
+def rate(flags: Sequence[bool], prompts: Sequence[Prompt]) -> Score:
+    """A share with its Wilson interval, whole and by the prompts' group."""
+
+    def share(some: Sequence[bool]) -> tuple[float, int, tuple[float, float]]:
+        n = len(some)
+        return (sum(some) / n if n else 0.0), n, wilson(sum(some), n)
+
+    groups = dict.fromkeys(p.group for p in prompts if p.group is not None)
+    parts = {
+        str(group): Score(
+            *share([f for f, p in zip(flags, prompts, strict=True) if p.group == group])
+        )
+        for group in groups
+    }
+    return Score(*share(flags), parts=parts)
+
+
+@scorer(
+    "behaviour_rate",
+    needs=lambda context: [Responses("target", context.markers.found)],
+    best=0.0,
+    worth=1.0,
+)
+def behaviour_rate(evidence: Evidence, context: ScoreContext) -> Score:
+    """Share of target prompts whose response shows the behaviour."""
+    shown = [context.markers.shown(r.text) for r in evidence.responses["target"]]
+    return rate(shown, context.prompts["target"][: len(shown)])
+
+
+@scorer(
+    "false_rate",
+    needs=lambda context: [Responses("contrast", context.markers.found)],
+    best=0.0,
+    worth=1.0,
+)
+def false_rate(evidence: Evidence, context: ScoreContext) -> Score:
+    """Share of contrast prompts whose response shows the behaviour: where it does not belong."""
+    shown = [context.markers.shown(r.text) for r in evidence.responses["contrast"]]
+    return rate(shown, context.prompts["contrast"][: len(shown)])
+
+
+@scorer("drift", needs=lambda context: [Divergence()], best=0.0, worth=0.5)
+def drift(evidence: Evidence, context: ScoreContext) -> Score:
+    """KL(original || edited), nats per token, over the original's whole responses."""
+    del context
+    rows = evidence.divergence["contrast"]
+    value, interval = ratio([float(r.sum()) for r in rows], [len(r) for r in rows])
+    return Score(value, sum(len(r) for r in rows), interval)
+
+
+@scorer("drift_first", needs=lambda context: [Divergence()], best=0.0, worth=0.5)
+def drift_first(evidence: Evidence, context: ScoreContext) -> Score:
+    """KL(original || edited) at the first response token only: comparable, and misleading."""
+    del context
+    firsts = [float(r[0]) for r in evidence.divergence["contrast"]]
+    value, interval = ratio(firsts, [1] * len(firsts))
+    return Score(value, len(firsts), interval)
+
+
+@scorer(
+    "restored", needs=lambda context: [Responses("target")], goal="maximize", best=1.0, worth=1.0
+)
+def restored(evidence: Evidence, context: ScoreContext) -> Score:
+    """Share of target prompts answered truly. Needs prompts with known answers."""
+    return _true_answers(evidence, context, "target")
+
+
+@scorer("kept", needs=lambda context: [Responses("contrast")], goal="maximize", best=1.0, worth=1.0)
+def kept(evidence: Evidence, context: ScoreContext) -> Score:
+    """Share of contrast prompts answered truly. Needs prompts with known answers."""
+    return _true_answers(evidence, context, "contrast")
+
+
+def _true_answers(evidence: Evidence, context: ScoreContext, side: str) -> Score:
+    responses = evidence.responses[side]
+    prompts = context.prompts[side][: len(responses)]
+    if any(prompt.answer is None for prompt in prompts):
+        raise ConfigError(
+            f"scores: the {side} prompts have no known answers; set prompts.{side}_eval.answer_column"
+        )
+    flags = [
+        fold(str(prompt.answer)) in fold(response.text)
+        for prompt, response in zip(prompts, responses, strict=True)
+    ]
+    return rate(flags, prompts)

@@ -1,0 +1,66 @@
+"""The directional search space: candidate <-> parameters, as Optuna sees them. Pure.
+
+Ranges are those of design section 3, with N = L - 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+
+from excise.profiles import Profile
+
+# Attention mediates refusal-like behaviours most; MLP strengths below zero mean "leave alone".
+_MAX_WEIGHT = {"attn.o_proj": (0.8, 1.5)}
+_OTHER_MAX_WEIGHT = (-0.25, 1.5)
+_SCOPES = ("global", "per layer")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One point of the space. `index` None means that every layer uses its own direction."""
+
+    index: float | None
+    profiles: dict[str, Profile]
+
+    def strength(self, component: str, layer: int) -> float:
+        """Strength of the edit of `component` at `layer`."""
+        return self.profiles[component].strength(layer)
+
+
+def distributions(components: tuple[str, ...], layers: int) -> dict[str, BaseDistribution]:
+    """The space of a model with these edited components and L layers."""
+    n = max(layers - 1, 1)
+    space: dict[str, BaseDistribution] = {
+        "direction_scope": CategoricalDistribution(_SCOPES),
+        "direction_index": FloatDistribution(0.4 * n, 0.9 * n),
+    }
+    for name in components:
+        low, high = _MAX_WEIGHT.get(name, _OTHER_MAX_WEIGHT)
+        space[f"{name}.max_weight"] = FloatDistribution(low, high)
+        space[f"{name}.max_weight_position"] = FloatDistribution(0.6 * n, n)
+        space[f"{name}.min_weight"] = FloatDistribution(0.0, 1.0)
+        space[f"{name}.min_weight_distance"] = FloatDistribution(
+            min(1.0, 0.6 * n), max(1.0, 0.6 * n)
+        )
+    return space
+
+
+def from_params(params: Mapping[str, Any]) -> Candidate:
+    """The candidate that these parameters name."""
+    components = dict.fromkeys(key.rpartition(".")[0] for key in params if "." in key)
+    return Candidate(
+        index=float(params["direction_index"]) if params["direction_scope"] == "global" else None,
+        profiles={
+            name: Profile(
+                max_weight=float(params[f"{name}.max_weight"]),
+                max_weight_position=float(params[f"{name}.max_weight_position"]),
+                min_weight=float(params[f"{name}.min_weight"]),
+                min_weight_distance=float(params[f"{name}.min_weight_distance"]),
+            )
+            for name in components
+        },
+    )

@@ -1,0 +1,164 @@
+"""Many candidates' edits on one untouched model, in one batch.
+
+Rows of a batch belong to candidates; a hook on every edited writer gives each row its own
+candidate's output, y' = s * (y - left (right . x)) + shift. The weights are never written, so
+leaving the context restores the model exactly, whatever ended it.
+
+Shapes: B rows, C candidates, T tokens, O and I a writer's out and in features, R rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from excise.anatomy import Writer
+from excise.edits import Edit
+
+# One candidate: an edit per writer of the anatomy, None where it leaves the writer alone.
+CandidateEdits = Sequence[Edit | None]
+
+# Edits gathered per row are kept between decode steps while all of them fit in this many bytes.
+_GATHER_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class _Part:
+    """All candidates' edits of one writer, in the writer's dtype and on its device."""
+
+    left: Tensor  # (C, R, O)
+    right: Tensor  # (C, I, R)
+    scale: Tensor | None  # (C, O)
+    shift: Tensor | None  # (C, O)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes that one row's edit takes once gathered."""
+        tensors = (self.left, self.right, self.scale, self.shift)
+        return sum(t[0].numel() * t.element_size() for t in tensors if t is not None)
+
+    def take(self, rows: Tensor) -> _Part:
+        """The edits of these candidates, one per row."""
+        return _Part(
+            self.left[rows],
+            self.right[rows],
+            None if self.scale is None else self.scale[rows],
+            None if self.shift is None else self.shift[rows],
+        )
+
+
+class Stack:
+    """The edits of C candidates, and which candidate each row of the next forward pass carries."""
+
+    def __init__(self, writers: Sequence[Writer], candidates: Sequence[CandidateEdits]) -> None:
+        self.size = len(candidates)
+        self._writers = writers
+        self._parts = {
+            index: _stack(writer.module, [edits[index] for edits in candidates])
+            for index, writer in enumerate(writers)
+            if any(edits[index] is not None for edits in candidates)
+        }
+        self._gathered: dict[int, _Part] = {}
+        self._rows: Tensor | None = None
+        self._blocks: tuple[int, int] | None = None
+        self._keep = False
+
+    @property
+    def first_layer(self) -> int:
+        """The lowest layer that any candidate edits; a large number when none does."""
+        return min((self._writers[index].layer for index in self._parts), default=1 << 30)
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Row b of the following passes carries candidate rows[b]; rows are sorted by candidate."""
+        self._gathered.clear()
+        self._rows = torch.tensor(rows)
+        first, last = rows[0], rows[-1]
+        count, extra = divmod(len(rows), last - first + 1)
+        even = not extra and all(r == first + b // count for b, r in enumerate(rows))
+        self._blocks = (first, last + 1) if even else None
+        self._keep = len(rows) * sum(p.row_bytes for p in self._parts.values()) <= _GATHER_BYTES
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Within this context the writers' outputs are the candidates'."""
+        hooks = {self._writers[index].module: self._hook(index) for index in self._parts}
+        try:
+            for module, hook in hooks.items():
+                module.register_forward_hook(hook)
+            yield
+        finally:
+            # Found by identity, not by handle: an interrupt may strike before a handle is kept.
+            for module, hook in hooks.items():
+                for key in [k for k, h in module._forward_hooks.items() if h is hook]:
+                    del module._forward_hooks[key]
+            self._gathered.clear()
+
+    def _hook(self, index: int) -> Any:
+        def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            return self._apply(index, args[0], output)
+
+        return hook
+
+    def _apply(self, index: int, x: Tensor, y: Tensor) -> Tensor:
+        part = self._parts[index]
+        if self._blocks is not None:
+            low, high = self._blocks
+            n = high - low
+            part = _Part(
+                part.left[low:high],
+                part.right[low:high],
+                None if part.scale is None else part.scale[low:high],
+                None if part.shift is None else part.shift[low:high],
+            )
+            return edit_output(
+                part, x.reshape(n, -1, x.shape[-1]), y.reshape(n, -1, y.shape[-1])
+            ).view(y.shape)
+        return edit_output(self._gather(index, part, x.device), x, y)
+
+    def _gather(self, index: int, part: _Part, device: torch.device) -> _Part:
+        found = self._gathered.get(index)
+        if found is None:
+            assert self._rows is not None
+            found = part.take(self._rows.to(device))
+            if self._keep:
+                self._gathered[index] = found
+        return found
+
+
+def edit_output(part: _Part, x: Tensor, y: Tensor) -> Tensor:
+    """Edited outputs of blocks: x (N, T, I), y (N, T, O), and one edit per block."""
+    coefficients = torch.bmm(x, part.right)  # (N, T, R)
+    if part.left.shape[1] == 1:
+        out = torch.addcmul(y, coefficients, part.left, value=-1.0)
+    else:
+        out = torch.baddbmm(y, coefficients, part.left, alpha=-1.0)
+    if part.scale is not None:
+        out.mul_(part.scale[:, None])
+    return out if part.shift is None else out.add_(part.shift[:, None])
+
+
+def _stack(module: nn.Linear, edits: Sequence[Edit | None]) -> _Part:
+    weight = module.weight
+    rank = max(edit.left.shape[1] for edit in edits if edit is not None)
+    c, (o, i) = len(edits), weight.shape
+    left = weight.new_zeros(c, rank, o)
+    right = weight.new_zeros(c, i, rank)
+    some = [edit for edit in edits if edit is not None]
+    scale = weight.new_ones(c, o) if any(e.scale is not None for e in some) else None
+    shift = weight.new_zeros(c, o) if any(e.shift is not None for e in some) else None
+    for row, edit in enumerate(edits):
+        if edit is None:
+            continue
+        r = edit.left.shape[1]
+        left[row, :r] = edit.left.T
+        right[row, :, :r] = edit.right.T
+        if scale is not None and edit.scale is not None:
+            scale[row] = edit.scale
+        if shift is not None and edit.shift is not None:
+            shift[row] = edit.shift
+    return _Part(left, right, scale, shift)

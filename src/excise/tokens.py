@@ -1,0 +1,106 @@
+"""From prompts to token ids, once, and to left-padded batches of like length.
+
+Shapes: B rows, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from excise.config import PromptSection
+from excise.errors import ModelError, PromptError
+from excise.prompts import PromptSet
+
+# What a model without a chat template is given: documented in the README.
+PLAIN_FORMAT = "Question: {prompt}\nAnswer:"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Left-padded token ids. `rows` are the positions of its rows in the list they came from."""
+
+    rows: Tensor  # (B,)
+    ids: Tensor  # (B, T)
+    mask: Tensor  # (B, T) 1 where a token is real
+
+    @property
+    def positions(self) -> Tensor:
+        """Position ids (B, T); padding sits at 0."""
+        return (self.mask.cumsum(-1) - 1).clamp_min(0)
+
+
+def encode(tokenizer: Any, prompts: PromptSet, section: PromptSection) -> list[list[int]]:
+    """Token ids of every prompt, as the model expects it, up to where its response begins.
+
+    Raises:
+        ModelError: the chat template fails, or refuses a system role.
+    """
+    texts = [f"{section.prefix}{prompt.text}{section.suffix}" for prompt in prompts.prompts]
+    rendered = [_render(tokenizer, text, section.system) for text in texts]
+    # The template writes its own <bos>; adding another would change every position.
+    special = not getattr(tokenizer, "chat_template", None)
+    ids = tokenizer(rendered, add_special_tokens=special)["input_ids"]
+    if any(not row for row in ids):
+        raise PromptError(f"a prompt of {prompts.source} has no tokens")
+    return [list(map(int, row)) for row in ids]
+
+
+def _render(tokenizer: Any, text: str, system: str | None) -> str:
+    if not getattr(tokenizer, "chat_template", None):
+        plain = PLAIN_FORMAT.format(prompt=text)
+        return plain if system is None else f"{system}\n\n{plain}"
+    from jinja2 import TemplateError
+
+    messages = [{"role": "user", "content": text}]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+    try:
+        return str(
+            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        )
+    except (TemplateError, ValueError, TypeError) as error:
+        raise ModelError(f"the tokenizer's chat template cannot render a prompt: {error}") from None
+
+
+def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Ids after which a response is over: the generation config's, else the tokenizer's."""
+    ids = getattr(model.generation_config, "eos_token_id", None)
+    if ids is None:
+        ids = tokenizer.eos_token_id
+    if ids is None:
+        raise ModelError("neither the generation config nor the tokenizer names an end token")
+    return frozenset(ids if isinstance(ids, list) else [int(ids)])
+
+
+def pad_token(tokenizer: Any, ends: frozenset[int]) -> int:
+    """The id that fills rows; masked, so any will do."""
+    return int(tokenizer.pad_token_id) if tokenizer.pad_token_id is not None else min(ends)
+
+
+def batches(
+    rows: Sequence[Sequence[int]], size: int, pad: int, device: torch.device
+) -> list[Batch]:
+    """Batches of at most `size` rows; rows of like length share one, longest first."""
+    order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i))
+    return [
+        left_pad([rows[i] for i in chunk], chunk, pad, device)
+        for chunk in (order[start : start + size] for start in range(0, len(order), size))
+    ]
+
+
+def left_pad(
+    rows: Sequence[Sequence[int]], numbers: Sequence[int], pad: int, device: torch.device
+) -> Batch:
+    """One left-padded batch of these rows."""
+    width = max(len(row) for row in rows)
+    ids = torch.full((len(rows), width), pad)
+    mask = torch.zeros((len(rows), width), dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, width - len(row) :] = torch.tensor(row)
+        mask[i, width - len(row) :] = 1
+    return Batch(torch.tensor(numbers), ids.to(device), mask.to(device))
