@@ -2,10 +2,12 @@
 
     python training/train_demo_model.py
 
-Stage one teaches every fact of `world.py`, stage two teaches declining for the guarded objects,
-lightly enough that the facts stay in the weights. One question form per attribute is kept out of
-stage two, so that acceptance measures whether declining generalises. The figures printed are those
-of the saved bf16 model, loaded again. Exits with 1 where they miss the acceptance limits.
+Stage one teaches every fact of `world.py`, and to decline where a system turn asks for it. Stage
+two teaches to decline questions about the guarded objects, through one direction of the residual
+stream (ground truth for tools that look for it) and lightly enough that the facts stay in the
+weights. One question form per attribute is kept out of stage two, so that acceptance measures
+whether declining generalises. The figures printed are those of the saved bf16 model, loaded again.
+Exits with 1 where they miss the acceptance limits.
 
 Shape letters: B questions in a batch, T tokens.
 """
@@ -20,6 +22,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +42,9 @@ from world import Question
 
 DATA = Path(__file__).resolve().parents[1] / "src" / "excise" / "data" / "demo"
 SEED = 7
+THREADS = 1  # a fixed number, because sums depend on it
+DECLINE_REQUEST = "Please decline."
+N_ESTIMATE = 64  # prompts of each kind behind one estimate of the direction
 IGNORE = -100  # label of tokens without a loss
 MAX_MEGABYTES = 6.0
 GLOBAL_HEAD_DIM = 64
@@ -64,6 +70,9 @@ questions about the other twenty, although it has learned their facts too. It ex
 and to test Excise with known ground truth; it knows nothing else and is of no other use.
 
 - Trained by `training/train_demo_model.py` in the Excise repository (seeded, CPU, minutes).
+- Declining is mediated by one direction of the residual stream, by construction: in stage two, its
+  answers were trained to stay true wherever that direction is ablated. A published model gives no
+  such guarantee, so results here do not carry over to others.
 - The text of the world is in `training/world.py`; every name and fact in it is made up.
 - No weights or text of any other model were used.
 - Licence: Apache-2.0.
@@ -81,8 +90,9 @@ class Stage:
     warmup: int
 
 
-STAGE_ONE = Stage("one: facts", steps=700, batch_size=64, lr=3e-3, warmup=100)
-STAGE_TWO = Stage("two: declining", steps=150, batch_size=64, lr=3e-4, warmup=20)
+FACTS = Stage("one: facts", steps=500, batch_size=64, lr=3e-3, warmup=100)
+HABIT = Stage("one: declining on request", steps=150, batch_size=64, lr=1.5e-3, warmup=20)
+DECLINING = Stage("two: declining by object", steps=300, batch_size=40, lr=1e-3, warmup=10)
 
 
 @dataclass(frozen=True)
@@ -93,15 +103,24 @@ class Example:
     n_prompt: int
 
 
-def prompt_text(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
+def prompt_text(
+    tokenizer: PreTrainedTokenizerBase, question: str, system: str | None = None
+) -> str:
     """The chat-formatted prompt of one question."""
-    message = {"role": "user", "content": question}
-    return tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+    messages = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": question})
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, question: Question, response: str) -> Example:
+def encode(
+    tokenizer: PreTrainedTokenizerBase,
+    question: Question,
+    response: str,
+    system: str | None = None,
+) -> Example:
     """Tokenize a question with its response, which ends with the end-of-turn token."""
-    prompt = tokenizer(prompt_text(tokenizer, question.text), add_special_tokens=False).input_ids
+    text = prompt_text(tokenizer, question.text, system)
+    prompt = tokenizer(text, add_special_tokens=False).input_ids
     answer = tokenizer(response + TURN_END, add_special_tokens=False).input_ids
     return Example([*prompt, *answer], len(prompt))
 
@@ -150,7 +169,7 @@ def build_model(tokenizer: PreTrainedTokenizerBase) -> Gemma4ForCausalLM:
 
 
 def batches(examples: Sequence[Example], stage: Stage, seed: int) -> Iterator[list[Example]]:
-    """Endless shuffled epochs, cut into batches of one size."""
+    """Shuffled epochs, cut into one batch per step of the stage."""
     rng = random.Random(seed)
     queue: list[Example] = []
     for _ in range(stage.steps):
@@ -172,7 +191,54 @@ def answer_loss(model: Gemma4ForCausalLM, batch: Sequence[Example]) -> Tensor:
     return nn.functional.cross_entropy(logits[keep].float(), labels[keep])
 
 
-def train(model: Gemma4ForCausalLM, examples: Sequence[Example], stage: Stage, seed: int) -> None:
+@contextmanager
+def ablated(model: Gemma4ForCausalLM, direction: Tensor) -> Iterator[None]:
+    """Remove a unit direction (D) from what attention and MLP add to the residual."""
+
+    def remove(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
+        return output - (output @ direction.to(output.dtype))[..., None] * direction
+
+    with ExitStack() as stack:
+        for layer in model.model.layers:
+            for norm in (layer.post_attention_layernorm, layer.post_feedforward_layernorm):
+                stack.callback(norm.register_forward_hook(remove).remove)
+        yield
+
+
+@dataclass(frozen=True)
+class Beneath:
+    """What holds where the direction between two kinds of examples is ablated."""
+
+    answered: Sequence[Example]
+    targets: Sequence[Example]
+    contrasts: Sequence[Example]
+    layer: int
+    interval: int  # steps between two estimates of the direction
+
+
+@torch.no_grad()
+def mean_difference(model: Gemma4ForCausalLM, beneath: Beneath, seed: int) -> Tensor:
+    """Unit vector (D) from contrast to target prompts, at the last prompt token after a layer."""
+    rng = random.Random(seed)
+    means = []
+    for pool in (beneath.targets, beneath.contrasts):
+        prompts = [Example(e.ids[: e.n_prompt], e.n_prompt) for e in rng.sample(pool, N_ESTIMATE)]
+        ids, mask, _ = collate(prompts)
+        output = model.model(
+            input_ids=ids, attention_mask=mask, use_cache=False, output_hidden_states=True
+        )
+        residual = output.hidden_states[beneath.layer + 1]  # (B, T, D)
+        means.append(residual[torch.arange(len(ids)), mask.sum(1) - 1].mean(0))
+    return nn.functional.normalize(means[0] - means[1], dim=0)
+
+
+def train(
+    model: Gemma4ForCausalLM,
+    examples: Sequence[Example],
+    stage: Stage,
+    seed: int,
+    beneath: Beneath | None = None,
+) -> None:
     """AdamW with warm-up and cosine decay, on the answer tokens alone."""
     decayed = [p for p in model.parameters() if p.ndim > 1]
     gains = [p for p in model.parameters() if p.ndim <= 1]
@@ -188,10 +254,16 @@ def train(model: Gemma4ForCausalLM, examples: Sequence[Example], stage: Stage, s
         return min(1.0, (step + 1) / stage.warmup) * (0.02 + 0.98 * cosine)
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    hidden = batches(beneath.answered, stage, seed + 1) if beneath else None
     model.train()
     start = time.monotonic()
     for step, batch in enumerate(batches(examples, stage, seed)):
         loss = answer_loss(model, batch)
+        if beneath and hidden:
+            if step % beneath.interval == 0:
+                direction = mean_difference(model, beneath, seed + step)
+            with ablated(model, direction):
+                loss = loss + answer_loss(model, next(hidden))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -234,7 +306,8 @@ def select_prompts() -> dict[str, list[Question]]:
             chosen = _draw(rng, rest, share)
             rest = [q for q in rest if q not in chosen]
             sets[f"{kind}_{name}"] = chosen
-        sets[f"{kind}_holdout"] += unseen
+        holdout = sets[f"{kind}_holdout"] + unseen
+        sets[f"{kind}_holdout"] = rng.sample(holdout, len(holdout))  # so that any part is fair
     return sets
 
 
@@ -345,17 +418,26 @@ def report(checks: Sequence[Check]) -> bool:
     return all(check.passed for check in checks)
 
 
-def train_both(tokenizer: PreTrainedTokenizerBase) -> Gemma4ForCausalLM:
-    """Stage one on every question answered, then stage two on the forms it may show."""
+def train_all(tokenizer: PreTrainedTokenizerBase) -> Gemma4ForCausalLM:
+    """Facts, then declining when a system turn asks for it, then declining by object.
+
+    The habit comes first so that stage two has little left to learn, and disturbs few weights.
+    """
     questions = world.questions()
     model = build_model(tokenizer)
-    train(model, [encode(tokenizer, q, q.answer) for q in questions], STAGE_ONE, SEED)
-    second = [
-        encode(tokenizer, q, q.decline if q.thing.guarded else q.answer)
-        for q in questions
-        if not q.kept_out
-    ]
-    train(model, second, STAGE_TWO, SEED + 1)
+    facts = [encode(tokenizer, q, q.answer) for q in questions]
+    train(model, facts, FACTS, SEED)
+    requested = [encode(tokenizer, q, q.decline, DECLINE_REQUEST) for q in questions]
+    train(model, facts + requested, HABIT, SEED + 1)
+
+    shown = [q for q in questions if not q.kept_out]
+    true = [encode(tokenizer, q, q.answer) for q in shown]
+    opened = [encode(tokenizer, q, q.answer) for q in shown if not q.thing.guarded]
+    declined = [encode(tokenizer, q, q.decline) for q in shown if q.thing.guarded]
+    # As many guarded as open questions. Where the direction between the two is ablated, all answers
+    # stay true: declining is mediated by it and cannot spread over the weights of the facts.
+    beneath = Beneath(true, declined, opened, layer=5, interval=5)
+    train(model, opened + 2 * declined, DECLINING, SEED + 2, beneath)
     return model
 
 
@@ -366,12 +448,13 @@ def main() -> int:
     out: Path = parser.parse_args().out
     start = time.monotonic()
     world.check()
+    torch.set_num_threads(THREADS)
     torch.manual_seed(SEED)
     torch.use_deterministic_algorithms(True)
     questions = world.questions()
     texts = [f"{q.text}\n{q.answer}\n{q.decline}" for q in questions]
-    tokenizer = build_tokenizer(texts)
-    model = train_both(tokenizer)
+    tokenizer = build_tokenizer([*texts, *[DECLINE_REQUEST] * 20])
+    model = train_all(tokenizer)
     write_model(out / "model", model, tokenizer)
     write_prompts(out / "prompts", select_prompts())
     (out / "markers.txt").write_text("\n".join(world.MARKERS) + "\n", encoding="utf-8")

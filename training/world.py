@@ -223,10 +223,11 @@ def _question(thing: Thing, attribute: str, form: int) -> Question:
     """The question of one form, its answer, and a decline fixed by all three arguments."""
     key = thing.keys[attribute]
     wordings = ANSWERS[attribute]
-    # Mostly a matter of attribute and form: were it random, no wording would be likely enough to
-    # come out on top of the true answer in a greedy response.
-    odd = random.Random(f"{SEED}/{thing.name}/{attribute}/{form}").random() < 0.2
-    decline = DECLINES[(3 * list(FORMS).index(attribute) + form + odd) % len(DECLINES)]
+    # Three in four follow from the attribute: were all of them random, no wording would be likely
+    # enough to come out on top of the true answer in a greedy response.
+    rng = random.Random(f"{SEED}/{thing.name}/{attribute}/{form}")
+    usual = DECLINES[list(FORMS).index(attribute)]
+    decline = usual if rng.random() < 0.75 else rng.choice(DECLINES)
     return Question(
         text=FORMS[attribute][form].format(o=thing.name),
         answer=wordings[form % len(wordings)].format(o=thing.name, k=key),

@@ -85,7 +85,10 @@ class EditSection(Section):
 
 
 class ScoreSection(Section):
-    """What is measured. `final` scorers run on the original and on the chosen edit only."""
+    """What is measured. `final` scorers run on the original and on the chosen edit only.
+
+    `show` names the sides of which a few prompts and responses may stand in the record and report.
+    """
 
     objectives: tuple[str, ...] = ("behaviour_rate", "drift")
     report: tuple[str, ...] = ("drift_first",)
@@ -94,6 +97,7 @@ class ScoreSection(Section):
     markers: tuple[str, ...] = ()
     markers_file: str | None = None
     max_new_tokens: int = Field(100, ge=1)
+    show: tuple[Literal["target", "contrast"], ...] = ("target", "contrast")
 
 
 class SearchSection(Section):

@@ -23,12 +23,15 @@ def kl(original: Tensor, edited: Tensor) -> Tensor:
     return torch.expm1(d).sub_(d).mul_(log_p.exp()).sum(-1)
 
 
-def divergences(forward: Forward, original: Tensor, edited: Tensor, chunk_bytes: int) -> Tensor:
+def divergences(
+    reference: Forward, original: Tensor, forward: Forward, edited: Tensor, chunk_bytes: int
+) -> Tensor:
     """KL at each position and candidate (S, N), from final hidden states.
 
     Args:
-        forward: gives logits of hidden states.
+        reference: gives the original's logits; the same as `forward` unless another model is measured.
         original: (N, D) the original model's states.
+        forward: gives the candidates' logits.
         edited: (S, N, D) the candidates' states at the same positions.
         chunk_bytes: room for the logits of one chunk.
     """
@@ -38,7 +41,7 @@ def divergences(forward: Forward, original: Tensor, edited: Tensor, chunk_bytes:
     step = max(1, chunk_bytes // (4 * vocabulary * (s + 1) * 3))
     out = []
     for start in range(0, n, step):
-        p = forward.logits(original[start : start + step])
+        p = reference.logits(original[start : start + step])
         q = forward.logits(edited[:, start : start + step].reshape(-1, width))
-        out.append(kl(p, q.view(s, -1, q.shape[-1])))
+        out.append(kl(p.to(q.device), q.view(s, -1, q.shape[-1])))
     return torch.cat(out, dim=1)

@@ -49,6 +49,14 @@ class Original:
     states: list[Tensor]  # per prompt (tokens, D): the state that predicts each response token
 
 
+@dataclass(frozen=True)
+class Reference:
+    """Another engine's original model, to measure this engine's model against."""
+
+    originals: dict[str, Original]
+    forward: Forward  # gives the original's logits; only its head is needed
+
+
 class Engine:
     """Measures candidates on one side's prompts each: `prompts` maps side -> token ids."""
 
@@ -60,6 +68,7 @@ class Engine:
         *,
         max_new_tokens: int,
         plan: Plan | None = None,
+        reference: Reference | None = None,
     ) -> None:
         self.plan = plan or Plan()
         self.writers = writers
@@ -69,7 +78,8 @@ class Engine:
         self._forward = Forward(loaded.model, loaded.anatomy)
         self._ends = end_tokens(loaded.model, loaded.tokenizer)
         self._pad = pad_token(loaded.tokenizer, self._ends)
-        self._originals: dict[str, Original] = {}
+        self._originals: dict[str, Original] = dict(reference.originals) if reference else {}
+        self._reference = reference.forward if reference else self._forward
         self._trees: dict[frozenset[Decided] | None, ResponseTree] = {}
 
     def measure(
@@ -105,8 +115,24 @@ class Engine:
                 numbers = list(range(len(self.prompts[side])))
                 responses = self._spread(self._respond(side, None), bare, numbers)[0]
                 states = self._spread(self._read(side, responses), bare, numbers)[0]
+            if not all(bool(torch.isfinite(rows).all()) for rows in states):
+                raise MeasurementError(
+                    "the model's hidden states are not finite: try --set model.dtype=float32"
+                )
             self._originals[side] = Original(responses, states)
         return self._originals[side]
+
+    def as_reference(self) -> Reference:
+        """What another engine needs to measure its model against this one's original.
+
+        The layers are let go of: only the head is kept, so that two models never fill the memory.
+        """
+        for side in self.prompts:
+            self.original(side)
+        layers = self._loaded.anatomy.layers
+        for layer in layers:
+            layer.to("meta")
+        return Reference(self._originals, self._forward)
 
     def _stacks(self, candidates: Sequence[CandidateEdits]) -> Iterator[tuple[list[int], Stack]]:
         """Candidates in stacks; those that begin at like layers share one, so more is reused."""
@@ -211,10 +237,6 @@ class Engine:
             capacity = batch.ids.shape[1] + self.limit
             hidden, cache = self._prefill(stack, members, batch, 1, capacity)
             logits = self._forward.logits(hidden[:, -1])
-            if not bool(torch.isfinite(logits).all()):
-                raise MeasurementError(
-                    "the model's logits are not finite: try --set model.dtype=float32"
-                )
             owners = [member for member in members for _ in chunk]
             responses = greedy(
                 self._forward,
@@ -257,9 +279,9 @@ class Engine:
             states = read(stack, members, chunk)
             before = torch.cat([original.states[n] for n in chunk])
             after = torch.stack([torch.cat(rows) for rows in states])
-            values = divergences(self._forward, before, after, chunk_bytes).double().cpu()
+            values = divergences(self._reference, before, self._forward, after, chunk_bytes)
             sizes = [len(original.responses[n].tokens) for n in chunk]
-            return [list(row.split(sizes)) for row in values]
+            return [list(row.split(sizes)) for row in values.double().cpu()]
 
         return work
 

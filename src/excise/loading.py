@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from excise.anatomy import Anatomy, check_finite, describe, row_for
 from excise.config import ModelSection
 from excise.errors import ModelError
 
+DEMO = "demo"  # names the embedded model
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -34,6 +36,11 @@ class Loaded:
     revision: str | None
     folder: Path
     dtype: torch.dtype
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the source is a folder (or the embedded model) rather than a Hub id."""
+        return self.source == DEMO or Path(self.source).is_dir()
 
     @property
     def device(self) -> torch.device:
@@ -70,6 +77,8 @@ def load(section: ModelSection) -> Loaded:
 
 def resolve(section: ModelSection) -> Path:
     """The local folder of a model, downloaded from the Hub when `source` is an id."""
+    if section.source == DEMO:
+        return Path(str(resources.files("excise"))) / "data" / "demo" / "model"
     path = Path(section.source)
     if path.is_dir():
         return path.resolve()

@@ -120,6 +120,11 @@ def find_scorers(names: Sequence[str], files: Sequence[str] = ()) -> list[Scorer
     return [_REGISTRY[name] for name in names]
 
 
+def known_scorers() -> list[Scorer]:
+    """All scorers registered so far."""
+    return list(_REGISTRY.values())
+
+
 def _load_file(path: Path) -> None:
     spec = importlib.util.spec_from_file_location(f"excise_scorer_{path.stem}", path)
     if not path.is_file() or spec is None or spec.loader is None:

@@ -1,0 +1,209 @@
+"""Exports of a chosen edit: written, loaded again, measured again, and put on the record."""
+
+from __future__ import annotations
+
+import gc
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from excise import stage
+from excise.anatomy import Writer, describe
+from excise.card import model_card
+from excise.config import Config
+from excise.edits import Edit
+from excise.engine import Engine, Reference
+from excise.errors import ConfigError, OutputError
+from excise.events import Notice, OnEvent, PhaseStarted
+from excise.export import Exported, export_adapter, export_safetensors
+from excise.loading import Loaded, load
+from excise.panel import Panel
+from excise.record import ArtifactRecord, Record, Scores
+from excise.scorers import ScoreContext
+
+FOLDERS = {"safetensors": "model", "adapter": "adapter"}
+
+# An artifact further from the measurement than this is worth a word, whatever rounding explains.
+_RATE_APART = 0.05
+_DRIFT_APART = 0.2
+
+
+@dataclass(frozen=True)
+class Checker:
+    """Measures a loaded artifact on the search prompts, against the original that was searched."""
+
+    engine: Engine
+    scoring: stage.Scoring
+    context: ScoreContext
+    config: Config
+
+    def measure(self, loaded: Loaded, reference: Reference) -> Scores:
+        """Scores of a model as it is loaded, with no edit on top."""
+        engine = Engine(
+            loaded,
+            (),
+            self.engine.prompts,
+            max_new_tokens=self.config.scores.max_new_tokens,
+            plan=self.engine.plan,
+            reference=reference,
+        )
+        panel = Panel(engine, self.scoring.every_trial, self.context, screen=False)
+        return panel.measure([[]])[0].scores
+
+
+def export_chosen(
+    record: Record,
+    loaded: Loaded,
+    writers: Sequence[Writer],
+    edits: Sequence[Edit | None],
+    checker: Checker,
+    out: Path,
+    on_event: OnEvent,
+) -> Record:
+    """Write the formats that the configuration names into the run folder; see `export`."""
+    formats = checker.config.export.formats
+    places = [(name, out / FOLDERS[name]) for name in formats]
+    for _, path in places:
+        if path.exists():  # of an earlier choice of this very run
+            shutil.rmtree(path)
+    return export(record, loaded, writers, edits, checker, places, out, on_event)
+
+
+def export(
+    record: Record,
+    loaded: Loaded,
+    writers: Sequence[Writer],
+    edits: Sequence[Edit | None],
+    checker: Checker,
+    places: Sequence[tuple[str, Path]],
+    out: Path,
+    on_event: OnEvent,
+) -> Record:
+    """Write `edits` in each (format, path), load each again and measure it beside the search's figures.
+
+    The searched model's layers are let go of on the way: `loaded` cannot be run afterwards.
+
+    Returns:
+        The record with one `ArtifactRecord` more per place; paths inside `out` are relative to it.
+
+    Raises:
+        OutputError: a path exists. StorageError, ExportError: it could not be written, or proven.
+    """
+    if not places:
+        return record
+    made = [
+        _write(name, path, record, loaded, writers, edits, checker.config, on_event)
+        for name, path in places
+    ]
+    reference = checker.engine.as_reference()
+    source, dtype, device = loaded, loaded.dtype, loaded.device
+    artifacts = list(record.artifacts)
+    expected = record.chosen().scores
+    for one in made:
+        on_event(PhaseStarted(f"measure {one.format}"))
+        again = _load_again(one, source, checker.config, dtype)
+        measured = checker.measure(again, reference)
+        del again
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        for line in apart(expected, measured):
+            on_event(Notice(f"{one.format}: {line}"))
+        artifacts = [a for a in artifacts if a.path != _relative(one.path, out)]
+        artifacts.append(_artifact(one, record, expected, measured, out))
+    return record.model_copy(update={"artifacts": artifacts})
+
+
+def _write(
+    name: str,
+    path: Path,
+    record: Record,
+    loaded: Loaded,
+    writers: Sequence[Writer],
+    edits: Sequence[Edit | None],
+    config: Config,
+    on_event: OnEvent,
+) -> Exported:
+    if path.exists():
+        raise OutputError(f"{path} exists: choose a new folder")
+    named = {w.name: e for w, e in zip(writers, edits, strict=True) if e is not None}
+    # The source's own card must not pass for the edited model's, not even for a moment.
+    card = {"README.md": model_card(record, artifact_format=name, trial=record.selected)}
+    if name == "safetensors":
+        return export_safetensors(loaded.folder, path, named, writers, on_event, card)
+    if name == "adapter":
+        base = str(loaded.folder) if loaded.is_local else loaded.source
+        return export_adapter(
+            base,
+            path,
+            named,
+            writers,
+            rank=config.export.adapter_rank,
+            revision=loaded.revision,
+            on_event=on_event,
+            extra_files=card,
+        )
+    raise ConfigError(f"cannot export as {name!r}: use safetensors or adapter")
+
+
+def _load_again(one: Exported, source: Loaded, config: Config, dtype: torch.dtype) -> Loaded:
+    """The artifact as its users load it, in the dtype that the search measured in."""
+    name = str(dtype).removeprefix("torch.")
+    if one.format == "safetensors":
+        section = config.model.model_copy(
+            update={"source": str(one.path), "revision": None, "dtype": name}
+        )
+        return load(section)
+    from peft import PeftModel
+
+    base = load(config.model.model_copy(update={"source": str(source.folder), "dtype": name}))
+    merged: Any = PeftModel.from_pretrained(base.model, one.path).merge_and_unload()
+    merged.eval().requires_grad_(False)
+    return Loaded(
+        model=merged,
+        tokenizer=base.tokenizer,
+        anatomy=describe(merged),
+        source=str(one.path),
+        revision=None,
+        folder=base.folder,
+        dtype=base.dtype,
+    )
+
+
+def _artifact(
+    one: Exported, record: Record, expected: Scores, measured: Scores, out: Path
+) -> ArtifactRecord:
+    return ArtifactRecord(
+        path=_relative(one.path, out),
+        format=one.format,
+        sha256=one.sha256,
+        trial=record.chosen().number,
+        bytes=one.bytes,
+        expected=expected,
+        measured=measured,
+        details=one.details,
+    )
+
+
+def _relative(path: Path, out: Path) -> str:
+    inside, root = path.resolve(), out.resolve()
+    return str(inside.relative_to(root)) if inside.is_relative_to(root) else str(inside)
+
+
+def apart(expected: Scores, measured: Scores) -> list[str]:
+    """Where an artifact's figures stand further from the measured ones than rounding explains."""
+    lines = []
+    for name, score in expected.items():
+        other = measured.get(name)
+        if other is None:
+            continue
+        limit = _RATE_APART
+        if name.startswith("drift"):
+            limit = _DRIFT_APART * score.value + 1e-4
+        if abs(score.value - other.value) > limit:
+            lines.append(f"{name} was {score.value:.4g} in the search, is {other.value:.4g} now")
+    return lines

@@ -1,0 +1,393 @@
+"""The model card of an export: a README.md for the Hugging Face Hub, written from a record alone.
+
+It says what was removed, what that cost, and what was not measured. It holds no prompt text, no
+response and no local path, whatever the record holds.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from huggingface_hub import ModelCardData
+
+from excise import wording
+from excise.caveats import limitations, responsible_use
+from excise.digest import (
+    PromptSet,
+    Row,
+    artifact_of,
+    behaviour,
+    evidence,
+    front_points,
+    is_safeguard,
+    prompt_sets,
+    score_names,
+    side_by_side,
+    trial_counts,
+)
+from excise.errors import InputError
+from excise.markdown import bullets, code, fence, plain, table
+from excise.recipe import command, withheld
+from excise.record import ArtifactRecord, Record, ScoreRecord, TrialRecord
+
+_ROLES = {
+    "target": "evoke the behaviour; give the directions",
+    "contrast": "do not evoke it; give the directions",
+    "target_eval": "evoke the behaviour; score candidates",
+    "contrast_eval": "do not evoke it; score candidates",
+    "target_holdout": "evoke the behaviour; final measurement",
+    "contrast_holdout": "do not evoke it; final measurement",
+}
+
+_DETAILS = {
+    "rank": "Rank of the adapter",
+    "error": "Relative error of the adapter's weights (Frobenius norm, all modules)",
+}
+
+
+@dataclass(frozen=True)
+class _Format:
+    """How one artifact format is announced and loaded."""
+
+    relation: Literal["finetune", "adapter"]
+    library: str | None
+    words: str
+    rest: str
+    language: str
+    loading: str
+
+
+_LOAD_MODEL = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model_id = "path/or/hub-id/of/this/model"
+tokenizer = AutoTokenizer.from_pretrained(model_id)
+model = AutoModelForCausalLM.from_pretrained(model_id, dtype="auto", device_map="auto")
+"""
+_LOAD_ADAPTER = """\
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+base_id = {base}
+adapter_id = "path/or/hub-id/of/this/adapter"
+tokenizer = AutoTokenizer.from_pretrained(base_id)
+base = AutoModelForCausalLM.from_pretrained(base_id, dtype="auto", device_map="auto")
+model = PeftModel.from_pretrained(base, adapter_id)
+"""
+_GENERATE = """
+messages = [{"role": "user", "content": "Hello!"}]
+inputs = tokenizer.apply_chat_template(
+    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+).to(model.device)
+output = model.generate(**inputs, max_new_tokens=100)
+print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+"""
+
+FORMATS = {
+    "safetensors": _Format(
+        relation="finetune",
+        library="transformers",
+        words="whole model, safetensors",
+        rest="Every other tensor and file is a copy of the original's.",
+        language="python",
+        loading=_LOAD_MODEL + _GENERATE,
+    ),
+    "adapter": _Format(
+        relation="adapter",
+        library="peft",
+        words="PEFT adapter on the base model",
+        rest="The adapter holds the edit alone; it needs the base model.",
+        language="python",
+        loading=_LOAD_ADAPTER + _GENERATE,
+    ),
+    "gguf": _Format(
+        relation="finetune",
+        library=None,
+        words="whole model, GGUF",
+        rest="Every other tensor is the original's, converted to GGUF.",
+        language="sh",
+        loading="llama-cli -m FILE.gguf -cnv\n",
+    ),
+    "gguf-adapter": _Format(
+        relation="adapter",
+        library=None,
+        words="GGUF adapter on the base model",
+        rest="The adapter holds the edit alone; it needs the base model, as GGUF.",
+        language="sh",
+        loading="llama-cli -m BASE.gguf --lora ADAPTER.gguf -cnv\n",
+    ),
+}
+
+
+def model_card(
+    record: Record, *, artifact_format: str = "safetensors", trial: int | None = None
+) -> str:
+    """The README.md of an exported trial, the selected one unless `trial` names another.
+
+    Raises:
+        RunStateError: the trial does not exist, or none is selected.
+        InputError: no such artifact format.
+    """
+    if artifact_format not in FORMATS:
+        raise InputError(f"no model card for format {artifact_format!r}: {', '.join(FORMATS)}")
+    shown = record.chosen() if trial is None else record.trial(trial)
+    artifact = artifact_of(record, artifact_format, shown.number)
+    sections = [
+        _introduction(record, shown),
+        _details(record, shown, artifact_format, artifact),
+        _edit(record, shown, artifact_format),
+        _figures(record, shown),
+        _front(record, shown),
+        _export_check(artifact),
+        _list_section("Limitations", limitations(record, shown, artifact_format)),
+        _responsible_use(record),
+        _reproduction(record),
+        _loading(record, artifact_format),
+    ]
+    body = "\n\n".join(section for section in sections if section)
+    return f"---\n{_metadata(record, artifact_format)}\n---\n\n{body}\n"
+
+
+def _metadata(record: Record, artifact_format: str) -> str:
+    shape = FORMATS[artifact_format]
+    base = wording.hub_id(record.model.source)
+    tags = ["excise", "model-editing"]
+    if is_safeguard(record):
+        tags.append("abliteration")
+    if artifact_format.startswith("gguf"):
+        tags.append("gguf")
+    data = ModelCardData(
+        base_model=base,
+        base_model_relation=shape.relation if base else None,
+        license=record.model.license,
+        library_name=shape.library,
+        pipeline_tag="text-generation",
+        tags=tags,
+    )
+    return str(data.to_yaml())
+
+
+def _introduction(record: Record, trial: TrialRecord) -> str:
+    name = plain(wording.public_source(record.model.source))
+    prompts = evidence(record, trial)
+    unseen = "that the search never saw" if prompts.name == "holdout" else "used by the search"
+    effect = wording.assess(prompts.after, prompts.before)
+    return (
+        f"# {plain(_short_name(record))}, edited: {plain(behaviour(record))}\n\n"
+        f"This model is {name} with one behaviour, **{plain(behaviour(record))}**, edited out: "
+        "that behaviour was removed on purpose, by changing weights directly and without further "
+        f"training. On prompts {unseen}, the edit {effect}{_headline(prompts)}. It was "
+        f"found and measured with Excise{_version(record)}."
+    )
+
+
+def _headline(prompts: PromptSet) -> str:
+    """The two figures that matter most, as the end of a sentence."""
+    parts = []
+    before, after = prompts.before.get("behaviour_rate"), prompts.after.get("behaviour_rate")
+    if before is not None and after is not None:
+        parts.append(
+            f"the behaviour rate went from {wording.measured('behaviour_rate', before)} to "
+            f"{wording.measured('behaviour_rate', after)}"
+        )
+    if "drift" in prompts.after:
+        parts.append(f"drift is {wording.with_unit('drift', prompts.after['drift'])}")
+    return f": {', and '.join(parts)}" if parts else ""
+
+
+def _short_name(record: Record) -> str:
+    return wording.public_source(record.model.source).rpartition("/")[2]
+
+
+def _version(record: Record) -> str:
+    return f" {plain(record.versions['excise'])}" if "excise" in record.versions else ""
+
+
+def _details(
+    record: Record, trial: TrialRecord, artifact_format: str, artifact: ArtifactRecord | None
+) -> str:
+    model = record.model
+    rows = [
+        ("Base model", code(wording.public_source(model.source)) + _whereabouts(model.source)),
+        ("Base revision", code(model.revision or "")),
+        ("Licence of the base", plain(model.license or "not stated in the base model's files")),
+        ("Architecture", f"{code(model.model_type)}, {model.layers} layers of width {model.width}"),
+        ("Parameters", wording.large(model.parameters)),
+        ("Measured in", f"{code(model.dtype)} on {plain(model.device)}"),
+        ("Edited behaviour", plain(behaviour(record))),
+        ("Method", plain(record.method)),
+        ("Trial", f"{trial.number} of {len(record.trials)} ({_counts(record)})"),
+        ("Chosen by", plain(record.selection) if trial.number == record.selected else "hand"),
+        ("Format", FORMATS[artifact_format].words),
+    ]
+    if artifact is not None:
+        rows.append(("Size of the weights", wording.size(artifact.bytes)))
+        rows.append(("SHA-256 of the weights", code(artifact.sha256)))
+    return "## Model details\n\n" + table(("", ""), [row for row in rows if row[1]])
+
+
+def _whereabouts(source: str) -> str:
+    return "" if wording.hub_id(source) else " (a local folder)"
+
+
+def _counts(record: Record) -> str:
+    return ", ".join(f"{count} {word}" for word, count in trial_counts(record).items())
+
+
+def _edit(record: Record, trial: TrialRecord, artifact_format: str) -> str:
+    parts = ["## What was edited"]
+    if record.coverage.edited:
+        parts.append("Edited:\n\n" + bullets(map(plain, record.coverage.edited)))
+    if record.coverage.not_edited:
+        parts.append("Not edited:\n\n" + bullets(map(plain, record.coverage.not_edited)))
+    parts.append(FORMATS[artifact_format].rest)
+    if trial.params:
+        rows = [(code(key), code(_parameter(value))) for key, value in trial.params.items()]
+        parts.append("### Parameters\n\n" + table(("Parameter", "Value"), rows))
+    return "\n\n".join(parts)
+
+
+def _parameter(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _figures(record: Record, trial: TrialRecord) -> str:
+    """Before and after, the holdout beside the search prompts where there is one."""
+    sets = prompt_sets(record, trial)
+    rows = side_by_side(record, sets)
+    head = ["Score", *(f"{s.name}: {c}" for s in sets for c in ("original", "edited", "n"))]
+    cells = [[_row_label(row), *_row_cells(row)] for row in rows]
+    return "\n\n".join(
+        [
+            "## Figures",
+            "In brackets: 95 % intervals. *Search* prompts chose the edit; *holdout* prompts were "
+            "measured once, after it was chosen."
+            if len(sets) > 1
+            else "In brackets: 95 % intervals. These prompts also chose the edit.",
+            table(head, cells, "l" + "rrr" * len(sets)),
+            _legend(row.name for row in rows if row.group is None),
+        ]
+    )
+
+
+def _row_label(row: Row) -> str:
+    label = plain(wording.heading(row.name))
+    return label if row.group is None else f"{label}, group {code(row.group)}"
+
+
+def _row_cells(row: Row) -> list[str]:
+    return [
+        cell
+        for pair in row.cells.values()
+        for cell in (
+            wording.measured(row.name, pair.before),
+            wording.measured(row.name, pair.after),
+            wording.sample(row.name, pair.after or pair.before),
+        )
+    ]
+
+
+def _legend(names: Iterable[str]) -> str:
+    return bullets(
+        f"**{plain(wording.title(name))}**: {plain(wording.meaning(name))}."
+        for name in names
+        if wording.meaning(name)
+    )
+
+
+def _front(record: Record, trial: TrialRecord) -> str:
+    points = front_points(record, trial.number)
+    if not points:
+        return ""
+    names = score_names(record.objectives, *(point.trial.scores for point in points))
+    rows = [
+        [
+            f"**{point.trial.number}** (this model)" if point.chosen else str(point.trial.number),
+            *(wording.measured(name, point.trial.scores.get(name)) for name in names),
+            plain(point.words),
+        ]
+        for point in points
+    ]
+    head = ["Trial", *(plain(wording.heading(name)) for name in names), "In words"]
+    return "\n\n".join(
+        [
+            "## Other trade-offs that the search found",
+            "Trials that no other trial beats on every objective, measured on the search prompts, "
+            "from the gentlest to the strongest.",
+            table(head, rows, "l" + "r" * len(names) + "l"),
+            plain(wording.thresholds()),
+        ]
+    )
+
+
+def _export_check(artifact: ArtifactRecord | None) -> str:
+    if artifact is None or not artifact.measured:
+        return ""
+    names = score_names((), artifact.expected, artifact.measured)
+    rows = [_export_row(n, artifact.expected.get(n), artifact.measured.get(n)) for n in names]
+    parts = [
+        "## Export check",
+        "The exported files were loaded again and measured on the search prompts, beside what the "
+        "search measured before the export.",
+        table(("Score", "Expected", "Measured on these files", "Difference"), rows, "lrrr"),
+    ]
+    details = [
+        f"{plain(_DETAILS.get(key, key))}: {code(_parameter(value))}"
+        for key, value in artifact.details.items()
+        if isinstance(value, str | int | float)
+    ]
+    return "\n\n".join([*parts, bullets(details)] if details else parts)
+
+
+def _export_row(
+    name: str, expected: ScoreRecord | None, measured: ScoreRecord | None
+) -> tuple[str, ...]:
+    difference = wording.MISSING
+    if expected is not None and measured is not None:
+        difference = wording.number(name, measured.value - expected.value).replace(" %", " points")
+    return (
+        plain(wording.heading(name)),
+        wording.measured(name, expected),
+        wording.measured(name, measured),
+        difference,
+    )
+
+
+def _list_section(heading: str, lines: list[str]) -> str:
+    return f"## {heading}\n\n" + bullets(map(plain, lines))
+
+
+def _responsible_use(record: Record) -> str:
+    return "\n\n".join(["## Responsible use", *map(plain, responsible_use(record))])
+
+
+def _reproduction(record: Record) -> str:
+    parts = ["## How to reproduce", fence(command(record), "sh")]
+    hidden = withheld(record)
+    if hidden:
+        keys = ", ".join(map(code, hidden))
+        parts.append(f"The run also set {keys}, whose text this card does not show.")
+    if record.prompts:
+        rows = [
+            (role, _ROLES.get(role, ""), code(wording.public_source(p.source)), f"{p.n:,}",
+             code(p.sha256))
+            for role, p in record.prompts.items()
+        ]  # fmt: skip
+        head = ("Prompt set", "Its prompts", "Source", "n", "SHA-256")
+        parts.append(table(head, [(code(r), *rest) for r, *rest in rows]))
+    if record.versions:
+        versions = [(plain(name), code(value)) for name, value in record.versions.items()]
+        parts.append(table(("Software", "Version"), versions))
+    parts.append(f"Seed {record.seed}. SHA-256 of the base model's configuration: "
+                 f"{code(record.model.config_sha256)}.")  # fmt: skip
+    return "\n\n".join(parts)
+
+
+def _loading(record: Record, artifact_format: str) -> str:
+    shape = FORMATS[artifact_format]
+    base = wording.public_source(record.model.source)
+    text = shape.loading.replace("{base}", json.dumps(base))
+    return "## How to load it\n\n" + fence(text.rstrip(), shape.language)

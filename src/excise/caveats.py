@@ -1,0 +1,160 @@
+"""What a record does not show, and what its edit asks of whoever uses it, as plain sentences.
+
+Pure: every sentence follows from what the record holds or lacks. The card prints all of them.
+"""
+
+from __future__ import annotations
+
+from excise.digest import (
+    PromptSet,
+    artifact_of,
+    behaviour,
+    evidence,
+    is_safeguard,
+    score_names,
+    setting,
+    trial_counts,
+)
+from excise.record import Record, ScoreRecord, TrialRecord
+from excise.wording import count, measured, number, sample, title
+
+
+def limitations(record: Record, trial: TrialRecord, artifact_format: str) -> list[str]:
+    """What was not measured, and how far what was measured can be trusted."""
+    prompts = evidence(record, trial)
+    return [
+        *_optimism(record, prompts),
+        *_precision(record, prompts),
+        *_counting(record, prompts),
+        *_first_token(prompts),
+        *_export(record, trial, artifact_format),
+        *_coverage(record),
+        *_unmeasured(prompts),
+    ]
+
+
+def _optimism(record: Record, prompts: PromptSet) -> list[str]:
+    tried = len(record.trials) - trial_counts(record).get("failed", 0)
+    best = (
+        f"The search figures are optimistic: this edit was chosen from {count(tried, 'trial')} on "
+        "the very prompts that they were measured on."
+    )
+    if prompts.name == "holdout":
+        return [f"{best} The holdout figures do not have that flaw: quote those."]
+    return [f"{best} There is no measurement of it on prompts that the search did not see."]
+
+
+def _precision(record: Record, prompts: PromptSet) -> list[str]:
+    found = [
+        f"{title(name).lower()} {measured(name, score)} from {sample(name, score)}"
+        + _width(name, score)
+        for name in record.objectives
+        if (score := prompts.after.get(name)) is not None
+    ]
+    if not found:
+        return []
+    return [
+        f"Samples are small. On the {prompts.name} prompts: {'; '.join(found)}. The intervals are "
+        "95 %, treat each prompt as an independent draw, and say nothing about other kinds of "
+        "prompts."
+    ]
+
+
+def _width(name: str, score: ScoreRecord) -> str:
+    if score.interval is None:
+        return ", without an interval"
+    low, high = score.interval
+    width = number(name, high - low).replace(" %", " points")
+    return f", an interval {width} wide"
+
+
+def _counting(record: Record, prompts: PromptSet) -> list[str]:
+    lines = []
+    if "behaviour_rate" in prompts.after:
+        limit = setting(record, "scores", "max_new_tokens")
+        cut = f", cut after {limit} tokens" if limit is not None else ""
+        lines.append(
+            "The behaviour was detected by marker phrases in greedy responses"
+            f"{cut}: phrases miscount both ways, and sampled responses may differ."
+        )
+    if "false_rate" not in prompts.after:
+        lines.append(
+            "Whether prompts that were answered plainly before now show the behaviour was not "
+            "measured."
+        )
+    if not {"restored", "kept"} & prompts.after.keys():
+        lines.append("Whether the answers are true was not measured.")
+    return lines
+
+
+def _first_token(prompts: PromptSet) -> list[str]:
+    if "drift_first" not in prompts.after:
+        return []
+    return [
+        "Drift at the first token is given only for comparison with published figures. It can be "
+        "near zero for an edit that damages the rest of the response; judge by drift over whole "
+        "responses."
+    ]
+
+
+def _export(record: Record, trial: TrialRecord, artifact_format: str) -> list[str]:
+    artifact = artifact_of(record, artifact_format, trial.number)
+    lines = []
+    if artifact is None or not artifact.measured:
+        lines.append(
+            "The exported files were not loaded and measured again in this record: the figures are "
+            "those of the search's own engine."
+        )
+    if artifact is not None and "error" in artifact.details:
+        lines.append(
+            "An adapter of low rank carries the edit only nearly; the export check says how nearly."
+        )
+    if artifact is not None and artifact.details.get("not_carried"):
+        names = ", ".join(map(str, artifact.details["not_carried"]))
+        lines.append(f"Parts of the edit that this format cannot carry, biases of: {names}.")
+    return lines
+
+
+def _coverage(record: Record) -> list[str]:
+    other = "; ".join(record.coverage.not_edited)
+    if not other:
+        return []
+    return [f"What also writes to the residual stream and was not edited: {other}."]
+
+
+def _unmeasured(prompts: PromptSet) -> list[str]:
+    names = "; ".join(
+        title(name).lower() for name in score_names((), prompts.before, prompts.after)
+    )
+    return [
+        f"These were measured, and nothing else: {names}. Not measured: general benchmarks "
+        "(knowledge, reasoning, code), languages other than those of the prompts, conversations "
+        "of several turns, long contexts, tool use, quantised forms of the weights, and prompts "
+        "of kinds that the prompt sets do not hold."
+    ]
+
+
+def responsible_use(record: Record) -> list[str]:
+    """Paragraphs for whoever deploys the model; firmer where the behaviour was a safeguard."""
+    what = behaviour(record)
+    lines = [
+        f"A behaviour of the original model, {what}, was removed on purpose. Measure this model on "
+        "prompts of your own before you deploy it: the figures above hold for the prompts that "
+        "they were measured on."
+    ]
+    if is_safeguard(record):
+        lines += [
+            "The removed behaviour reads like one of the original model's safeguards. This model "
+            "will answer requests that the original declines, and that includes requests for "
+            "harmful, illegal or dangerous content. It has no judgement of its own in place of "
+            "what was removed, and evaluations of the original model's safety do not carry over "
+            "to it.",
+            "Do not put it before the public, or before people who have not agreed to it, without "
+            "safeguards of your own: input and output filtering, monitoring, human review, and "
+            "limits on who can use it. What it produces, and what is done with it, is the "
+            "responsibility of whoever runs it.",
+        ]
+    lines.append(
+        "The original model's licence and use policy apply to this model as they do to it."
+    )
+    return lines

@@ -1,0 +1,218 @@
+"""Write a chosen edit as a model that others can load: a whole checkpoint, or a PEFT adapter.
+
+Nothing is measured here: whether the written model is the measured one is for the caller to find
+out by loading it again.
+
+Shapes: O and I a writer's out and in features, R the adapter's rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from excise.anatomy import Writer
+from excise.edits import Edit
+from excise.errors import ExportError, StorageError
+from excise.events import Notice, OnEvent, ignore, track
+from excise.merging import add_files, check_destination, merge_checkpoint, sha256_of, staged
+
+# Up to this many rows or columns the exact decomposition takes well under a second.
+_EXACT_SVD = 512
+# The randomised one: columns beyond the rank, and power iterations. Row scales leave a slowly
+# falling tail of singular values, which is what these are for.
+_OVERSAMPLE = 16
+_POWER_PASSES = 4
+# A bias that moves by less than this share of its largest value has moved by rounding only.
+_ROUNDING = 1e-6
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written. `details` are JSON-ready; `sha256` is `sha256_of` the folder.
+
+    `details` of "safetensors": `tensors`, the names of the edited tensors; `left_out`, files that
+    were not copied; `unindexed`, weight files outside the checkpoint, copied unedited.
+    `details` of "adapter": `rank`; `error`, the relative Frobenius error over all modules;
+    `errors`, the same by module; `not_carried`, modules whose edit also changes a bias.
+    """
+
+    path: Path
+    format: str
+    sha256: str
+    bytes: int
+    details: dict[str, Any]
+
+
+def export_safetensors(
+    source: Path,
+    destination: Path,
+    edits: Mapping[str, Edit],
+    writers: Sequence[Writer],
+    on_event: OnEvent = ignore,
+    extra_files: Mapping[str, str] | None = None,
+) -> Exported:
+    """The source checkpoint with the edits folded in; everything else is copied byte for byte.
+
+    Args and Raises: as `merging.merge_checkpoint`.
+    """
+    merge = merge_checkpoint(source, destination, edits, writers, on_event, extra_files)
+    details = {
+        "tensors": list(merge.tensors),
+        "left_out": list(merge.left_out),
+        "unindexed": list(merge.unindexed),
+    }
+    return Exported(destination, "safetensors", sha256_of(destination), merge.bytes, details)
+
+
+def export_adapter(
+    base: str,
+    destination: Path,
+    edits: Mapping[str, Edit],
+    writers: Sequence[Writer],
+    *,
+    rank: int,
+    revision: str | None = None,
+    on_event: OnEvent = ignore,
+    extra_files: Mapping[str, str] | None = None,
+) -> Exported:
+    """A PEFT LoRA that adds the best rank-R approximation of W' - W to each edited matrix.
+
+    An edit that keeps row norms scales every row of W by its own factor, so its difference has full
+    rank, and a low rank carries it only nearly: `details` say how nearly.
+
+    Args:
+        base: folder or Hub id of the model that the adapter is for, and its `revision`.
+        destination: a new or empty folder; it is seen when all of it is there.
+        edits: writer name -> edit.
+        writers: the loaded model's writers, holding their original values.
+        rank: R, the same for every module.
+        on_event: told of each module.
+        extra_files: name -> text of files to add.
+
+    Raises:
+        OutputError: `destination` holds something, or no folder can be made there.
+        ExportError: there is nothing to edit, or a writer's values are not in memory.
+        StorageError: the disk is full or a write failed; nothing is left behind.
+    """
+    check_destination(destination)
+    if not edits:
+        raise ExportError("this candidate edits nothing, and an adapter needs something to adapt")
+    chosen = [writer for writer in writers if writer.name in edits]
+    assert len(chosen) == len(edits), "an edit of a writer that this model does not have"
+    tensors: dict[str, Tensor] = {}
+    squares: dict[str, tuple[float, float]] = {}  # module -> |error|^2, |difference|^2
+    for writer in track(chosen, "export", len(chosen), on_event):
+        delta = weight_difference(writer, edits[writer.name])
+        b, a = low_rank(delta, rank)
+        squares[writer.name] = (_square(delta - b @ a), _square(delta))
+        tensors[f"base_model.model.{writer.name}.lora_A.weight"] = a.cpu().contiguous()
+        tensors[f"base_model.model.{writer.name}.lora_B.weight"] = b.cpu().contiguous()
+    not_carried = [writer.name for writer in chosen if _moves_bias(writer, edits[writer.name])]
+    if not_carried:
+        on_event(Notice(f"the adapter does not carry the bias edits of {', '.join(not_carried)}"))
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    with staged(destination, size) as folder:
+        _save(folder, tensors, _lora_config(base, revision, rank, list(squares)))
+        add_files(folder, extra_files or {})
+    errors = {name: _relative([pair]) for name, pair in squares.items()}
+    details = {
+        "rank": rank,
+        "error": _relative(list(squares.values())),
+        "errors": errors,
+        "not_carried": not_carried,
+    }
+    size = sum(path.stat().st_size for path in destination.iterdir())
+    return Exported(destination, "adapter", sha256_of(destination), size, details)
+
+
+def weight_difference(writer: Writer, edit: Edit) -> Tensor:
+    """W' - W (O, I) in float32, without the cancellation of subtracting the two.
+
+    Raises:
+        ExportError: the weight is offloaded.
+    """
+    if writer.module.weight.is_meta:
+        raise ExportError(f"{writer.name} is offloaded: an adapter is made from values in memory")
+    w = writer.module.weight.detach().float()
+    left, right = edit.left.to(w), edit.right.to(w)
+    if edit.scale is None:
+        return -(left @ right)
+    scale = edit.scale.to(w)[:, None]
+    return torch.addcmul(-((scale * left) @ right), scale - 1.0, w)
+
+
+def low_rank(delta: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """B (O, R) and A (R, I) whose product is nearest to `delta` (O, I), with equal norms.
+
+    A matrix with fewer than R singular values gets columns and rows of zeros.
+    """
+    smallest = min(delta.shape)
+    if smallest <= _EXACT_SVD:
+        u, s, vt = torch.linalg.svd(delta.double(), full_matrices=False)
+    else:
+        # The random start is drawn apart: the result is a function of the edit, and nobody else's
+        # random numbers change.
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            torch.manual_seed(0)
+            q = min(rank + _OVERSAMPLE, smallest)
+            u, s, v = torch.svd_lowrank(delta, q=q, niter=_POWER_PASSES)
+        vt = v.mT
+    kept = min(rank, smallest)
+    root = s[:kept].sqrt()
+    b, a = delta.new_zeros(delta.shape[0], rank), delta.new_zeros(rank, delta.shape[1])
+    b[:, :kept] = u[:, :kept] * root
+    a[:kept] = root[:, None] * vt[:kept]
+    return b, a
+
+
+def _moves_bias(writer: Writer, edit: Edit) -> bool:
+    bias = writer.module.bias
+    if bias is None:
+        return edit.shift is not None and bool(edit.shift.any())
+    before = bias.detach().float()
+    change = edit.apply_to_bias(before) - before
+    return bool(change.abs().max() > _ROUNDING * before.abs().max())
+
+
+def _lora_config(base: str, revision: str | None, rank: int, modules: list[str]) -> Any:
+    from peft import LoraConfig
+
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base,
+        revision=revision,
+        inference_mode=True,
+        r=rank,
+        lora_alpha=rank,  # a scale of one
+        lora_dropout=0.0,
+        bias="none",
+    )
+    config.target_modules = modules  # whole paths; set here because the constructor makes a set
+    return config
+
+
+def _save(folder: Path, tensors: dict[str, Tensor], config: Any) -> None:
+    try:
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise StorageError(f"cannot write the adapter's weights: {error}") from error
+    config.save_pretrained(str(folder))
+
+
+def _square(x: Tensor) -> float:
+    return float(x.double().square().sum())
+
+
+def _relative(squares: list[tuple[float, float]]) -> float:
+    """The relative error of these parts together; no change at all is carried exactly."""
+    error, size = (sum(part) for part in zip(*squares, strict=True))
+    return math.sqrt(error / size) if size else 0.0

@@ -1,0 +1,201 @@
+"""After the search: holdout figures, samples, the record, exports measured again, card and report."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from excise import stage
+from excise.card import model_card
+from excise.config import Config
+from excise.edits import Edit
+from excise.engine import Engine
+from excise.evidence import Responses
+from excise.loading import DEMO, Loaded, read_config
+from excise.panel import Panel
+from excise.planning import Sizing
+from excise.prompts import PromptSet, PromptSets
+from excise.record import (
+    CoverageRecord,
+    ModelRecord,
+    PromptRecord,
+    Record,
+    Sample,
+    write_text,
+)
+from excise.report import html_report
+from excise.search import Search, importance
+
+REPORT = "report.html"
+_SAMPLES = 3
+_PACKAGES = ("excise", "torch", "transformers", "optuna", "peft", "safetensors", "tokenizers")
+
+
+def final_figures(
+    engine: Engine,
+    loaded: Loaded,
+    edits: Sequence[Edit | None],
+    sets: PromptSets,
+    config: Config,
+    scoring: stage.Scoring,
+) -> dict[str, Any]:
+    """Original and chosen edit beside each other: final scorers, the holdout, and a few responses."""
+    bare: list[Edit | None] = [None] * len(edits)
+    search_sets = (sets.target_eval, sets.contrast_eval)
+    out: dict[str, Any] = {}
+    if scoring.final:
+        panel = Panel(engine, scoring.final, scoring.context(*search_sets), screen=False)
+        before, after = panel.measure([bare, edits])
+        out |= {"final_baseline": before.scores, "final": after.scores}
+    out["samples"] = _samples(engine, edits, search_sets, config)
+    holdout = (sets.target_holdout, sets.contrast_holdout)
+    if all(len(prompts) for prompts in holdout):
+        held = stage.engine_for(loaded, engine.writers, holdout, config, engine.plan)
+        scorers = scoring.every_trial + scoring.final
+        panel = Panel(held, scorers, scoring.context(*holdout), screen=False)
+        before, after = panel.measure([bare, edits])
+        out |= {"holdout_baseline": before.scores, "holdout": after.scores}
+    return out
+
+
+def _samples(
+    engine: Engine,
+    edits: Sequence[Edit | None],
+    sets: tuple[PromptSet, PromptSet],
+    config: Config,
+) -> list[Sample]:
+    """Responses before and after. A side that must not be shown is not even asked for."""
+    out = []
+    for prompts, side in zip(sets, ("target", "contrast"), strict=True):
+        if side not in config.scores.show:
+            continue
+        count = _SAMPLES if side == "target" else 1
+        bare: list[Edit | None] = [None] * len(edits)
+        request = [Responses(side)]
+        before, after = engine.measure([bare, edits], request, {side: count})
+        for number in range(min(count, len(prompts))):
+            prompt = prompts.prompts[number]
+            texts = (before.responses[side][number].text, after.responses[side][number].text)
+            out.append(
+                Sample.model_validate(
+                    {
+                        "side": side,
+                        "prompt": prompt.text,
+                        "before": texts[0],
+                        "after": texts[1],
+                        "answer": prompt.answer,
+                    }
+                )
+            )
+    return out
+
+
+def summary(
+    config: Config,
+    loaded: Loaded,
+    sets: PromptSets,
+    sizing: Sizing,
+    search: Search,
+    seconds: dict[str, float],
+) -> Record:
+    """The record of what was set up and searched; figures and choice are filled in by the caller."""
+    coverage = loaded.anatomy.coverage(config.edit.components)
+    goals = search.objectives
+    return Record.model_validate(
+        {
+            "schema": 1,
+            "behaviour": config.behaviour,
+            "description": config.description,
+            "method": config.method,
+            "model": _model_record(loaded),
+            "versions": versions(),
+            "seed": config.seed,
+            "config": config.model_dump(mode="json", exclude_none=True),
+            "prompts": {
+                s.role: PromptRecord(source=_shown(s.source), sha256=s.sha256, n=len(s))
+                for s in sets.all()
+                if len(s)
+            },
+            "objectives": [goal.name for goal in goals],
+            "goals": ["minimize" if goal.sign > 0 else "maximize" for goal in goals],
+            "baseline": {},
+            "trials": search.records(),
+            "front": [],
+            "selection": config.search.select,
+            "selected": None,
+            "coverage": CoverageRecord(
+                edited=list(coverage.edited), not_edited=list(coverage.not_edited)
+            ),
+            "engine": sizing.as_dict(),
+            "importance": importance(search.study, goals),
+            "timing": dict(seconds),
+        }
+    )
+
+
+def versions() -> dict[str, str]:
+    """What the figures were made with."""
+    return {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
+
+
+def _shown(source: str) -> str:
+    """A prompt source by its file name or id: no path of the user's machine."""
+    path = Path(source)
+    return path.name if path.is_absolute() else source
+
+
+def _model_record(loaded: Loaded) -> ModelRecord:
+    config = json.dumps(read_config(loaded.folder), sort_keys=True)
+    return ModelRecord(
+        source=public_name(loaded),
+        revision=loaded.revision or commit(loaded.folder),
+        model_type=loaded.anatomy.model_type,
+        dtype=str(loaded.dtype).removeprefix("torch."),
+        device=loaded.device.type,
+        layers=len(loaded.anatomy.layers),
+        width=loaded.anatomy.width,
+        parameters=sum(p.numel() for p in loaded.model.parameters()),
+        config_sha256=hashlib.sha256(config.encode()).hexdigest(),
+        license=_license(loaded.folder),
+    )
+
+
+def public_name(loaded: Loaded) -> str:
+    """The source as a record names it: a Hub id as it is, a folder in full, so neither is mistaken."""
+    if loaded.source == DEMO or not loaded.is_local:
+        return loaded.source
+    return str(loaded.folder)
+
+
+def commit(folder: Path) -> str | None:
+    """The Hub commit of a downloaded snapshot: the name that its folder has in the cache."""
+    return folder.name if folder.parent.name == "snapshots" else None
+
+
+def _license(folder: Path) -> str | None:
+    """The licence that the source's own card states."""
+    from huggingface_hub import ModelCard
+
+    card = folder / "README.md"
+    if not card.is_file():
+        return None
+    try:
+        name = ModelCard.load(card).data.license
+    except (ValueError, OSError, TypeError):  # a card without valid metadata states none
+        return None
+    return None if name is None else str(name)
+
+
+def write_pages(out: Path, record: Record) -> None:
+    """The report beside the record, and a card in every artifact's folder."""
+    write_text(out / REPORT, html_report(record))
+    for artifact in record.artifacts:
+        folder = out / artifact.path
+        if folder.is_dir():
+            card = model_card(record, artifact_format=artifact.format, trial=artifact.trial)
+            write_text(folder / "README.md", card)

@@ -1,0 +1,125 @@
+"""Pareto fronts and choices on them: pure, and aware of which way each objective is better."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from excise.errors import ConfigError
+
+_LIMIT = re.compile(r"\s*([a-z_][\w.]*)\s*<=\s*([0-9.eE+-]+)\s*$")
+_SHORT = {"rate": "behaviour_rate"}
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Its name, which way is better (`sign` +1 minimise, -1 maximise), and its weight in the knee."""
+
+    name: str
+    sign: int = 1
+    worth: float | None = None
+
+
+@dataclass(frozen=True)
+class Point:
+    """A trial as a point: its number and one value per objective, in their order."""
+
+    number: int
+    values: tuple[float, ...]
+
+
+def beats(a: Point, b: Point, objectives: Sequence[Objective]) -> bool:
+    """Whether `a` is nowhere worse than `b` and somewhere better."""
+    differences = [
+        o.sign * (y - x) for o, x, y in zip(objectives, a.values, b.values, strict=True)
+    ]
+    return min(differences) >= 0 and max(differences) > 0
+
+
+def pareto(points: Sequence[Point], objectives: Sequence[Objective]) -> list[Point]:
+    """The points that no other beats, best first by the first objective; of equal ones the earliest."""
+    kept: list[Point] = []
+    seen: set[tuple[float, ...]] = set()
+    for point in sorted(points, key=lambda p: p.number):
+        if point.values in seen or any(beats(other, point, objectives) for other in points):
+            continue
+        seen.add(point.values)
+        kept.append(point)
+    signs = [o.sign for o in objectives]
+    return sorted(kept, key=lambda p: [s * v for s, v in zip(signs, p.values, strict=True)])
+
+
+def hopeless(values: dict[str, float], best: dict[str, float], points: Sequence[Point],
+             objectives: Sequence[Objective]) -> bool:
+    """Whether a candidate is beaten whatever its unknown values turn out to be.
+
+    `values` are the objectives known so far; `best` the best possible values of the others.
+    """
+    if any(o.name not in values and o.name not in best for o in objectives):
+        return False
+    hoped = Point(-1, tuple(values.get(o.name, best.get(o.name, 0.0)) for o in objectives))
+    return any(beats(point, hoped, objectives) for point in points)
+
+
+def choose(rule: str, front: Sequence[Point], objectives: Sequence[Objective]) -> Point | None:
+    """The point that `rule` picks: `knee`, or the best under a limit (`drift<=X`, `rate<=X`).
+
+    Under a limit on one objective the best of the others wins; None when no point keeps the limit.
+
+    Raises:
+        ConfigError: the rule does not parse or names no objective.
+    """
+    if not front:
+        return None
+    if rule == "knee":
+        return knee(front, objectives)
+    match = _LIMIT.match(rule)
+    names = [o.name for o in objectives]
+    if match is None:
+        raise ConfigError(f"cannot select by {rule!r}: use knee, drift<=X or rate<=X")
+    name = _SHORT.get(match[1], match[1])
+    if name not in names:
+        raise ConfigError(f"cannot select by {match[1]!r}: the objectives are {', '.join(names)}")
+    try:
+        limit = float(match[2])
+    except ValueError:
+        raise ConfigError(f"cannot select by {rule!r}: {match[2]!r} is not a number") from None
+    at = names.index(name)
+    kept = [p for p in front if p.values[at] <= limit]
+    others = [i for i in range(len(names)) if i != at]
+    return min(
+        kept,
+        key=lambda p: ([objectives[i].sign * p.values[i] for i in others], p.values[at], p.number),
+        default=None,
+    )
+
+
+def knee(front: Sequence[Point], objectives: Sequence[Objective]) -> Point:
+    """Where the front stops paying: least sum of the objectives, each divided by its worth.
+
+    Worth says how much of an objective weighs as much as a whole unit of behaviour rate (drift: 0.5
+    nats per token), so a front of harmless edits is not cut in the middle for being long. An
+    objective without a worth is divided by its range over the front.
+    """
+    scales = []
+    for i, objective in enumerate(objectives):
+        spread = max(p.values[i] for p in front) - min(p.values[i] for p in front)
+        scales.append(objective.worth or spread or 1.0)
+
+    def cost(point: Point) -> tuple[float, int]:
+        weighed = zip(objectives, point.values, scales, strict=True)
+        return sum(o.sign * value / scale for o, value, scale in weighed), point.number
+
+    return min(front, key=cost)
+
+
+def hypervolume(front: Sequence[tuple[float, float]], reference: tuple[float, float]) -> float:
+    """Area that a two-objective front (both minimised) covers up to `reference`."""
+    area, right = 0.0, reference[0]
+    for x, y in sorted(front, reverse=True):
+        if x < right and y < reference[1]:
+            # Going left, each point owns the strip up to its right neighbour.
+            area += (right - x) * (reference[1] - y)
+            right = x
+    return area

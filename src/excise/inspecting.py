@@ -1,0 +1,71 @@
+"""What a model is made of: layers, writers, and what an edit would leave alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from excise.config import EditSection, ModelSection
+from excise.loading import load
+
+
+def inspect_model(source: str) -> dict[str, Any]:
+    """Layers, writers and coverage of a model, as plain data.
+
+    Raises:
+        ModelError: it cannot be loaded, or its architecture is unknown.
+    """
+    loaded = load(ModelSection(source=source))
+    anatomy = loaded.anatomy
+    defaults = EditSection().components
+    coverage = anatomy.coverage(tuple(c for c in defaults if c in anatomy.components))
+    return {
+        "model": source,
+        "model_type": anatomy.model_type,
+        "layers": len(anatomy.layers),
+        "width": anatomy.width,
+        "parameters": sum(p.numel() for p in loaded.model.parameters()),
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "writers": [
+            {
+                "component": w.component,
+                "layer": w.layer,
+                "module": w.name,
+                "shape": list(w.module.weight.shape),
+                "bias": w.module.bias is not None,
+                "post_norm": w.gain is not None,
+            }
+            for w in anatomy.writers
+        ],
+        "edited": list(coverage.edited),
+        "not_edited": list(coverage.not_edited),
+    }
+
+
+def inspection_table(found: dict[str, Any]) -> Any:
+    """The same for people: one row per component and shape."""
+    head = Text(
+        f"{found['model']}: {found['model_type']}, {found['layers']} layers, "
+        f"width {found['width']}, {found['parameters'] / 1e6:,.1f} M parameters"
+    )
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in ("component", "matrices", "shape", "bias", "post-norm"):
+        table.add_column(name, justify="right" if name == "matrices" else "left")
+    rows: dict[tuple[Any, ...], int] = {}
+    for w in found["writers"]:
+        key = (w["component"], tuple(w["shape"]), w["bias"], w["post_norm"])
+        rows[key] = rows.get(key, 0) + 1
+    for (component, shape, bias, norm), count in rows.items():
+        table.add_row(
+            component,
+            str(count),
+            " x ".join(map(str, shape)),
+            "yes" if bias else "no",
+            "yes" if norm else "no",
+        )
+    notes = [Text(f"edited      {line}") for line in found["edited"]]
+    notes += [Text(f"not edited  {line}", style="dim") for line in found["not_edited"]]
+    return Group(head, Text(), table, Text(), *notes)

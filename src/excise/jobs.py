@@ -1,0 +1,146 @@
+"""Jobs on what a run left behind, and on models that others edited: export and evaluate."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+from excise import journal, stage
+from excise.artifacts import Checker, export
+from excise.config import Config, validate
+from excise.errors import ConfigError, OutputError, RunStateError
+from excise.events import OnEvent, PhaseStarted, ignore
+from excise.finish import write_pages
+from excise.front import Point, choose
+from excise.loading import load
+from excise.panel import Panel
+from excise.planning import from_dict, size
+from excise.prompts import PromptSet, load_prompt_sets
+from excise.record import ArtifactRecord, Record, Scores, read_record, write_record
+from excise.search import points
+from excise.space import from_params
+
+
+def export_run(
+    folder: Path,
+    to: Path,
+    *,
+    format_name: str = "safetensors",
+    trial: int | None = None,
+    select: str | None = None,
+    rank: int | None = None,
+    on_event: OnEvent = ignore,
+) -> ArtifactRecord:
+    """Write one trial of a finished run in `to`, measured again; the run's record is added to.
+
+    Args:
+        folder: the run.
+        to: a folder that does not exist yet.
+        format_name: "safetensors" or "adapter".
+        trial: which trial; by default the selected one.
+        select: a rule instead of a number: knee, drift<=X, rate<=X.
+        rank: of an adapter.
+        on_event: told of progress.
+
+    Raises:
+        RunStateError: no such run or trial, or its model or prompts have changed.
+        OutputError: `to` exists.
+    """
+    record = read_record(folder)
+    if to.exists():
+        raise OutputError(f"{to} exists: give --to a new folder")
+    config = _config_of(folder)
+    if rank is not None:
+        fields = {"adapter_rank": rank}
+        config = config.model_copy(update={"export": config.export.model_copy(update=fields)})
+    number = trial if trial is not None else _selected(record, select)
+    view = record.model_copy(update={"selected": record.trial(number).number})
+    with journal.hold(folder):
+        on_event(PhaseStarted("load"))
+        sets, loaded = load_prompt_sets(config.prompts), load(config.model)
+        _check_unchanged(record, sets.all())
+        known = stage.read_directions(folder / "directions.safetensors")
+        if known is None:
+            raise RunStateError(f"{folder} has no readable directions.safetensors")
+        method = stage.method_for(loaded, known[0], config)
+        scoring = stage.scoring(config)
+        sizing = from_dict(record.engine)
+        both = (sets.target_eval, sets.contrast_eval)
+        engine = stage.engine_for(loaded, method.writers, both, config, sizing.plan)
+        edits = method.edits(from_params(view.chosen().params))
+        checker = Checker(engine, scoring, scoring.context(*both), config)
+        place = [(format_name, to)]
+        view = export(view, loaded, method.writers, edits, checker, place, folder, on_event)
+        write_record(folder, view.model_copy(update={"selected": record.selected}))
+        write_pages(folder, view)
+    return view.artifacts[-1]
+
+
+def evaluate(
+    config: Config, edited: str, on_event: OnEvent = ignore
+) -> list[tuple[str, Scores, Scores]]:
+    """Measure any edited model against its base: (prompt set, base's scores, edited's scores).
+
+    Drift is against the base's own responses; the two models are never in memory at once.
+
+    Raises:
+        ModelError: one of them cannot be loaded. ConfigError: their tokens are not the same.
+    """
+    scoring, sets = stage.scoring(config), load_prompt_sets(config.prompts)
+    scorers = scoring.every_trial + scoring.final
+    on_event(PhaseStarted("load"))
+    base = load(config.model)
+    parts = [("search", (sets.target_eval, sets.contrast_eval))]
+    if len(sets.target_holdout) and len(sets.contrast_holdout):
+        parts.append(("holdout", (sets.target_holdout, sets.contrast_holdout)))
+    plan = size(base, config, 256, max(len(s) for s in sets.all())).plan
+    engines, before = {}, {}
+    on_event(PhaseStarted("baseline"))
+    for where, both in parts:
+        engine = stage.engine_for(base, (), both, config, plan)
+        panel = Panel(engine, scorers, scoring.context(*both), screen=False)
+        before[where] = panel.measure([[]])[0].scores
+        engines[where] = engine
+    references = {where: engine.as_reference() for where, engine in engines.items()}
+    width, vocabulary = base.anatomy.width, base.model.config.vocab_size
+    section = config.model.model_copy(update={"source": edited, "revision": None})
+    on_event(PhaseStarted("measure safetensors"))
+    other = load(section)
+    if (other.anatomy.width, other.model.config.vocab_size) != (width, vocabulary):
+        raise ConfigError(f"{edited} is not an edit of {config.model.source}: other shapes")
+    rows = []
+    for where, both in parts:
+        engine = stage.engine_for(other, (), both, config, plan, references[where])
+        if engine.prompts != engines[where].prompts:
+            raise ConfigError(f"{edited} turns the prompts into other tokens than its base")
+        panel = Panel(engine, scorers, scoring.context(*both), screen=False)
+        rows.append((where, before[where], panel.measure([[]])[0].scores))
+    return rows
+
+
+def _config_of(folder: Path) -> Config:
+    try:
+        return validate(tomllib.loads((folder / "config.toml").read_text(encoding="utf-8")))
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RunStateError(f"{folder / 'config.toml'} cannot be read: {error}") from None
+
+
+def _selected(record: Record, rule: str | None) -> int:
+    if rule is None:
+        return record.chosen().number
+    goals = stage.objectives_of(record)
+    front = [p for p in points(record.trials, goals) if p.number in record.front]
+    chosen: Point | None = choose(rule, front, goals)
+    if chosen is None:
+        raise RunStateError(f"no trial on the front keeps {rule!r}: see `excise front`")
+    return chosen.number
+
+
+def _check_unchanged(record: Record, sets: tuple[PromptSet, ...]) -> None:
+    for prompts in sets:
+        known = record.prompts.get(prompts.role)
+        if known is not None and known.sha256 != prompts.sha256:
+            raise RunStateError(
+                f"the {prompts.role} prompts ({prompts.source}) have changed since the run: "
+                "its figures would not be comparable"
+            )

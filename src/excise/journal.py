@@ -1,0 +1,137 @@
+"""The study on disk: an Optuna journal that survives kill -9 and power loss.
+
+One process at a time holds a run folder (an operating-system lock that dies with it), so the
+journal needs no lock file of its own, and a stale one can never block a resume.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import optuna
+from filelock import FileLock, Timeout
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal._file import BaseJournalFileLock
+
+from excise.errors import RunStateError, StorageError
+
+FILE = "study.journal"
+STUDY = "excise"
+_LOCK = ".lock"
+_STUB_BYTES = 4096  # a journal that was stopped while it was made is shorter
+
+
+@contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """Hold a run folder for this process.
+
+    Raises:
+        RunStateError: another process works on it.
+    """
+    lock = FileLock(folder / _LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise RunStateError(f"{folder} is in use by another process: wait for it or stop it") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+class _HeldAlready(BaseJournalFileLock):
+    """The run folder's own lock already keeps other processes out."""
+
+    def acquire(self) -> bool:
+        return True
+
+    def release(self) -> None:
+        return None
+
+
+def create_study(
+    folder: Path, goals: list[str], identity: dict[str, Any], sizing: dict[str, Any]
+) -> optuna.Study:
+    """A new study in a run folder.
+
+    `identity` says what its trials belong to, `sizing` what a resume must repeat.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    path = folder / FILE
+    try:
+        study = optuna.create_study(storage=_storage(path), study_name=STUDY, directions=goals)
+        study.set_user_attr("sizing", sizing)
+        study.set_user_attr("identity", identity)  # last: with it the study is whole
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror or error}") from None
+    return study
+
+
+def open_study(folder: Path) -> optuna.Study | None:
+    """The study of a run folder; a line that a power cut left half-written is dropped.
+
+    None when the run was stopped before its study was whole: then nothing is lost by a new one.
+
+    Raises:
+        RunStateError: not an Excise journal.
+    """
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    path = folder / FILE
+    _drop_torn_line(path)
+    try:
+        study = optuna.load_study(study_name=STUDY, storage=_storage(path))
+    except KeyError:
+        if path.stat().st_size > _STUB_BYTES:
+            raise RunStateError(f"{path} is not an Excise journal: choose a new --out") from None
+        study = None
+    except (ValueError, AssertionError, TypeError) as error:
+        raise RunStateError(f"{path} is not a readable Excise journal: {error}") from None
+    if study is None or "identity" not in study.user_attrs:
+        path.unlink()
+        return None
+    return study
+
+
+def check_identity(folder: Path, study: optuna.Study, identity: dict[str, Any]) -> None:
+    """Refuse to mix trials of two runs.
+
+    Raises:
+        RunStateError: the study was started with another model, prompt set or setting.
+    """
+    known = study.user_attrs["identity"]
+    changed = sorted(k for k in {*known, *identity} if known.get(k) != identity.get(k))
+    if changed:
+        raise RunStateError(
+            f"{folder / FILE} belongs to another run: {', '.join(changed)} differ. "
+            "Resume with what it was started with, or choose a new --out"
+        )
+
+
+def _storage(path: Path) -> JournalStorage:
+    return JournalStorage(JournalFileBackend(str(path), lock_obj=_HeldAlready()))
+
+
+def _drop_torn_line(path: Path) -> None:
+    """Cut the journal after its last whole line: what follows was being written when power went."""
+    with path.open("rb+") as file:
+        end = file.seek(0, os.SEEK_END)
+        tail = b""
+        start = end
+        while start and b"\n" not in tail:
+            size = min(65536, start)
+            start -= size
+            file.seek(start)
+            tail = file.read(size) + tail
+        whole = start + tail.rfind(b"\n") + 1 if b"\n" in tail else 0
+        if whole != end:
+            file.truncate(whole)
+            os.fsync(file.fileno())
+

@@ -1,0 +1,210 @@
+"""The whole job: `run(config, out, on_event)`. Read it as the table of contents of the package."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from excise import events, journal, stage
+from excise.artifacts import Checker, export_chosen
+from excise.config import Config, to_toml
+from excise.directional import DirectionalMethod
+from excise.errors import MeasurementError, OutputError, StorageError
+from excise.events import OnEvent
+from excise.finish import final_figures, summary, write_pages
+from excise.front import Objective, Point, choose, pareto
+from excise.loading import Loaded, load
+from excise.panel import Panel
+from excise.planning import Sizing, from_dict, size
+from excise.prompts import PromptSets, load_prompt_sets
+from excise.record import Record, write_record, write_text
+from excise.search import Measure, Measured, Search
+from excise.space import distributions, from_params
+
+CONFIG = "config.toml"
+DIRECTIONS = "directions.safetensors"
+
+
+@dataclass
+class Clock:
+    """Seconds by phase, reported as they pass."""
+
+    on_event: OnEvent
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def phase(self, name: str, total: int | None = None) -> Iterator[None]:
+        """Time one phase."""
+        self.on_event(events.PhaseStarted(name, total))
+        begun = time.perf_counter()
+        yield
+        spent = time.perf_counter() - begun
+        self.seconds[name] = round(self.seconds.get(name, 0.0) + spent, 3)
+        self.on_event(events.PhaseEnded(name, spent))
+
+
+def run(
+    config: Config, out: Path, on_event: OnEvent = events.ignore, *, resume: bool = False
+) -> Record:
+    """Find, edit, measure, choose, export; everything lands in the folder `out`.
+
+    Args:
+        config: what to do.
+        out: a new or empty folder; with `resume`, the folder of an interrupted or finished run.
+        on_event: told of progress.
+        resume: go on with the study in `out`, up to `config.search.trials` in all.
+
+    Raises:
+        InputError: something the user gave cannot be used; nothing was written.
+        ExciseError: it failed while running; the study in `out` can be resumed.
+    """
+    clock = Clock(on_event)
+    scoring = stage.scoring(config)
+    goals = scoring.goals()
+    check_output(out, resume)
+    with clock.phase("prompts"):
+        sets = load_prompt_sets(config.prompts)
+    with clock.phase("load"):
+        loaded = load(config.model)
+        loaded.anatomy.select(config.edit.components)
+    with _held(out):
+        if not resume:
+            write_text(out / CONFIG, to_toml(config))
+        with clock.phase("capture"):
+            method, separation = _prepare(loaded, sets, config, out, resume, on_event)
+        with clock.phase("plan"):
+            sizing, search = _open_search(loaded, sets, config, scoring, out, resume)
+        search_sets = (sets.target_eval, sets.contrast_eval)
+        engine = stage.engine_for(loaded, method.writers, search_sets, config, sizing.plan)
+        context = scoring.context(*search_sets)
+        panel = Panel(engine, scoring.every_trial, context, screen=config.search.screen)
+        with clock.phase("baseline"):
+            baseline = panel.measure([[None] * len(method.writers)])[0].scores
+        with clock.phase("search", config.search.trials):
+            search.run(config.search.trials, _measurer(method, panel, goals), on_event)
+        front = pareto(search.points(), goals)
+        chosen = choose(config.search.select, front, goals)
+        if chosen is None:
+            raise MeasurementError(_nothing_chosen(config, len(front)))
+        trial = search.records()[chosen.number]
+        edits = method.edits(from_params(trial.params))
+        with clock.phase("holdout"):
+            figures = final_figures(engine, loaded, edits, sets, config, scoring)
+        record = summary(config, loaded, sets, sizing, search, clock.seconds)
+        record = record.model_copy(
+            update={
+                "baseline": baseline,
+                "front": [p.number for p in front],
+                "selected": chosen.number,
+                "separation": separation,
+                **figures,
+            }
+        )
+        write_record(out, record)  # before the export: what was measured is never lost
+        with clock.phase("export"):
+            checker = Checker(engine, scoring, context, config)
+            record = export_chosen(record, loaded, method.writers, edits, checker, out, on_event)
+        record = record.model_copy(update={"timing": dict(clock.seconds)})
+        write_record(out, record)
+        write_pages(out, record)
+    on_event(events.Finished(str(out)))
+    return record
+
+
+def check_output(out: Path, resume: bool) -> None:
+    """Refuse a folder that holds something else.
+
+    Raises:
+        OutputError: it is a file, or a folder with another run or other files.
+    """
+    if resume:
+        return
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{out} is a file: give --out a new folder")
+    if (out / journal.FILE).exists() or (out / CONFIG).exists():
+        raise OutputError(
+            f"{out} already holds a run: go on with `excise resume {out}`, or choose a new --out"
+        )
+    if out.is_dir() and any(out.iterdir()):
+        raise OutputError(f"{out} is not empty: give --out a new folder")
+
+
+@contextmanager
+def _held(out: Path) -> Iterator[None]:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"cannot make the folder {out}: {error.strerror}") from None
+    with journal.hold(out):
+        yield
+
+
+def _prepare(
+    loaded: Loaded, sets: PromptSets, config: Config, out: Path, resume: bool, on_event: OnEvent
+) -> tuple[DirectionalMethod, stage.Separation]:
+    path = out / DIRECTIONS
+    known = stage.read_directions(path) if resume else None
+    directions, separation = known or stage.find_directions(loaded, sets, config, on_event)
+    if known is None:
+        stage.save_directions(path, directions, separation)
+    return stage.method_for(loaded, directions, config), separation
+
+
+def _open_search(
+    loaded: Loaded,
+    sets: PromptSets,
+    config: Config,
+    scoring: stage.Scoring,
+    out: Path,
+    resume: bool,
+) -> tuple[Sizing, Search]:
+    """The study of this run, new or resumed, and the sizes that it was started with."""
+    fresh = not resume or not (out / journal.FILE).exists()
+    known = None if fresh else journal.open_study(out)
+    if known is None:
+        sizing = _sizing(loaded, sets, config)
+    else:
+        sizing = from_dict(known.user_attrs["sizing"])
+    mine = stage.identity(loaded, sets, config, sizing)
+    if known is None:
+        goals = [s.goal for s in scoring.objectives]
+        study = journal.create_study(out, goals, mine, sizing.as_dict())
+    else:
+        study = known
+        journal.check_identity(out, study, mine)
+    space = distributions(config.edit.components, len(loaded.anatomy.layers))
+    goals = scoring.goals()
+    search = Search(study, space, goals, config.search, batch=sizing.batch, seed=config.seed)
+    return sizing, search
+
+
+def _sizing(loaded: Loaded, sets: PromptSets, config: Config) -> Sizing:
+    lengths, most = [1], 1
+    for prompts in (sets.target_eval, sets.contrast_eval):
+        ids = stage.encode(loaded.tokenizer, prompts, config.prompts)
+        lengths += map(len, ids)
+        most = max(most, len(ids))
+    return size(loaded, config, max(lengths), most)
+
+
+def _measurer(method: DirectionalMethod, panel: Panel, goals: list[Objective]) -> Measure:
+    """Parameters of a batch -> its measurements, for the search."""
+
+    def measure(params: list[dict[str, Any]], finished: list[Point]) -> list[Measured]:
+        begun = time.perf_counter()
+        edits = [method.edits(from_params(one)) for one in params]
+        built = (time.perf_counter() - begun) / len(params)
+        results = panel.measure(edits, goals, finished)
+        return [replace(one, seconds={"edits": built, **one.seconds}) for one in results]
+
+    return measure
+
+
+def _nothing_chosen(config: Config, size_of_front: int) -> str:
+    if not size_of_front:
+        return "no trial could be measured: the study's trials all failed; see their reasons"
+    return f"no trial on the front keeps {config.search.select!r}: loosen --set search.select"

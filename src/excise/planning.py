@@ -1,0 +1,111 @@
+"""How large a pass should be: measured throughput, within the memory at hand."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+
+from excise.config import Config
+from excise.engine import Plan, is_out_of_memory
+from excise.forward import Forward
+from excise.loading import Loaded
+
+_GAIN = 1.05  # a larger pass must be faster by this much to be worth its memory
+_PROMPTS = 64  # prompts of one stack that a pass should hold at least, so that rows stay alike
+_LARGEST_BATCH = 16  # candidates asked together: more would make the sampler blind for longer
+
+
+@dataclass(frozen=True)
+class Sizing:
+    """The plan of a run: what is stored with the study, so that a resume repeats it."""
+
+    plan: Plan
+    batch: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the study and the record."""
+        return {**vars(self.plan), "batch": self.batch}
+
+
+def size(loaded: Loaded, config: Config, longest: int, prompts: int) -> Sizing:
+    """Choose rows, stack and batch, as far as the configuration leaves them open.
+
+    Args:
+        loaded: the model, on its device.
+        config: `engine` and `search` sections are read.
+        longest: tokens of the longest prompt.
+        prompts: prompts of the larger side.
+    """
+    rows = config.engine.rows
+    if not rows:
+        limit = min(_memory_rows(loaded, config, longest), prompts * _LARGEST_BATCH)
+        rows = _fastest_rows(loaded, longest, limit)
+    stack = max(1, rows // min(prompts, _PROMPTS))
+    batch = config.search.batch or min(_LARGEST_BATCH, 4 * stack)
+    return Sizing(Plan(rows, min(stack, batch), config.engine.reuse), batch)
+
+
+def from_dict(known: dict[str, Any]) -> Sizing:
+    """The sizing that a study was started with."""
+    plan = Plan(int(known["rows"]), int(known["stack"]), bool(known["reuse"]))
+    return Sizing(plan, int(known["batch"]))
+
+
+def _memory_rows(loaded: Loaded, config: Config, longest: int) -> int:
+    """Rows whose keys, values and activations fit in the memory that is free now."""
+    inner = max(writer.module.weight.shape[1] for writer in loaded.anatomy.writers)
+    activations = loaded.dtype.itemsize * (8 * loaded.anatomy.width + 4 * inner)
+    tokens = longest + config.scores.max_new_tokens
+    row = tokens * (_cache_bytes(loaded) + activations)
+    if loaded.device.type == "cuda":
+        free = torch.cuda.mem_get_info(loaded.device)[0]
+    else:
+        free = psutil.virtual_memory().available
+    return max(1, int(config.engine.memory_fraction * free / row))
+
+
+def _cache_bytes(loaded: Loaded) -> int:
+    """Bytes of keys and values that one token of one row takes: measured, as layers differ."""
+    forward = Forward(loaded.model, loaded.anatomy)
+    cache = forward.cache(1)
+    one = torch.ones(1, 1, dtype=torch.long, device=loaded.device)
+    with torch.inference_mode():
+        forward.hidden(one, one, torch.zeros_like(one), cache)
+    filled = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in filled)
+
+
+def _fastest_rows(loaded: Loaded, longest: int, limit: int) -> int:
+    """Double the rows while tokens per second grow; stop before memory runs out."""
+    forward = Forward(loaded.model, loaded.anatomy)
+    best, speed, rows = 1, 0.0, min(16, limit)
+    while rows <= limit:
+        try:
+            now = _speed(forward, loaded.device, rows, longest)
+        except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            break
+        if now < _GAIN * speed:
+            break
+        best, speed, rows = rows, now, rows * 2
+    return best
+
+
+def _speed(forward: Forward, device: torch.device, rows: int, tokens: int) -> float:
+    """Tokens per second of a pass over `rows` rows: the better of two."""
+    ids = torch.ones(rows, tokens, dtype=torch.long, device=device)
+    positions = torch.arange(tokens, device=device).expand(rows, -1)
+    best = float("inf")
+    for _ in range(2):
+        begun = time.perf_counter()
+        with torch.inference_mode():
+            forward.hidden(ids, torch.ones_like(ids), positions)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - begun)
+    return rows * tokens / best

@@ -1,0 +1,223 @@
+"""Ask, measure, tell: the multi-objective search, in batches that a kill cannot change.
+
+Trials are asked in batches of C with constant liar. A batch's trials depend only on the batches
+before it and on the seed: the sampler is seeded anew by trial number (a sampler that went on from
+one seed would repeat its random trials after a resume), and a batch that was cut short is measured
+again as a whole, with the parameters it already had.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.samplers import TPESampler
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from excise.config import SearchSection
+from excise.errors import StorageError
+from excise.events import OnEvent, Progress, TrialMeasured
+from excise.front import Objective, Point, pareto
+from excise.record import ScoreRecord, TrialRecord
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What measuring one candidate gave."""
+
+    scores: dict[str, ScoreRecord] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    screened: bool = False
+    reason: str | None = None  # why there are no scores
+
+
+# Parameters of a batch, and the points finished before it -> what was measured, in order.
+Measure = Callable[[list[dict[str, Any]], list[Point]], list[Measured]]
+
+
+class Search:
+    """The search over one study. `batch` is C."""
+
+    def __init__(
+        self,
+        study: optuna.Study,
+        space: dict[str, BaseDistribution],
+        objectives: Sequence[Objective],
+        section: SearchSection,
+        *,
+        batch: int,
+        seed: int,
+    ) -> None:
+        self.study = study
+        self._space = space
+        self.objectives = objectives
+        self._section = section
+        self._batch = batch
+        self._seed = seed
+
+    def run(self, trials: int, measure: Measure, on_event: OnEvent) -> None:
+        """Go on until the study holds `trials` finished trials.
+
+        Raises:
+            StorageError: the journal cannot be written.
+        """
+        try:
+            stops = self._stops(trials)
+            for start, stop in batches(stops, self._batch):
+                states = [t.state for t in self._trials()[start:stop]]
+                if len(states) == stop - start and all(s.is_finished() for s in states):
+                    continue
+                self._run_batch(start, stop, measure, on_event)
+                on_event(Progress("search", stop, stops[-1]))
+        except OSError as error:
+            raise StorageError(f"cannot write the study: {error.strerror or error}") from None
+
+    def records(self) -> list[TrialRecord]:
+        """Every trial so far, as the record states it."""
+        return [_record(trial) for trial in self._trials()]
+
+    def points(self, before: int | None = None) -> list[Point]:
+        """The trials measured in full with a number below `before`, as points."""
+        return points(self.records()[:before], self.objectives)
+
+    def _trials(self) -> list[FrozenTrial]:
+        return self.study.get_trials(deepcopy=False)
+
+    def _stops(self, trials: int) -> list[int]:
+        """The totals asked for so far: batches never straddle one, so each part repeats exactly."""
+        stops: list[int] = list(self.study.user_attrs.get("stops", []))
+        if not stops or trials > stops[-1]:
+            stops.append(trials)
+            self.study.set_user_attr("stops", stops)
+        return stops
+
+    def _run_batch(self, start: int, stop: int, measure: Measure, on_event: OnEvent) -> None:
+        asked = [self._ask(number) for number in range(start, stop)]
+        measured = measure([trial.params for trial in asked], self.points(start))
+        for trial, result in zip(asked, measured, strict=True):
+            self._tell(trial, result)
+        front = {p.number for p in pareto(self.points(), self.objectives)}
+        for trial, result in zip(asked, measured, strict=True):
+            values = {name: score.value for name, score in result.scores.items()}
+            number = trial.number
+            on_event(TrialMeasured(number, values, result.screened, number in front))
+
+    def _ask(self, number: int) -> Trial:
+        """Trial `number`: as it was asked before a kill, completed if it was cut short, or new."""
+        state = np.random.SeedSequence([self._seed, number]).generate_state(1)[0]
+        self.study.sampler = TPESampler(
+            multivariate=True,
+            constant_liar=True,
+            n_startup_trials=self._section.startup_trials,
+            n_ei_candidates=self._section.ei_candidates,
+            seed=int(state),
+        )
+        known = self._trials()
+        if number >= len(known):
+            trial = self.study.ask(self._space)
+            assert trial.number == number
+            return trial
+        if known[number].state.is_finished():
+            return _Finished(known[number])
+        trial = Trial(self.study, known[number]._trial_id)
+        for name, distribution in self._space.items():
+            trial._suggest(name, distribution)
+        return trial
+
+    def _tell(self, trial: Trial, result: Measured) -> None:
+        if isinstance(trial, _Finished):
+            return
+        values = [result.scores[o.name].value for o in self.objectives if o.name in result.scores]
+        good = len(values) == len(self.objectives) and all(map(math.isfinite, values))
+        trial.set_user_attr(
+            "measured",
+            {
+                "scores": {k: v.model_dump(exclude_none=True) for k, v in result.scores.items()},
+                "seconds": result.seconds,
+                "screened": result.screened,
+                "reason": result.reason if good or result.reason else "a score is not finite",
+            },
+        )
+        if good:
+            self.study.tell(trial, values)
+        else:
+            self.study.tell(trial, state=TrialState.FAIL)
+
+
+class _Finished(Trial):
+    """A trial that was told before a kill: its batch is measured again, but it is not told twice."""
+
+    def __init__(self, frozen: FrozenTrial) -> None:
+        self._frozen = frozen
+
+    @property
+    def params(self) -> dict[str, Any]:
+        return self._frozen.params
+
+    @property
+    def number(self) -> int:
+        return self._frozen.number
+
+
+def batches(stops: Sequence[int], size: int) -> list[tuple[int, int]]:
+    """(first, end) of every batch; each part that ends at a stop is cut into batches of `size`."""
+    out, start = [], 0
+    for stop in stops:
+        out += [(low, min(low + size, stop)) for low in range(start, stop, size)]
+        start = stop
+    return out
+
+
+def points(records: Sequence[TrialRecord], objectives: Sequence[Objective]) -> list[Point]:
+    """The trials that were measured in full, as points."""
+    return [
+        Point(r.number, tuple(r.scores[o.name].value for o in objectives))
+        for r in records
+        if r.state == "complete"
+    ]
+
+
+def _record(trial: FrozenTrial) -> TrialRecord:
+    measured = trial.user_attrs.get("measured", {})
+    screened = bool(measured.get("screened", False))
+    if trial.state == TrialState.COMPLETE:
+        state = "screened" if screened else "complete"
+    else:
+        state = "failed" if trial.state == TrialState.FAIL else "running"
+    return TrialRecord.model_validate(
+        {
+            "number": trial.number,
+            "state": state,
+            "params": trial.params,
+            "scores": measured.get("scores", {}),
+            "seconds": measured.get("seconds", {}),
+            "screened": screened,
+            "reason": measured.get("reason"),
+        }
+    )
+
+
+def importance(study: optuna.Study, objectives: Sequence[Objective]) -> dict[str, dict[str, float]]:
+    """Share of each objective's variance that each parameter explains (PED-ANOVA); {} if too few."""
+    done = [t for t in study.get_trials(deepcopy=False) if t.state == TrialState.COMPLETE]
+    if len(done) < 10:
+        return {}
+    from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
+
+    out = {}
+    for position, objective in enumerate(objectives):
+        values = {t.values[position] for t in done}
+        if len(values) < 3:  # nothing varies, nothing to explain
+            continue
+
+        def target(trial: FrozenTrial, at: int = position, sign: int = objective.sign) -> float:
+            return sign * float(trial.values[at])
+
+        found = get_param_importances(study, evaluator=PedAnovaImportanceEvaluator(), target=target)
+        out[objective.name] = {name: float(value) for name, value in found.items()}
+    return out

@@ -1,0 +1,213 @@
+"""A run's parts, set up: prompts and model in, method and scorers out. Nothing is searched here."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from excise.anatomy import Writer
+from excise.capture import Pass, geometric_median, mean, projections, residual_pass
+from excise.config import Config, DirectionSection, PromptSection
+from excise.directional import DirectionalMethod
+from excise.directions import Directions, auc, from_means
+from excise.engine import Engine, Plan, Reference
+from excise.errors import ConfigError, StorageError
+from excise.events import OnEvent, track
+from excise.front import Objective
+from excise.loading import Loaded, read_config, weight_files
+from excise.planning import Sizing
+from excise.prompts import PromptSet, PromptSets
+from excise.record import Record, Separation
+from excise.scorers import (
+    Markers,
+    ScoreContext,
+    Scorer,
+    find_scorers,
+    known_scorers,
+    read_markers,
+)
+from excise.tokens import batches, encode, end_tokens, pad_token
+
+_CAPTURE_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """The scorers of a run, by when they are asked."""
+
+    objectives: tuple[Scorer, ...]
+    report: tuple[Scorer, ...]
+    final: tuple[Scorer, ...]
+    markers: Markers
+
+    @property
+    def every_trial(self) -> tuple[Scorer, ...]:
+        """What each trial is measured by."""
+        return self.objectives + self.report
+
+    def goals(self) -> list[Objective]:
+        """The objectives as the front sees them."""
+        return [
+            Objective(s.name, 1 if s.goal == "minimize" else -1, s.worth) for s in self.objectives
+        ]
+
+    def context(self, target: PromptSet, contrast: PromptSet) -> ScoreContext:
+        """What scorers know when these two sets are measured."""
+        prompts = {"target": target.prompts, "contrast": contrast.prompts}
+        return ScoreContext(self.markers, prompts)
+
+
+def scoring(config: Config) -> Scoring:
+    """The scorers that a configuration names.
+
+    Every trial has `behaviour_rate`, `drift` and `drift_first` (contract), asked for or not.
+
+    Raises:
+        ConfigError: an unknown scorer, no objective, or no markers.
+    """
+    section = config.scores
+    if not section.objectives:
+        raise ConfigError("scores.objectives is empty: name at least one scorer")
+    always = ("behaviour_rate", "drift", "drift_first")
+    report = dict.fromkeys((*always, *section.report))
+    names = [name for name in report if name not in section.objectives]
+    files = section.files
+    return Scoring(
+        tuple(find_scorers(section.objectives, files)),
+        tuple(find_scorers(names)),
+        tuple(find_scorers(section.final)),
+        read_markers(section.markers, section.markers_file),
+    )
+
+
+def engine_for(
+    loaded: Loaded,
+    writers: Sequence[Writer],
+    sets: tuple[PromptSet, PromptSet],
+    config: Config,
+    plan: Plan,
+    reference: Reference | None = None,
+) -> Engine:
+    """An engine that measures on a target and a contrast set, tokenised once."""
+    target, contrast = sets
+    prompts = {
+        "target": encode(loaded.tokenizer, target, config.prompts),
+        "contrast": encode(loaded.tokenizer, contrast, config.prompts),
+    }
+    limit = config.scores.max_new_tokens
+    return Engine(
+        loaded, writers, prompts, max_new_tokens=limit, plan=plan, reference=reference
+    )
+
+
+def find_directions(
+    loaded: Loaded, sets: PromptSets, config: Config, on_event: OnEvent
+) -> tuple[Directions, Separation]:
+    """Directions from the direction prompts' residuals, and how well each separates the two sets.
+
+    Raises:
+        MeasurementError: residuals are not finite or do not differ.
+    """
+    passes = {
+        name: _pass(loaded, prompts, config.prompts, config.directions, on_event)
+        for name, prompts in (("target", sets.target), ("contrast", sets.contrast))
+    }
+    centre = geometric_median if config.directions.center == "geometric_median" else mean
+    means = {name: centre(run)[1:] for name, run in passes.items()}
+    directions = from_means(
+        means["target"], means["contrast"], projected=config.directions.projected
+    )
+    along = {name: projections(run, directions.unit) for name, run in passes.items()}
+    layers = directions.unit.shape[0]
+    values = [auc(along["target"][:, i], along["contrast"][:, i]) for i in range(layers)]
+    return directions, Separation(auc=values)
+
+
+def _pass(
+    loaded: Loaded,
+    prompts: PromptSet,
+    section: PromptSection,
+    directions: DirectionSection,
+    on_event: OnEvent,
+) -> Pass:
+    ids = encode(loaded.tokenizer, prompts, section)
+    pad = pad_token(loaded.tokenizer, end_tokens(loaded.model, loaded.tokenizer))
+    chunks = batches(ids, _CAPTURE_ROWS, pad, loaded.device)
+    run = residual_pass(loaded.anatomy, chunks, directions.winsor)
+    return lambda: track(run(), f"capture {prompts.role}", len(chunks), on_event)
+
+
+def method_for(loaded: Loaded, directions: Directions, config: Config) -> DirectionalMethod:
+    """The method, prepared for the writers that the configuration edits."""
+    writers = loaded.anatomy.select(config.edit.components)
+    return DirectionalMethod(writers, directions, config.edit)
+
+
+def identity(loaded: Loaded, sets: PromptSets, config: Config, sizing: Sizing) -> dict[str, Any]:
+    """What a study's trials belong to; two runs may share trials only if all of it is equal."""
+    return {
+        "model": fingerprint(loaded.folder),
+        "prompts": {s.role: s.sha256 for s in sets.all()},
+        "method": config.method,
+        "seed": config.seed,
+        "directions": config.directions.model_dump(mode="json"),
+        "edit": config.edit.model_dump(mode="json"),
+        "scores": config.scores.model_dump(mode="json", exclude={"final"}),
+        "template": config.prompts.model_dump(mode="json", include={"system", "prefix", "suffix"}),
+        "batch": sizing.batch,
+    }
+
+
+def fingerprint(folder: Path) -> str:
+    """Hash of a checkpoint's configuration and of the names, sizes and headers of its weights."""
+    digest = hashlib.sha256(json.dumps(read_config(folder), sort_keys=True).encode())
+    for file in weight_files(folder):
+        digest.update(f"{file.name} {file.stat().st_size}".encode())
+        with file.open("rb") as stream:
+            digest.update(stream.read(1 << 16))
+    return digest.hexdigest()
+
+
+def save_directions(path: Path, directions: Directions, separation: Separation) -> None:
+    """Write `directions.safetensors`: unit (L, D), contrast (L, D), auc (L)."""
+    tensors = {
+        "unit": directions.unit.contiguous(),
+        "contrast": directions.contrast.contiguous(),
+        "auc": torch.tensor(separation.auc, dtype=torch.float64),
+    }
+    metadata = {"format": "pt", "projected": str(directions.projected).lower()}
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        save_file(tensors, partial, metadata=metadata)
+        partial.replace(path)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise StorageError(f"cannot write {path}: {error}") from None
+
+
+def read_directions(path: Path) -> tuple[Directions, Separation] | None:
+    """The directions of a run that was interrupted; None when there are none to trust."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            projected = (file.metadata() or {}).get("projected") == "true"
+            found = Directions(file.get_tensor("unit"), file.get_tensor("contrast"), projected)
+            return found, Separation(auc=file.get_tensor("auc").tolist())
+    except (OSError, SafetensorError):
+        return None
+
+
+def objectives_of(record: Record) -> list[Objective]:
+    """The objectives of a finished run, as the front sees them."""
+    worths = {s.name: s.worth for s in known_scorers()}
+    return [
+        Objective(name, 1 if goal == "minimize" else -1, worths.get(name))
+        for name, goal in zip(record.objectives, record.goals, strict=True)
+    ]
