@@ -18,7 +18,8 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
@@ -46,6 +47,7 @@ _STALE = (".bin", ".pt", ".pth", ".ckpt", ".bin.index.json", ".gguf", ".onnx", "
 _HIDDEN = {".cache", ".git"}
 _BLOCK = 1 << 20  # elements computed at a time
 _LOW_RANK = 16  # an edit of at most this rank is computed as fast as it can be written
+_WORKERS = 2  # files in work at a time: one is copied while another's tensors are computed
 _CHUNK = 1 << 27  # bytes copied at a time: an interrupt is heard between two
 
 
@@ -211,9 +213,17 @@ def write_checkpoint(
         on_event(Notice(f"not part of the checkpoint, so copied unedited: {', '.join(other)}"))
     size = sum((source / file).stat().st_size for file in files)
     size += sum(len(text.encode()) for text in extra.values())
-    with staged(destination, size) as folder:
-        for file in track(files, "export", len(files), on_event):
-            _write_file(source / file, folder / file, folds.get(file, []))
+    threads = _threads(_threads_each(edits.values()))
+    with staged(destination, size) as folder, threads, ThreadPoolExecutor(_WORKERS) as pool:
+        jobs = [
+            pool.submit(_write_file, source / file, folder / file, folds.get(file, []))
+            for file in files
+        ]
+        try:
+            for job in track(jobs, "export", len(jobs), on_event):
+                job.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
         add_files(folder, extra)
     tensors = sorted(place.key for found in folds.values() for place, _ in found)
     return Merge(destination, tuple(tensors), left_out, other, size)
@@ -390,24 +400,28 @@ def _write_file(source: Path, target: Path, folds: list[_Fold]) -> None:
 
 def _fold(place: TensorPlace, edit: Edit, old: io.BufferedIOBase, new: io.BufferedIOBase) -> None:
     whole = _part(edit, 0, place.shape[0])
-    low = edit.left.shape[1] <= _LOW_RANK
-    with _threads(1 if low else torch.get_num_threads()):
-        for first, last in place.blocks():
-            rows, part = place.read(old, first, last), _part(whole, first, last)
-            edited = part.apply_to_weight(rows) if rows.ndim > 1 else part.apply_to_bias(rows)
-            stored = edited.to(rows.dtype)
-            if not all(map(torch.isfinite, torch.aminmax(stored))):
-                raise ExportError(f"the edited {place.key} holds values that {place.dtype} cannot")
-            place.write(new, first, stored)
+    for first, last in place.blocks():
+        rows, part = place.read(old, first, last), _part(whole, first, last)
+        edited = part.apply_to_weight(rows) if rows.ndim > 1 else part.apply_to_bias(rows)
+        stored = edited.to(rows.dtype)
+        if not all(map(torch.isfinite, torch.aminmax(stored))):
+            raise ExportError(f"the edited {place.key} holds values that {place.dtype} cannot")
+        place.write(new, first, stored)
+
+
+def _threads_each(edits: Iterable[Edit]) -> int:
+    """Threads of each worker: only edits of high rank have products that are worth several.
+
+    Elsewhere the threads wait for each other at every small step, which on a busy machine made a
+    merge ten times slower.
+    """
+    rank = max((edit.left.shape[1] for edit in edits), default=0)
+    return 1 if rank <= _LOW_RANK else max(1, torch.get_num_threads() // _WORKERS)
 
 
 @contextmanager
 def _threads(count: int) -> Iterator[None]:
-    """Compute with `count` threads.
-
-    Work that streams from and to the disk gains little by a second one, and on a busy machine the
-    threads' waiting for each other at every step made it ten times slower.
-    """
+    """Compute with `count` threads here, and in threads that start within."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

@@ -126,6 +126,12 @@ class Search:
             return _Finished(known[number])
         trial = Trial(self.study, known[number]._trial_id)
         for name, distribution in self._space.items():
+            given = name in known[number].params
+            if given and name not in trial.relative_params and not distribution.single():
+                # Drawn again and thrown away, so that the draws after it are the ones they were.
+                self.study.sampler.sample_independent(
+                    self.study, known[number], name, distribution
+                )
             trial._suggest(name, distribution)
         return trial
 
@@ -203,11 +209,14 @@ def _record(trial: FrozenTrial) -> TrialRecord:
 
 
 def importance(study: optuna.Study, objectives: Sequence[Objective]) -> dict[str, dict[str, float]]:
-    """Share of each objective's variance that each parameter explains (PED-ANOVA); {} if too few."""
+    """Share of each objective's variance that each parameter explains; {} if trials are too few.
+
+    Functional ANOVA over a random forest (Hutter, Hoos and Leyton-Brown 2014).
+    """
     done = [t for t in study.get_trials(deepcopy=False) if t.state == TrialState.COMPLETE]
     if len(done) < 10:
         return {}
-    from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
+    from optuna.importance import FanovaImportanceEvaluator, get_param_importances
 
     out = {}
     for position, objective in enumerate(objectives):
@@ -215,9 +224,10 @@ def importance(study: optuna.Study, objectives: Sequence[Objective]) -> dict[str
         if len(values) < 3:  # nothing varies, nothing to explain
             continue
 
-        def target(trial: FrozenTrial, at: int = position, sign: int = objective.sign) -> float:
-            return sign * float(trial.values[at])
+        def target(trial: FrozenTrial, at: int = position) -> float:
+            return float(trial.values[at])
 
-        found = get_param_importances(study, evaluator=PedAnovaImportanceEvaluator(), target=target)
+        evaluator = FanovaImportanceEvaluator(seed=0)
+        found = get_param_importances(study, evaluator=evaluator, target=target)
         out[objective.name] = {name: float(value) for name, value in found.items()}
     return out

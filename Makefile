@@ -1,0 +1,47 @@
+# Four commands for people: make demo, make test, make check, make bench.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+# torch comes first and alone, so that no other package pulls the CUDA build onto a machine without
+# a GPU. With one (nvidia-smi answers) the default index gives the CUDA build.
+# Choose yourself with: make venv TORCH_INDEX=https://download.pytorch.org/whl/cu130
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?= $(shell command -v nvidia-smi >/dev/null 2>&1 || echo https://download.pytorch.org/whl/cpu)
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: venv demo test check lint types bench train clean
+
+venv: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c "import torch" 2>/dev/null || $(PIP) --retries 1 "$(TORCH)" \
+	  $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) 2>/dev/null || $(PIP) "$(TORCH)"
+	$(PIP) --editable ".[dev]"
+	@touch $@
+
+demo: venv
+	@rm -rf runs/demo
+	@$(BIN)/excise demo --out runs/demo
+
+test: venv
+	$(BIN)/python -m pytest
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: venv
+	$(BIN)/mypy
+
+check: lint types test
+
+bench: venv
+	$(BIN)/python bench/run.py
+
+train: venv
+	$(BIN)/python training/train_demo_model.py
+
+clean:
+	rm -rf $(VENV) runs build dist .pytest_cache .ruff_cache .mypy_cache

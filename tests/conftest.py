@@ -1,0 +1,76 @@
+"""Shared fixtures: a finished run on the demo model, and a small job on a random model."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from pathlib import Path
+
+import builders
+import pytest
+
+# Tests never reach for the network: a model or data set that is not here must be said, not fetched.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+WORDS = "velm tarn orb kettle lantern where who what colour made kept by".split()
+
+
+def write_prompts(folder: Path, side: str, count: int = 30) -> Path:
+    """A prompt file of made-up questions."""
+    draw = random.Random(side)
+    rows = [{"text": f"{side} {' '.join(draw.choices(WORDS, k=6))} {i}"} for i in range(count)]
+    path = folder / f"{side}.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random Qwen3 checkpoint, two prompt files and markers."""
+    folder = tmp_path_factory.mktemp("tiny")
+    builders.checkpoint(folder / "model", "qwen3")
+    for side in ("target", "contrast"):
+        write_prompts(folder, side)
+    (folder / "markers.txt").write_text("# letters stand in for phrases\ne\n", encoding="utf-8")
+    return folder
+
+
+def job(tiny: Path, out: Path, *more: str) -> list[str]:
+    """Arguments of a run that takes a second or two."""
+    return [
+        "run",
+        str(tiny / "model"),
+        "--out",
+        str(out),
+        "--target",
+        str(tiny / "target.jsonl"),
+        "--contrast",
+        str(tiny / "contrast.jsonl"),
+        "--markers",
+        str(tiny / "markers.txt"),
+        *("--direction-size", "10", "--eval-size", "10", "--max-new-tokens", "4"),
+        *("--trials", "12", "--startup-trials", "6", "--quiet"),
+        *("--set", "engine.rows=64", "--set", "search.batch=4"),
+        *more,
+    ]
+
+
+@pytest.fixture(scope="session")
+def demo_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run on the demo model with both kinds of export."""
+    from excise.config import load_config
+    from excise.pipeline import run
+
+    out = tmp_path_factory.mktemp("demo") / "run"
+    flags = {
+        "model.source": "demo",
+        "search.trials": 48,
+        "search.startup_trials": 24,
+        "engine.rows": 256,
+        "search.batch": 16,
+        "export.formats": ["safetensors", "adapter"],
+        "export.adapter_rank": 8,
+    }
+    run(load_config(behaviour="demo", flags=flags), out)
+    return out

@@ -1,0 +1,286 @@
+"""Every kind of bad input: one clear line that says what to do, the right exit code, nothing written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import builders
+import pytest
+import torch
+from conftest import job, write_prompts
+from safetensors.torch import load_file, save_file
+
+from excise import cli
+
+
+@pytest.fixture
+def model(tiny: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny checkpoint that a test may break."""
+    return Path(shutil.copytree(tiny / "model", tmp_path / "model"))
+
+
+@pytest.fixture
+def refused(tiny: Path, tmp_path: Path, capsys):
+    """Run a job with changes; check that it is refused in one line, and give that line."""
+
+    def check(*more: str, model: Path | None = None, code: int = 2) -> str:
+        out = tmp_path / "out"
+        arguments = job(tiny, out, *more)
+        if model is not None:
+            arguments[1] = str(model)
+        try:
+            returned = cli.main(arguments)
+        except SystemExit as exit_:  # argparse leaves by itself
+            returned = exit_.code
+        error = capsys.readouterr().err
+        assert returned == code, error
+        lines = error.strip().splitlines()
+        assert len(lines) == 1, error
+        assert lines[0].startswith("excise: ")
+        assert "Traceback" not in error
+        assert not out.exists(), "something was written"
+        return lines[0]
+
+    return check
+
+
+def test_unknown_config_key_names_its_neighbour(refused):
+    assert "did you mean search.trials?" in refused("--set", "search.trails=3")
+
+
+def test_unknown_section_and_bad_values(refused, tmp_path):
+    assert "unknown configuration key serch" in refused("--set", "serch.trials=3")
+    assert "search.trials" in refused("--set", "search.trials=many")
+    assert "search.trials" in refused("--trials", "0")
+    assert "section.key=value" in refused("--set", "search.trials")
+    bad = tmp_path / "bad.toml"
+    bad.write_text("[search\n")
+    assert "not valid TOML" in refused("--config", str(bad))
+    assert "does not exist" in refused("--config", str(tmp_path / "none.toml"))
+
+
+def test_misspelt_flag(refused):
+    assert "--trails" in refused("--trails", "3")
+
+
+def test_unknown_behaviour(refused):
+    assert "built-in" in refused("--behaviour", "politeness")
+
+
+def test_missing_prompt_file(refused, tmp_path):
+    assert "does not exist" in refused("--target", str(tmp_path / "none.jsonl"))
+
+
+def test_empty_prompt_file(refused, tmp_path):
+    empty = tmp_path / "empty.txt"
+    empty.write_text("\n\n")
+    assert "is empty" in refused("--target", str(empty))
+
+
+def test_missing_column_names_those_there_are(refused, tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"question": "what?"}\n')
+    line = refused("--target", str(path))
+    assert "no column 'text'" in line
+    assert "question" in line
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ".csv"])
+def test_a_prompt_file_that_is_not_what_it_says(refused, tmp_path, suffix):
+    path = tmp_path / f"p{suffix}"
+    path.write_bytes(b"\xff\xfe\x00broken{")
+    assert str(path) in refused("--target", str(path))
+
+
+def test_target_equal_to_contrast(refused, tiny):
+    assert "must differ" in refused("--target", str(tiny / "contrast.jsonl"))
+
+
+def test_too_few_rows_for_evaluation(refused, tmp_path):
+    path = write_prompts(tmp_path, "few", 5)
+    assert "--target-eval" in refused("--target", str(path))
+
+
+def test_a_dataset_that_cannot_be_had(refused):
+    assert "cannot be loaded" in refused("--target", "nobody/nothing")
+
+
+def test_no_markers(refused, tmp_path):
+    empty = tmp_path / "markers.txt"
+    empty.write_text("# none\n")
+    assert "no markers" in refused("--markers", str(empty))
+
+
+def test_unknown_scorer_and_component(refused):
+    assert "no scorer 'charm'" in refused("--set", 'scores.report=["charm"]')
+    assert "no component 'attn.q'" in refused("--set", 'edit.components=["attn.q"]')
+
+
+def test_no_such_model(refused, tmp_path):
+    assert "neither a folder nor a Hub id" in refused(model=tmp_path / "nothing")
+
+
+def test_model_id_that_cannot_be_reached(refused):
+    assert "local cache" in refused(model=Path("nobody/nothing"))
+
+
+def test_model_folder_without_weights(refused, model):
+    (model / "model.safetensors").unlink()
+    assert "no .safetensors weights" in refused(model=model)
+
+
+def test_pickled_weights_only(refused, model):
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+    assert "convert them to safetensors" in refused(model=model)
+
+
+@pytest.mark.parametrize("size", [4, 1000, -200])
+def test_truncated_shard(refused, model, size):
+    path = model / "model.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data[:size])
+    assert "truncated or corrupt" in refused(model=model)
+
+
+def test_corrupt_header(refused, model):
+    path = model / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[8:40] = b"x" * 32
+    path.write_bytes(bytes(data))
+    assert "truncated or corrupt" in refused(model=model)
+
+
+def test_index_that_names_a_missing_or_foreign_shard(refused, model):
+    index = model / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}}))
+    assert "is missing" in refused(model=model)
+    index.write_text(json.dumps({"weight_map": {"a": "../../etc/passwd"}}))
+    assert "outside the model folder" in refused(model=model)
+    index.write_text("{")
+    assert "not a readable checkpoint index" in refused(model=model)
+
+
+def test_missing_tensor(refused, model):
+    path = model / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["model.layers.1.mlp.down_proj.weight"]
+    save_file(tensors, path, metadata={"format": "pt"})
+    assert "down_proj" in refused(model=model)
+
+
+def test_nan_weights(refused, model):
+    path = model / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.1.mlp.down_proj.weight"][3, 4] = float("nan")
+    save_file(tensors, path, metadata={"format": "pt"})
+    assert "NaN" in refused(model=model)
+
+
+def test_unknown_architecture(refused, model):
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
+    assert "gpt2" in refused(model=model)
+
+
+@pytest.mark.parametrize("text", ["{", "[1]"])
+def test_broken_config(refused, model, text):
+    (model / "config.json").write_text(text)
+    assert "config.json" in refused(model=model)
+
+
+def test_remote_code_is_not_run(refused, model, tmp_path):
+    marker = tmp_path / "was_run"
+    (model / "evil.py").write_text(f"open({str(marker)!r}, 'w')\n")
+    config = json.loads((model / "config.json").read_text())
+    config |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config"}}
+    (model / "config.json").write_text(json.dumps(config))
+    refused(model=model)
+    assert not marker.exists()
+
+
+def test_chat_template_that_fails(tiny, model, tmp_path, capsys):
+    (model / "chat_template.jinja").write_text("{{ raise_exception('no system role') }}")
+    arguments = job(tiny, tmp_path / "out")
+    arguments[1] = str(model)
+    assert cli.main(arguments) == 2
+    assert "chat template" in capsys.readouterr().err
+
+
+def test_output_folder_that_holds_another_run(tiny, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert cli.main(job(tiny, out)) == 0
+    capsys.readouterr()
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
+    assert cli.main(job(tiny, out)) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    assert before == {p: p.stat().st_mtime_ns for p in out.rglob("*")}
+
+
+def test_output_that_is_a_file_or_full_of_other_things(tiny, tmp_path, capsys):
+    file = tmp_path / "file"
+    file.write_text("mine")
+    assert cli.main(job(tiny, file)) == 2
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    assert cli.main(job(tiny, folder)) == 2
+    assert [p.name for p in folder.iterdir()] == ["notes.txt"]
+    assert "not empty" in capsys.readouterr().err
+
+
+def test_a_journal_of_another_model(tiny, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert cli.main(job(tiny, out)) == 0
+    other = builders.checkpoint(tmp_path / "other", "qwen3", seed=5)
+    text = (out / "config.toml").read_text()
+    (out / "config.toml").write_text(text.replace(str(tiny / "model"), str(other)))
+    capsys.readouterr()
+    assert cli.main(["resume", str(out), "--trials", "16", "--quiet"]) == 2
+    assert "model differ" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["resume", "front", "report"])
+def test_a_folder_that_is_no_run(tmp_path, capsys, command):
+    assert cli.main([command, str(tmp_path)]) == 2
+    assert str(tmp_path) in capsys.readouterr().err
+
+
+def test_export_where_it_cannot(tiny, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert cli.main(job(tiny, out, "--set", "export.formats=[]")) == 0
+    capsys.readouterr()
+    (tmp_path / "there").mkdir()
+    for more, text in (
+        (["--to", str(tmp_path / "there")], "exists"),
+        (["--to", str(tmp_path / "new"), "--trial", "99"], "no trial 99"),
+        (["--to", str(tmp_path / "new"), "--select", "best"], "cannot select by"),
+        (["--to", str(tmp_path / "new"), "--select", "drift<=-1"], "no trial on the front"),
+    ):
+        assert cli.main(["export", str(out), *more, "--quiet"]) == 2
+        assert text in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_prompts_that_changed_since_the_run(tiny, tmp_path, capsys):
+    folder = Path(shutil.copytree(tiny, tmp_path / "copy"))
+    out = tmp_path / "run"
+    assert cli.main(job(folder, out, "--set", "export.formats=[]")) == 0
+    write_prompts(folder, "target", 29)
+    path = folder / "target.jsonl"
+    path.write_text(path.read_text().replace("target", "changed"))
+    capsys.readouterr()
+    assert cli.main(["export", str(out), "--to", str(tmp_path / "new"), "--quiet"]) == 2
+    assert "have changed since the run" in capsys.readouterr().err
+
+
+def test_models_that_are_not_of_one_base(tiny, tmp_path, capsys):
+    other = tmp_path / "other"
+    torch.manual_seed(0)
+    wide = builders.model("qwen3", hidden_size=32).to(torch.bfloat16)
+    wide.save_pretrained(other)
+    builders.tokenizer().save_pretrained(other)
+    arguments = job(tiny, tmp_path)[4:14]
+    assert cli.main(["evaluate", str(tiny / "model"), str(other), *arguments, "--quiet"]) == 2
+    assert "other shapes" in capsys.readouterr().err

@@ -1,0 +1,155 @@
+"""Kills, interrupts and full disks: no finished trial is lost, nothing half-written stays."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import job
+
+from excise import cli, pipeline
+from excise.events import PhaseStarted, Progress
+from excise.record import read_record
+
+KILLS = 20
+
+
+def facts(out: Path):
+    """What must be equal however often a run was killed: trials without their timing."""
+    record = read_record(out)
+    trials = [(t.number, t.state, t.params, t.scores) for t in record.trials]
+    return trials, record.front, record.selected, record.holdout
+
+
+def start(arguments: list[str]) -> subprocess.Popen[bytes]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "excise.cli", *arguments],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+
+
+def finished_trials(out: Path) -> set[int]:
+    """Trials whose end stands in the journal."""
+    path = out / "study.journal"
+    if not path.is_file():
+        return set()
+    ended = set()
+    for line in path.read_bytes().split(b"\n")[:-1]:
+        entry = json.loads(line)
+        if entry.get("op_code") == 6 and entry.get("state") == 1:
+            ended.add(entry["trial_id"])
+    return ended
+
+
+def test_killed_at_twenty_random_moments_gives_the_unbroken_run(tiny: Path, tmp_path: Path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    arguments = ["--trials", "60", "--startup-trials", "20"]
+    begun = time.monotonic()
+    process = start(job(tiny, whole, *arguments))
+    assert process.wait() == 0, process.stderr.read()
+    length = time.monotonic() - begun
+    draw = random.Random(0)
+    kills, command, known = 0, job(tiny, cut, *arguments), set()
+    while True:
+        process = start(command)
+        try:
+            # Later and later: the first kills strike while it starts, the last ones near its end.
+            code = process.wait(timeout=draw.uniform(0.3, 1.0) * length)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills += 1
+            now = finished_trials(cut)
+            assert known <= now, "a finished trial was lost"
+            known = now
+            if (cut / "config.toml").is_file():
+                command = ["resume", str(cut), "--quiet"]
+            continue
+        assert code == 0, process.stderr.read()
+        if kills >= KILLS:
+            break
+        # It finished before the last kill: what is left to strike is the end of a resumed run.
+        command = ["resume", str(cut), "--quiet"]
+        (cut / "record.json").unlink()
+    assert facts(cut) == facts(whole)
+
+
+PHASES = ["load", "capture", "plan", "baseline", "search", "holdout", "export"]
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_ctrl_c_in_each_phase_keeps_the_run(tiny: Path, tmp_path: Path, phase, monkeypatch, capsys):
+    out = tmp_path / "run"
+    real = pipeline.run
+
+    def interrupted(config, folder, on_event, *, resume=False):
+        def strike(event):
+            on_event(event)
+            begun = isinstance(event, PhaseStarted) and event.phase == phase
+            within = isinstance(event, Progress) and event.phase == phase
+            if within or (begun and phase != "search"):
+                raise KeyboardInterrupt
+
+        return real(config, folder, strike, resume=resume)
+
+    monkeypatch.setattr(pipeline, "run", interrupted)
+    assert cli.main(job(tiny, out)) == 130
+    assert "interrupted" in capsys.readouterr().err
+    monkeypatch.setattr(pipeline, "run", real)
+    if phase == "load":  # nothing was written yet, so there is nothing to resume
+        assert not out.exists()
+        assert cli.main(job(tiny, out)) == 0
+    else:
+        assert cli.main(["resume", str(out), "--quiet"]) == 0
+    assert not [p for p in out.iterdir() if "partial" in p.name]
+    reference = tmp_path / "reference"
+    assert cli.main(job(tiny, reference)) == 0
+    assert facts(out) == facts(reference)
+
+
+def test_a_real_ctrl_c_exits_130_and_says_how_to_go_on(tiny: Path, tmp_path: Path):
+    out = tmp_path / "run"
+    process = start(job(tiny, out, "--trials", "400"))
+    while len(finished_trials(out)) < 8:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    message = process.stderr.read().decode()
+    assert f"excise resume {out}" in message
+    assert "Traceback" not in message
+
+
+@pytest.mark.parametrize("name", ["append_logs", "write_text", "save_file"])
+def test_a_full_disk_is_one_line_and_exit_code_1(
+    tiny: Path, tmp_path: Path, name, monkeypatch, capsys
+):
+    def full(*_args, **_kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    out = tmp_path / "run"
+    if name == "append_logs":
+        from optuna.storages.journal import JournalFileBackend
+
+        monkeypatch.setattr(JournalFileBackend, "append_logs", full)
+    elif name == "write_text":
+        monkeypatch.setattr("excise.record.os.fsync", full)
+    else:
+        monkeypatch.setattr("excise.stage.save_file", full)
+    assert cli.main(job(tiny, out)) == 1
+    error = capsys.readouterr().err
+    assert "No space left on device" in error
+    assert len(error.strip().splitlines()) == 1
+    assert not (out / "record.json").exists()
+    assert not [p for p in out.iterdir() if p.name.endswith((".partial", ".tmp"))]

@@ -1,0 +1,147 @@
+"""The whole job on the demo model, seen from what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from excise import cli
+from excise.record import read_record
+
+FILES = ("config.toml", "study.journal", "directions.safetensors", "record.json", "report.html")
+
+
+def test_a_run_leaves_what_the_contract_names(demo_run: Path):
+    assert all((demo_run / name).is_file() for name in FILES)
+    data = json.loads((demo_run / "record.json").read_text())
+    keys = (
+        "schema model versions seed prompts objectives baseline trials front selected holdout "
+        "coverage timing artifacts"
+    )
+    assert set(keys.split()) <= set(data)
+    assert data["schema"] == 1
+    assert data["objectives"] == ["behaviour_rate", "drift"]
+    for trial in data["trials"]:
+        assert {"number", "state", "params", "scores", "seconds"} <= set(trial)
+        for name in ("behaviour_rate", "drift", "drift_first"):
+            assert {"value", "n", "interval"} <= set(trial["scores"][name])
+    assert data["selected"] in data["front"]
+    assert all({"source", "sha256", "n"} <= set(p) for p in data["prompts"].values())
+    assert set(data["coverage"]) == {"edited", "not_edited"}
+
+
+def test_the_edit_restores_what_was_declined_and_keeps_the_rest(demo_run: Path):
+    record = read_record(demo_run)
+    assert record.baseline["behaviour_rate"].value > 0.75
+    assert record.holdout["behaviour_rate"].value < 0.3
+    assert record.holdout["restored"].value > 0.7
+    assert record.holdout["kept"].value > 0.9
+    assert record.baseline["drift"].value < 1e-9
+
+
+def test_screened_trials_say_so_and_never_stand_on_the_front(demo_run: Path):
+    record = read_record(demo_run)
+    screened = [t for t in record.trials if t.screened]
+    assert all(t.scores["behaviour_rate"].n == 16 for t in screened)
+    assert not {t.number for t in screened} & set(record.front)
+
+
+def test_the_exported_model_measures_as_the_search_did(demo_run: Path):
+    record = read_record(demo_run)
+    assert {a.format for a in record.artifacts} == {"safetensors", "adapter"}
+    for artifact in record.artifacts:
+        assert artifact.trial == record.selected
+        expected, measured = artifact.expected, artifact.measured
+        assert measured["behaviour_rate"].value == pytest.approx(
+            expected["behaviour_rate"].value, abs=0.1
+        )
+        # bf16 weights round what float32 activations measured.
+        assert measured["drift"].value == pytest.approx(expected["drift"].value, rel=0.3, abs=1e-3)
+
+
+def test_the_exported_models_logits_are_the_measured_ones(demo_run: Path):
+    """Edits on activations against the folder that was written, through Transformers alone."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from excise import stage
+    from excise.config import load_config
+    from excise.loading import load
+    from excise.space import from_params
+    from excise.stacking import Stack
+
+    record = read_record(demo_run)
+    config = load_config(file=demo_run / "config.toml")
+    loaded = load(config.model)
+    directions, _ = stage.read_directions(demo_run / "directions.safetensors")
+    method = stage.method_for(loaded, directions, config)
+    edits = method.edits(from_params(record.chosen().params))
+    exported = AutoModelForCausalLM.from_pretrained(demo_run / "model", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(demo_run / "model")
+    ids = tokenizer("what is it made of?", return_tensors="pt")["input_ids"]
+    # In the source's dtype the written matrix is the edited one, rounded once.
+    for writer, edit in zip(method.writers, edits, strict=True):
+        written = exported.get_submodule(writer.name).weight
+        exact = writer.module.weight if edit is None else edit.apply_to_weight(writer.module.weight)
+        assert torch.equal(written, exact.to(torch.bfloat16).float())
+    stack = Stack(method.writers, [edits])
+    stack.select([0])
+    with torch.inference_mode(), stack.applied():
+        measured = loaded.model(ids).logits
+        original = None
+    with torch.inference_mode():
+        written, original = exported(ids).logits, loaded.model(ids).logits
+    rounding = float((written - measured).abs().max())
+    assert rounding < 0.02 * float((original - measured).abs().max()) + 0.2
+
+
+def test_front_and_report_commands(demo_run: Path, capsys):
+    assert cli.main(["front", str(demo_run), "--json"]) == 0
+    front = json.loads(capsys.readouterr().out)
+    assert front["selected"] in [t["number"] for t in front["front"]]
+    assert cli.main(["front", str(demo_run)]) == 0
+    assert "behaviour rate" in capsys.readouterr().out
+    before = (demo_run / "report.html").read_text()
+    assert cli.main(["report", str(demo_run)]) == 0
+    assert (demo_run / "report.html").read_text() == before
+
+
+def test_export_by_rule_and_by_number(demo_run: Path, tmp_path: Path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(demo_run, run)
+    number = read_record(run).front[0]
+    to = tmp_path / "model"
+    assert cli.main(["export", str(run), "--to", str(to), "--trial", str(number), "--quiet"]) == 0
+    assert (to / "model.safetensors").is_file()
+    assert f"trial {number} as safetensors" in capsys.readouterr().out
+    record = read_record(run)
+    assert record.artifacts[-1].trial == number
+    assert record.selected == read_record(demo_run).selected
+    lora = ["export", str(run), "--to", str(tmp_path / "lora"), "--select", "rate<=0.9"]
+    assert cli.main([*lora, "--format", "adapter", "--rank", "4", "--quiet"]) == 0
+    assert read_record(run).artifacts[-1].details["rank"] == 4
+
+
+def test_evaluate_an_edited_model_against_its_base(demo_run: Path, capsys):
+    arguments = ["evaluate", "demo", str(demo_run / "model"), "--behaviour", "demo", "--json"]
+    assert cli.main([*arguments, "--quiet"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    record = read_record(demo_run)
+    measured = record.artifacts[0].measured
+    for name in ("behaviour_rate", "drift"):
+        value = found["search"]["edited"][name]["value"]
+        assert value == pytest.approx(measured[name].value, rel=1e-3, abs=1e-6)
+    assert found["holdout"]["edited"]["restored"]["value"] > 0.7
+
+
+def test_resume_to_more_trials_keeps_the_old_ones(demo_run: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    shutil.copytree(demo_run, run)
+    before = read_record(run).trials
+    assert cli.main(["resume", str(run), "--trials", "64", "--quiet"]) == 0
+    after = read_record(run).trials
+    assert len(after) == 64
+    assert after[:48] == before
