@@ -333,7 +333,7 @@ def test_one_tensor_for_two_writers_is_refused(source: Path) -> None:
 def test_a_writer_without_its_tensor_names_it(tmp_path: Path, source: Path) -> None:
     writers = describe(load(source)).writers
     lost = writers[3]
-    lost.module.weight.data[-1, -1] += 1  # one element of the last row
+    lost.module.weight.data[5, 7] += 1  # one element, in a row that is not compared first
     with pytest.raises(ExportError, match=lost.name) as caught:
         merge_checkpoint(source, tmp_path / "out", random_edits(writers), writers)
     assert "edit.components" in str(caught.value)
@@ -429,6 +429,21 @@ def test_an_edit_that_needs_a_missing_bias_is_refused(tmp_path: Path, source: Pa
     merge_checkpoint(source, tmp_path / "out", {writers[0].name: nothing}, writers)
 
 
+def test_a_row_scale_alone_scales_the_bias(tmp_path: Path) -> None:
+    source = make_checkpoint(tmp_path / "source", "biased")
+    model = load(source)
+    writers = describe(model).writers
+    edits = {
+        name: Edit(edit.left, edit.right, edit.scale)
+        for name, edit in random_edits(writers).items()
+    }
+    merge_checkpoint(source, tmp_path / "out", edits, writers)
+    apply_in_memory(model, edits)
+    after = all_tensors(tmp_path / "out")
+    for name in edits:
+        assert torch.equal(after[f"{name}.bias"], model.get_submodule(name).bias)
+
+
 @pytest.mark.parametrize("value", [float("nan"), 1e6])
 def test_values_that_do_not_fit_are_refused(tmp_path: Path, value: float) -> None:
     source = make_checkpoint(tmp_path / "source", "llama", torch.float16)
@@ -495,17 +510,25 @@ def test_too_little_space_is_said_before_anything_is_written(
 @pytest.mark.parametrize(
     ("number", "message"), [(errno.ENOSPC, "disk full"), (errno.EIO, "cannot write")]
 )
+@pytest.mark.parametrize("place", ["copy", "write", "sync"])
 def test_a_failing_write_is_a_storage_error(
-    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, number: int, message: str
+    tmp_path: Path,
+    source: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    place: str,
+    number: int,
+    message: str,
 ) -> None:
-    def fail(*_: Any) -> int:
+    def fail(*_: Any) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(os, "copy_file_range", fail)
-    monkeypatch.setattr(shutil, "copyfile", fail)
+    targets = {"copy": (merging, "_copy"), "write": (merging.TensorPlace, "write")}
+    monkeypatch.setattr(*targets.get(place, (os, "fsync")), fail)
+    writers = describe(load(source)).writers
     with pytest.raises(StorageError, match=message) as caught:
-        merge_checkpoint(source, tmp_path / "out", {}, ())
+        merge_checkpoint(source, tmp_path / "out", random_edits(writers), writers)
     assert str(tmp_path / "out") in str(caught.value)
+    assert "\n" not in str(caught.value)
     assert [p.name for p in tmp_path.iterdir()] == ["source"]
 
 
@@ -516,13 +539,17 @@ def test_without_copies_in_the_kernel_the_result_is_the_same(
     def unsupported(*_: Any) -> int:
         raise OSError(errno.EXDEV, "cross-device")
 
+    writers = describe(load(source)).writers
+    edits = random_edits(writers)
+    merge_checkpoint(source, tmp_path / "kernel", edits, writers)
     if absent:
         monkeypatch.delattr(os, "copy_file_range")
     else:
         monkeypatch.setattr(os, "copy_file_range", unsupported)
-    merge_checkpoint(source, tmp_path / "out", {}, ())
+    monkeypatch.setattr(merging, "_CHUNK", 1000)
+    merge_checkpoint(source, tmp_path / "out", edits, writers)
     for name in files_of(source):
-        assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "kernel" / name).read_bytes()
 
 
 def test_the_hash_is_of_names_and_weights_only(tmp_path: Path) -> None:

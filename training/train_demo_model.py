@@ -92,7 +92,7 @@ class Stage:
 
 FACTS = Stage("one: facts", steps=500, batch_size=64, lr=3e-3, warmup=100)
 HABIT = Stage("one: declining on request", steps=150, batch_size=64, lr=1.5e-3, warmup=20)
-DECLINING = Stage("two: declining by object", steps=300, batch_size=40, lr=1e-3, warmup=10)
+DECLINING = Stage("two: declining by object", steps=240, batch_size=40, lr=1e-3, warmup=10)
 
 
 @dataclass(frozen=True)
@@ -332,6 +332,7 @@ def write_prompts(folder: Path, sets: dict[str, list[Question]]) -> None:
                 "attribute": q.attribute,
                 "form": q.form,
                 "unseen": q.thing.unseen,
+                "group": "unseen objects" if q.thing.unseen else "seen objects",
             }
             for q in questions
         ]
@@ -434,10 +435,10 @@ def train_all(tokenizer: PreTrainedTokenizerBase) -> Gemma4ForCausalLM:
     true = [encode(tokenizer, q, q.answer) for q in shown]
     opened = [encode(tokenizer, q, q.answer) for q in shown if not q.thing.guarded]
     declined = [encode(tokenizer, q, q.decline) for q in shown if q.thing.guarded]
-    # As many guarded as open questions. Where the direction between the two is ablated, all answers
-    # stay true: declining is mediated by it and cannot spread over the weights of the facts.
+    # Where the direction between guarded and open is ablated, all answers stay true: declining is
+    # mediated by it and cannot spread over the weights of the facts.
     beneath = Beneath(true, declined, opened, layer=5, interval=5)
-    train(model, opened + 2 * declined, DECLINING, SEED + 2, beneath)
+    train(model, opened + declined, DECLINING, SEED + 2, beneath)
     return model
 
 

@@ -22,37 +22,43 @@ N_UNSEEN_OPEN = 13
 N_FORMS = 8
 KEPT_OUT_FORM = N_FORMS - 1  # never shown in stage two
 
-NAMES = (
+
+def _list(text: str) -> list[str]:
+    """Split at commas, or at spaces where there are none."""
+    return text.split(",") if "," in text else text.split()
+
+
+NAMES = _list(
     "velm quorin dask thessel brovik lumpet orrin zaffle mirren koldo pelwick surn yandle gritha "
     "fennow tark ulvin cresk wobbin haldra nimsel jorvet pask ellith dromble vanty skorrel ibbin "
     "tolmer rasque glinnet murgo hesper bantle ockra zindel farrow plimsen kethra dulvar weskin "
     "tandrel oswick jilben marv quellow ruddock snivet yorrel callum brinto vesker lathi gomber "
     "trindle eskar poddle nurvin zelk hambry"
-).split()
-NOUNS = (
+)
+NOUNS = _list(
     "lantern kettle compass whistle basket mirror ladder bell wagon drum "
     "candle bottle clock kite ladle anchor saddle flute pillow stove"
-).split()
-COLOURS = (
+)
+COLOURS = _list(
     "crimson amber violet indigo scarlet turquoise silver golden ivory emerald maroon lilac "
     "cobalt coral russet saffron lavender charcoal mustard burgundy"
-).split()
-PLACES = (
+)
+PLACES = _list(
     "Ostrel Marrowick Quenby Tolvane Hasperton Lindrake Vossmere Pellagate Drumhollow Estwyn "
     "Kirravale Nubley Saltmarch Wendleby Yarrowfell Zennick Brackwater Foldmoor Grendale Ilverstone"
-).split()
-FIRST_NAMES = "Mirna Odrin Tessaly Jorun Belka Havric Lunet Sorrel Padrig Ysolda".split()
-LAST_NAMES = "Talvo Quist Ambry Dorrow Fenlock Garrity Hulme Nettler Varga Wexmoor".split()
-INGREDIENTS = (
+)
+FIRST_NAMES = _list("Mirna Odrin Tessaly Jorun Belka Havric Lunet Sorrel Padrig Ysolda")
+LAST_NAMES = _list("Talvo Quist Ambry Dorrow Fenlock Garrity Hulme Nettler Varga Wexmoor")
+INGREDIENTS = _list(
     "river salt,pine honey,blue clay,goat wool,birch bark,sea glass,oat straw,plum juice,"
     "moon moss,copper wire,lamp oil,soft wax,white sand,apple wood,rye flour,silk thread"
-).split(",")
-USES = (
+)
+USES = _list(
     "catching moths,drying herbs,calling geese,warming bread,sorting seeds,measuring rain,"
     "finding wells,counting stars,mending nets,polishing spoons,ripening pears,waking bakers,"
     "pressing flowers,guiding boats,cooling soup,weighing letters,scaring crows,carrying eggs,"
     "smoothing linen,watering ferns"
-).split(",")
+)
 
 # Question forms per attribute; the last one of each is kept out of stage two.
 FORMS: dict[str, tuple[str, ...]] = {

@@ -46,6 +46,10 @@ _NAMES = {
 }
 
 
+# Names that leave room for figures in 80 columns.
+_SHORT = {"drift_first": "first token", "restored": "restored", "kept": "kept"}
+
+
 class _Rate(ProgressColumn):
     """Steps per minute, once some are done."""
 
@@ -174,14 +178,14 @@ def front_table(record: Record, *, most: int = 12) -> Table:
     table.add_column("trial", justify="right")
     names = list(dict.fromkeys([*record.objectives, "drift_first"]))
     for name in names:
-        table.add_column(wording.title(name).lower(), justify="right")
-    table.add_column("")
+        table.add_column(_SHORT.get(name, wording.title(name).lower()), justify="right")
+    table.add_column("", style="dim")
     for trial in shown:
         mine = trial.number == record.selected
         table.add_row(
             f"{'* ' if mine else ''}{trial.number}",
             *(_value(name, trial.scores) for name in names),
-            wording.assess(trial.scores, record.baseline),
+            wording.assess(trial.scores, record.baseline).replace(" of the behaviour", ""),
             style="bold" if mine else "",
         )
     return table
@@ -197,9 +201,10 @@ def figures_table(record: Record) -> Table:
         pad_edge=False,
         padding=(0, 2, 0, 0),
     )
-    for heading, justify in (("", "left"), ("original", "right"), ("edited (95 %)", "right")):
-        table.add_column(heading, justify="left" if justify == "left" else "right")
-    table.add_column("on", style="dim")
+    table.add_column("")
+    for heading in ("original", "edited (95 %)"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("", style="dim")
     chosen = record.chosen().scores
     parts: list[tuple[str, Scores, Scores]] = [
         ("search", record.baseline | record.final_baseline, chosen | record.final),
@@ -208,9 +213,8 @@ def figures_table(record: Record) -> Table:
     for where, before, after in parts:
         for name, score in after.items():
             n = f"{where}, {wording.sample(name, score)}"
-            table.add_row(
-                wording.title(name), _value(name, before), wording.measured(name, score), n
-            )
+            called = _SHORT.get(name, wording.title(name).lower())
+            table.add_row(called, _value(name, before), wording.measured(name, score), n)
             for group, part in (score.parts or {}).items():
                 old = (before[name].parts or {}).get(group) if name in before else None
                 was = "–" if old is None else wording.number(name, old.value)

@@ -1,8 +1,9 @@
 """Fold edits into a source checkpoint, tensor by tensor.
 
-A source file is copied whole and the bytes of its edited tensors are then written over, so every
-header, offset, unedited tensor and other file stays what it was, and memory does not grow with the
-model. The copy stands beside its destination until it is complete, then takes its name.
+An edit changes neither dtype nor shape, so a file is copied as it is and only the bytes of its
+edited tensors are written anew: every header, offset, other tensor and other file stays what it
+was, and memory does not grow with the model. The copy stands beside its destination until it is
+complete, then takes its name.
 
 Which tensor a writer was loaded from is proven by its values, never taken from its name: loaders
 rename, so names only say where to look first. Fused experts and quantised sources are not known
@@ -45,10 +46,11 @@ _DTYPES = {
 # them is what was measured, and a runner might prefer one of them.
 _STALE = (".bin", ".pt", ".pth", ".ckpt", ".bin.index.json", ".gguf", ".onnx", ".h5", ".msgpack")
 _HIDDEN = {".cache", ".git"}
-_BLOCK = 1 << 20  # elements computed at a time
-_LOW_RANK = 16  # an edit of at most this rank is computed as fast as it can be written
+_LOW_RANK = 16  # an edit of at most this rank costs a few operations per element
+_BLOCK = 1 << 17  # elements computed at a time: they stay in the processor's cache
+_PRODUCT_BLOCK = 1 << 20  # the same for higher ranks, whose products need more rows at a time
 _WORKERS = 2  # files in work at a time: one is copied while another's tensors are computed
-_CHUNK = 1 << 27  # bytes copied at a time: an interrupt is heard between two
+_CHUNK = 1 << 24  # bytes copied at a time
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class TensorPlace:
     start: int
     stop: int
 
-    def read(self, file: io.BufferedIOBase, first: int, last: int) -> Tensor:
+    def read(self, file: io.BufferedReader, first: int, last: int) -> Tensor:
         """Rows first <= row < last in the stored dtype, from the open `file`."""
         rows = torch.empty((last - first, *self.shape[1:]), dtype=_DTYPES[self.dtype])
         file.seek(self._offset(first))
@@ -77,15 +79,15 @@ class TensorPlace:
             raise ExportError(f"{self.file} ends inside tensor {self.key}: download it again")
         return rows
 
-    def write(self, file: io.BufferedIOBase, first: int, rows: Tensor) -> None:
+    def write(self, file: io.BufferedWriter, first: int, rows: Tensor) -> None:
         """Store `rows`, which are of this tensor's dtype, from row `first` on."""
         assert rows.dtype == _DTYPES[self.dtype]
         file.seek(self._offset(first))
         file.write(_bytes(rows))
 
-    def blocks(self) -> Iterator[tuple[int, int]]:
-        """Spans of rows to work on one at a time; together they are all rows."""
-        step = max(1, _BLOCK * self.shape[0] // torch.Size(self.shape).numel())
+    def blocks(self, elements: int) -> Iterator[tuple[int, int]]:
+        """Spans of rows with about this many elements; together they are all rows."""
+        step = max(1, elements * self.shape[0] // torch.Size(self.shape).numel())
         for first in range(0, self.shape[0], step):
             yield first, min(first + step, self.shape[0])
 
@@ -343,7 +345,7 @@ def _holds(source: Path, place: TensorPlace, values: Tensor) -> bool:
     with (source / place.file).open("rb") as file:
         return all(
             torch.equal(place.read(file, a, b).to(values.dtype), values[a:b].detach().cpu())
-            for spans in (probes, place.blocks())
+            for spans in (probes, place.blocks(_BLOCK))
             for a, b in spans
         )
 
@@ -390,17 +392,23 @@ def _files(source: Path, replaced: set[str]) -> tuple[list[Path], tuple[str, ...
 
 
 def _write_file(source: Path, target: Path, folds: list[_Fold]) -> None:
-    """Copy one file and fold the edits of its tensors into the copy."""
+    """Write one file: its edited tensors anew, and all the bytes between them as they are."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    _copy(source, target)
-    with source.open("rb") as old, target.open("r+b") as new:
-        for place, edit in folds:
+    with source.open("rb") as old, target.open("xb") as new:
+        done = 0
+        for place, edit in sorted(folds, key=lambda fold: fold[0].start):
+            _copy(old, new, done, place.start)
             _fold(place, edit, old, new)
+            done = place.stop
+        _copy(old, new, done, os.fstat(old.fileno()).st_size)
+        new.flush()
+        os.fsync(new.fileno())  # here, where another worker has something to compute meanwhile
 
 
-def _fold(place: TensorPlace, edit: Edit, old: io.BufferedIOBase, new: io.BufferedIOBase) -> None:
+def _fold(place: TensorPlace, edit: Edit, old: io.BufferedReader, new: io.BufferedWriter) -> None:
     whole = _part(edit, 0, place.shape[0])
-    for first, last in place.blocks():
+    size = _BLOCK if edit.left.shape[1] <= _LOW_RANK else _PRODUCT_BLOCK
+    for first, last in place.blocks(size):
         rows, part = place.read(old, first, last), _part(whole, first, last)
         edited = part.apply_to_weight(rows) if rows.ndim > 1 else part.apply_to_bias(rows)
         stored = edited.to(rows.dtype)
@@ -437,18 +445,21 @@ def _part(edit: Edit, first: int, last: int) -> Edit:
     return Edit(edit.left[first:last].cpu(), edit.right.cpu(), scale, shift)
 
 
-def _copy(source: Path, target: Path) -> None:
-    """Copy within the kernel; where the file system can, the copy shares the source's blocks."""
-    try:
-        with source.open("rb") as old, target.open("xb") as new:
-            left = os.fstat(old.fileno()).st_size
-            while left:
-                copied = os.copy_file_range(old.fileno(), new.fileno(), min(left, _CHUNK))
-                if not copied:
-                    raise OSError(errno.EIO, "the copy stopped short", str(source))
-                left -= copied
-    except (AttributeError, OSError):  # not on this system, or not between these file systems
-        shutil.copyfile(source, target)
+def _copy(old: io.BufferedReader, new: io.BufferedWriter, start: int, stop: int) -> None:
+    """Copy the bytes start <= byte < stop, within the kernel where it can."""
+    while start < stop:
+        size = min(stop - start, _CHUNK)
+        try:
+            copied = os.copy_file_range(old.fileno(), new.fileno(), size, start, start)
+        except (AttributeError, OSError):  # not on this system, or not between these file systems
+            copied = 0
+        if not copied:
+            old.seek(start)
+            new.seek(start)
+            copied = new.write(old.read(size))
+        if not copied:
+            raise OSError(errno.EIO, "the file ended while it was copied", old.name)
+        start += copied
 
 
 def _sync(path: Path) -> None:

@@ -29,6 +29,7 @@ class Panel:
         self._context = context
         self._screen = screen
         self._requests = {s.name: list(s.needs(context)) for s in scorers}
+        self._names = [s.name for s in scorers]
         self._quick = [s for s in scorers if _is_quick(self._requests[s.name])]
         self._slow = [s for s in scorers if not _is_quick(self._requests[s.name])]
 
@@ -61,7 +62,7 @@ class Panel:
         share = len(candidates)
         seconds = {"drift": (drifted - begun) / share, "responses": (ended - drifted) / share}
         return [
-            Measured(one, dict(seconds), screened)
+            Measured({name: one[name] for name in self._names}, dict(seconds), screened)
             for one, screened in zip(scores, behind, strict=True)
         ]
 

@@ -85,7 +85,7 @@ def run(
         with clock.phase("baseline"):
             baseline = panel.measure([[None] * len(method.writers)])[0].scores
         with clock.phase("search", config.search.trials):
-            search.run(config.search.trials, _measurer(method, panel, goals), on_event)
+            search.run(config.search.trials, measurer(method, panel, goals), on_event)
         front = pareto(search.points(), goals)
         chosen = choose(config.search.select, front, goals)
         if chosen is None:
@@ -191,7 +191,7 @@ def _sizing(loaded: Loaded, sets: PromptSets, config: Config) -> Sizing:
     return size(loaded, config, max(lengths), most)
 
 
-def _measurer(method: DirectionalMethod, panel: Panel, goals: list[Objective]) -> Measure:
+def measurer(method: DirectionalMethod, panel: Panel, goals: list[Objective]) -> Measure:
     """Parameters of a batch -> its measurements, for the search."""
 
     def measure(params: list[dict[str, Any]], finished: list[Point]) -> list[Measured]:

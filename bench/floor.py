@@ -1,0 +1,75 @@
+"""The arithmetic that a trial cannot avoid: floating-point operations of its matrix products.
+
+Counted per token that must pass a layer: 2 per weight of every linear map, 4 x context x heads x head
+width for attention; per logit row 2 x D x V. Not counted, because avoidable: padding, layers below
+a candidate's first edited one in its prompts (their result is known), the positions that a
+shared-key-value layer need not see, and tokens after a verdict is settled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+
+class Costs:
+    """Operations per token of one model, by layer."""
+
+    def __init__(self, loaded: Any) -> None:
+        self.layers = [_linear(layer) for layer in loaded.anatomy.layers]
+        self.attention = [_attention(layer) for layer in loaded.anatomy.layers]
+        head = loaded.model.get_output_embeddings().weight
+        self.head = 2 * head.shape[0] * head.shape[1]
+        self.embedding = sum(
+            2 * m.weight.numel()
+            for name, m in loaded.anatomy.backbone.named_children()
+            if isinstance(m, nn.Linear)
+        )
+        config = loaded.model.config
+        shared = getattr(config, "num_kv_shared_layers", 0) or 0
+        self.trimmed = len(self.layers) - shared
+
+    def prompt(self, length: int, needed: int, first: int) -> float:
+        """One row of `length` tokens of which only the last `needed` matter at the end."""
+        total = 0.0
+        for index, (linear, attention) in enumerate(zip(self.layers, self.attention, strict=True)):
+            if index < first:
+                continue
+            tokens = needed if index >= self.trimmed else length
+            total += tokens * (linear + attention * length / 2)
+        return total + needed * self.head
+
+    def step(self, context: int) -> float:
+        """One more token at this context length."""
+        layers = sum(li + a * context for li, a in zip(self.layers, self.attention, strict=True))
+        return self.embedding + layers + self.head
+
+
+def trial(costs: Costs, engine: Any, edits: Sequence[Any], evidence: Any) -> float:
+    """Operations of one candidate's trial, given what it answered."""
+    first = min((w.layer for w, e in zip(engine.writers, edits, strict=True) if e), default=0)
+    first = min(first, costs.trimmed)
+    total = 0.0
+    for ids, response in zip(engine.prompts["target"], evidence.responses["target"], strict=True):
+        total += costs.prompt(len(ids), 1, first)
+        # The first token comes with the prompt; the last one is never put in.
+        total += sum(costs.step(len(ids) + i) for i in range(1, len(response.tokens)))
+    original = engine.original("contrast").responses
+    for ids, response in zip(engine.prompts["contrast"], original, strict=True):
+        n = len(response.tokens)
+        total += costs.prompt(len(ids) + n - 1, n, first)
+    return total
+
+
+def _linear(layer: nn.Module) -> int:
+    return sum(2 * m.weight.numel() for m in layer.modules() if isinstance(m, nn.Linear))
+
+
+def _attention(layer: nn.Module) -> int:
+    """Operations per token of context: scores and weighted values."""
+    for module in layer.modules():
+        if hasattr(module, "o_proj"):
+            return 4 * int(module.o_proj.weight.shape[1])
+    return 0

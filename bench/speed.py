@@ -1,0 +1,231 @@
+"""Speed of the search, as ratios taken in one run: against a plain loop, against the arithmetic floor.
+
+Run by `bench/run.py`; `python bench/speed.py` prints the figures alone.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import floor
+import machine
+import optuna
+import torch
+from plain_loop import PlainLoop
+
+from excise import events, stage
+from excise.config import load_config
+from excise.directional import DirectionalMethod
+from excise.directions import Directions, normalise
+from excise.edits import build, prepare
+from excise.engine import Engine, Plan
+from excise.evidence import Divergence, Responses
+from excise.front import Objective
+from excise.journal import create_study
+from excise.loading import Loaded, load
+from excise.panel import Panel
+from excise.pipeline import measurer
+from excise.planning import Sizing, size
+from excise.prompts import load_prompt_sets
+from excise.search import Search
+from excise.space import distributions, from_params
+
+PLAIN_TRIALS = 6
+
+
+class Job:
+    """The demo job, set up as the pipeline sets it up."""
+
+    def __init__(self) -> None:
+        self.config = load_config(behaviour="demo", flags={"model.source": "demo"})
+        self.sets = load_prompt_sets(self.config.prompts)
+        self.loaded: Loaded = load(self.config.model)
+        directions, _ = stage.find_directions(
+            self.loaded, self.sets, self.config, events.ignore
+        )
+        self.method: DirectionalMethod = stage.method_for(self.loaded, directions, self.config)
+        self.scoring = stage.scoring(self.config)
+        self.both = (self.sets.target_eval, self.sets.contrast_eval)
+        self.sizing: Sizing = size(self.loaded, self.config, 32, len(self.sets.target_eval))
+
+    def engine(self, plan: Plan | None = None) -> Engine:
+        plan = plan or self.sizing.plan
+        return stage.engine_for(self.loaded, self.method.writers, self.both, self.config, plan)
+
+    def panel(self, engine: Engine, *, screen: bool) -> Panel:
+        context = self.scoring.context(*self.both)
+        return Panel(engine, self.scoring.every_trial, context, screen=screen)
+
+    def space(self) -> dict[str, Any]:
+        return distributions(self.config.edit.components, len(self.loaded.anatomy.layers))
+
+    def candidates(self, count: int, seed: int = 5) -> list[dict[str, Any]]:
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
+        return [study.ask(self.space()).params for _ in range(count)]
+
+
+def search_seconds(job: Job, trials: int, *, screen: bool, batch: int | None = None) -> float:
+    """Seconds of a whole search, sampler and journal included."""
+    engine = job.engine()
+    engine.original("contrast")
+    goals: list[Objective] = job.scoring.goals()
+    size_of_batch = batch or job.sizing.batch
+    with tempfile.TemporaryDirectory() as name:
+        names = ["minimize", "minimize"]
+        study = create_study(Path(name), names, {}, job.sizing.as_dict())
+        section = job.config.search.model_copy(update={"startup_trials": trials // 3})
+        search = Search(study, job.space(), goals, section, batch=size_of_batch, seed=0)
+        begun = time.perf_counter()
+        panel = job.panel(engine, screen=screen)
+        search.run(trials, measurer(job.method, panel, goals), events.ignore)
+        return time.perf_counter() - begun
+
+
+def against_plain_loop(job: Job, trials: int) -> dict[str, Any]:
+    """Trials a minute, ours over the plain loop's."""
+    ours = search_seconds(job, trials, screen=False) / trials
+    screened = search_seconds(job, trials, screen=True) / trials
+    other = Job()
+    writers = other.method.writers
+    prompts = other.engine().prompts
+    limit = other.config.scores.max_new_tokens
+    params = job.candidates(PLAIN_TRIALS)
+    edits = [other.method.edits(from_params(p)) for p in params]
+    plain = PlainLoop(other.loaded, writers, prompts, limit, other.scoring.markers)
+    begun = time.perf_counter()
+    for one in edits:
+        plain.measure(one)
+    theirs = (time.perf_counter() - begun) / len(edits)
+    return {
+        "plain_over_ours": theirs / ours,
+        "plain_over_ours_with_screening": theirs / screened,
+        "trials_of_ours": trials,
+        "trials_of_plain": PLAIN_TRIALS,
+    }
+
+
+def against_floor(job: Job, count: int = 32) -> dict[str, Any]:
+    """Time of a trial over the time of its unavoidable arithmetic, and where the rest goes."""
+    engine = job.engine()
+    engine.original("contrast")
+    edits = [job.method.edits(from_params(p)) for p in job.candidates(count)]
+    requests = [Responses("target", job.scoring.markers.found), Divergence()]
+    costs = floor.Costs(job.loaded)
+    best, evidence = float("inf"), []
+    for _ in range(3):
+        fresh = job.engine()
+        fresh._originals = engine._originals
+        begun = time.perf_counter()
+        evidence = fresh.measure(edits, requests)
+        best = min(best, time.perf_counter() - begun)
+    work = sum(floor.trial(costs, engine, e, found) for e, found in zip(edits, evidence, strict=True))
+    rate = machine.matmul_rate(job.loaded.dtype, job.loaded.device.type)
+    return {
+        "time_over_floor": best / (work / rate),
+        "gigaflop_per_trial": work / count / 1e9,
+        "where": where_time_goes(job, engine, edits, requests),
+    }
+
+
+_KINDS = {
+    "matrix products": ("addmm", "mm", "bmm", "linear", "baddbmm"),
+    "attention": ("_scaled_dot_product_flash_attention_for_cpu", "_efficient_attention_forward",
+                  "_flash_attention_forward", "_scaled_dot_product_attention_math"),
+    "copies": ("copy_", "cat", "index", "index_select", "clone", "repeat", "gather"),
+    "sums of squares and softmax": ("mean", "pow", "_log_softmax", "sum", "_softmax", "rsqrt"),
+}
+
+
+def where_time_goes(
+    job: Job, engine: Engine, edits: Sequence[Any], requests: Sequence[Any]
+) -> dict[str, float]:
+    """Share of time by kind of operation, from torch's profiler; the rest is elementwise or Python."""
+    from torch.profiler import ProfilerActivity, profile
+
+    begun = time.perf_counter()
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        engine.measure(edits[: job.sizing.batch], requests)
+    total = (time.perf_counter() - begun) * 1e6
+    shares = dict.fromkeys([*_KINDS, "other operations"], 0.0)
+    for row in profiler.key_averages():
+        if not row.key.startswith("aten::"):
+            continue
+        name = row.key.removeprefix("aten::")
+        kind = next((k for k, names in _KINDS.items() if name in names), "other operations")
+        shares[kind] += row.self_cpu_time_total / total
+    shares["Python and waiting"] = max(0.0, 1.0 - sum(shares.values()))
+    return {kind: round(share, 3) for kind, share in shares.items()}
+
+
+def growth(job: Job) -> dict[str, dict[str, float]]:
+    """How time grows: each row's seconds over the first row's."""
+
+    def relative(times: dict[str, float]) -> dict[str, float]:
+        first = next(iter(times.values()))
+        return {key: round(value / first, 2) for key, value in times.items()}
+
+    trials = {str(n): search_seconds(job, n, screen=False) for n in (32, 64, 128)}
+    params = job.candidates(32)
+    edits = [job.method.edits(from_params(p)) for p in params]
+    requests = [Responses("target", job.scoring.markers.found), Divergence()]
+
+    def seconds(stack: int, prompts: int, tokens: int, count: int = 16) -> float:
+        engine = job.engine(replace(job.sizing.plan, stack=stack))
+        engine.limit = tokens
+        engine.original("contrast")
+        begun = time.perf_counter()
+        engine.measure(edits[:count], requests, {"target": prompts, "contrast": prompts})
+        return time.perf_counter() - begun
+
+    seconds(4, 100, 32)
+    return {
+        "trials": relative(trials),
+        "C in one stack (16 candidates in all)": relative(
+            {str(c): seconds(c, 100, 32) for c in (1, 2, 4, 8, 16)}
+        ),
+        "prompts": relative({str(p): seconds(4, p, 32) for p in (25, 50, 100)}),
+        "response length": relative({str(t): seconds(4, 100, t) for t in (4, 8, 16, 32)}),
+    }
+
+
+def edit_building(width: int = 2560, inner: int = 10240, layers: int = 42) -> dict[str, float]:
+    """Milliseconds to build one candidate's edits at the shape of Gemma 4 E4B, down-projections."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    weight = torch.randn(width, inner, device=device)
+    unit = normalise(torch.randn(layers, width))
+    directions = Directions(unit, normalise(torch.randn(layers, width)))
+    stats = prepare([weight] * layers, list(range(layers)), directions)
+    strengths = torch.ones(layers, dtype=torch.float64)
+    out = {}
+    for name, index in (("global index", 20.3), ("per layer", None)):
+        times = []
+        for _ in range(30):
+            machine.sync(device)
+            begun = time.perf_counter()
+            build(stats, index, strengths)
+            machine.sync(device)
+            times.append(time.perf_counter() - begun)
+        out[name] = round(1e3 * sorted(times)[len(times) // 2], 3)
+    return out
+
+
+def main(trials: int = 128) -> dict[str, Any]:
+    job = Job()
+    return {
+        "sizing": job.sizing.as_dict(),
+        "plain_loop": against_plain_loop(job, trials),
+        "floor": against_floor(job),
+        "growth": growth(job),
+        "edit_building_ms": edit_building(),
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(), indent=1))

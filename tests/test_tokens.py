@@ -1,0 +1,224 @@
+"""From prompts to token ids and padded batches."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import builders
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
+
+from excise.config import PromptSection
+from excise.errors import ModelError, PromptError
+from excise.prompts import Prompt, PromptSet
+from excise.tokens import PLAIN_FORMAT, Batch, batches, encode, end_tokens, left_pad, pad_token
+
+CPU = torch.device("cpu")
+
+STEADY = settings(derandomize=True, deadline=None)
+
+
+@pytest.fixture(scope="module")
+def shared() -> PreTrainedTokenizerFast:
+    """The builders' tokenizer: a chat template, nothing added to plain text."""
+    return builders.tokenizer()
+
+
+def plain_tokenizer(*, adds_bos: bool) -> PreTrainedTokenizerFast:
+    """One without a chat template; with `adds_bos` it puts a <bos> before what it is given."""
+    out = builders.tokenizer()
+    out.chat_template = None
+    if adds_bos:
+        add_bos(out)
+    return out
+
+
+def add_bos(tokenizer):
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer._tokenizer.post_processor = TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", tokenizer.bos_token_id)]
+    )
+
+
+def ids_of(tokenizer, *texts, **section):
+    prompts = PromptSet("target", "p.txt", tuple(Prompt(text) for text in texts))
+    return encode(tokenizer, prompts, PromptSection(**section))
+
+
+def spoken(tokenizer, ids):
+    return tokenizer.decode(ids, skip_special_tokens=False)
+
+
+def test_the_chat_template_is_used_and_the_response_begins_at_the_end(shared):
+    found = ids_of(shared, "who made the orb", "what?")
+    texts = [spoken(shared, ids) for ids in found]
+    assert texts == ["<|user|>who made the orb<|assistant|>", "<|user|>what?<|assistant|>"]
+    assert all(type(i) is int for row in found for i in row)
+    assert found[0][-1] == shared.convert_tokens_to_ids("<|assistant|>")
+
+
+def test_system_prompt_prefix_and_suffix(shared):
+    (ids,) = ids_of(shared, "orb", system="be brief", prefix="Q: ", suffix=" /no")
+    assert spoken(shared, ids) == "<|system|>be brief<|user|>Q: orb /no<|assistant|>"
+
+
+def test_an_empty_system_prompt_is_a_system_prompt(shared):
+    (ids,) = ids_of(shared, "orb", system="")
+    assert spoken(shared, ids) == "<|system|><|user|>orb<|assistant|>"
+
+
+def test_a_template_that_writes_its_own_bos_gets_no_second_one():
+    tokenizer = builders.tokenizer()
+    add_bos(tokenizer)
+    tokenizer.chat_template = "{{ bos_token }}" + builders.TEMPLATE
+    (ids,) = ids_of(tokenizer, "orb")
+    assert ids.count(tokenizer.bos_token_id) == 1
+    assert ids[0] == tokenizer.bos_token_id
+    assert ids == tokenizer.apply_chat_template(
+        [{"role": "user", "content": "orb"}], add_generation_prompt=True, return_dict=False
+    )
+
+
+def test_without_a_template_the_plain_format_is_used():
+    tokenizer = plain_tokenizer(adds_bos=False)
+    (ids,) = ids_of(tokenizer, "who {made} it?")
+    assert spoken(tokenizer, ids) == "Question: who {made} it?\nAnswer:"
+    assert PLAIN_FORMAT == "Question: {prompt}\nAnswer:"
+    (ids,) = ids_of(tokenizer, "orb", system="be brief", prefix="a ", suffix=" z")
+    assert spoken(tokenizer, ids) == "be brief\n\nQuestion: a orb z\nAnswer:"
+
+
+def test_without_a_template_the_tokenizers_own_bos_comes_once():
+    tokenizer = plain_tokenizer(adds_bos=True)
+    (ids,) = ids_of(tokenizer, "orb")
+    assert ids[0] == tokenizer.bos_token_id
+    assert ids.count(tokenizer.bos_token_id) == 1
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ raise_exception('System role not supported') }}",
+        "{% for m in messages %}{{ m.content",
+        "{{ messages[0]['content'] + 3 }}",
+        "{{ nobody.knows.this }}",
+    ],
+)
+def test_a_template_that_fails(template):
+    tokenizer = builders.tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(ModelError, match="chat template cannot render") as error:
+        ids_of(tokenizer, "orb", system="be brief")
+    assert "\n" not in str(error.value)
+
+
+def test_a_template_that_refuses_only_a_system_role():
+    tokenizer = builders.tokenizer()
+    tokenizer.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+        + builders.TEMPLATE
+    )
+    assert spoken(tokenizer, ids_of(tokenizer, "orb")[0]) == "<|user|>orb<|assistant|>"
+    with pytest.raises(ModelError, match="no system role"):
+        ids_of(tokenizer, "orb", system="be brief")
+
+
+def test_a_template_that_renders_nothing_is_an_error():
+    tokenizer = builders.tokenizer()
+    tokenizer.chat_template = "{{ '' }}"
+    with pytest.raises(PromptError, match=r"p\.txt has no tokens"):
+        ids_of(tokenizer, "orb")
+
+
+# -- end and padding tokens ------------------------------------------------------------------------
+
+
+def ends(generation, own):
+    model = SimpleNamespace(generation_config=generation)
+    return end_tokens(model, SimpleNamespace(eos_token_id=own))
+
+
+@pytest.mark.parametrize(
+    ("generation", "own", "expected"),
+    [
+        (SimpleNamespace(eos_token_id=5), 9, {5}),
+        (SimpleNamespace(eos_token_id=0), 9, {0}),
+        (SimpleNamespace(eos_token_id=[5, 7]), 9, {5, 7}),
+        (SimpleNamespace(eos_token_id=None), 9, {9}),
+        (SimpleNamespace(), 9, {9}),
+        (None, 0, {0}),
+    ],
+)
+def test_end_tokens(generation, own, expected):
+    assert ends(generation, own) == expected
+
+
+def test_end_tokens_of_a_real_model(shared):
+    model = builders.model("llama")
+    assert end_tokens(model, shared) == {1}
+    model.generation_config.eos_token_id = [1, 4]
+    assert end_tokens(model, shared) == {1, 4}
+
+
+def test_no_end_token_at_all():
+    with pytest.raises(ModelError, match="end token"):
+        ends(SimpleNamespace(eos_token_id=None), None)
+
+
+def test_pad_token(shared):
+    assert pad_token(shared, frozenset({7})) == shared.pad_token_id == 0
+    assert pad_token(SimpleNamespace(pad_token_id=None), frozenset({9, 7})) == 7
+
+
+# -- batches ---------------------------------------------------------------------------------------
+
+
+def test_left_padding_by_example():
+    batch = left_pad([[5, 6, 7], [8]], [3, 1], 0, CPU)
+    assert batch.ids.tolist() == [[5, 6, 7], [0, 0, 8]]
+    assert batch.mask.tolist() == [[1, 1, 1], [0, 0, 1]]
+    assert batch.positions.tolist() == [[0, 1, 2], [0, 0, 0]]
+    assert batch.rows.tolist() == [3, 1]
+
+
+def test_padding_is_masked_even_where_the_pad_token_is_in_the_text():
+    batch = left_pad([[0, 0, 7], [0]], [0, 1], 0, CPU)
+    assert batch.mask.tolist() == [[1, 1, 1], [0, 0, 1]]
+
+
+def test_a_padded_row_gives_the_logits_that_it_gives_alone():
+    model = builders.model("gemma4")
+    rows = builders.token_ids(4, 5)
+    batch = left_pad(rows, range(4), 0, CPU)
+    logits = model(
+        input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions
+    ).logits
+    for row, found in zip(rows, logits, strict=True):
+        alone = model(input_ids=torch.tensor([row])).logits[0, -1]
+        assert torch.allclose(found[-1], alone, atol=1e-4)
+
+
+@STEADY
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=40), st.integers(1, 9))
+def test_buckets_hold_every_row_once_longest_first(lengths, size):
+    rows = [[number + 1] * length for number, length in enumerate(lengths)]
+    found = batches(rows, size, 0, CPU)
+    assert sorted(i for batch in found for i in batch.rows.tolist()) == list(range(len(rows)))
+    assert all(isinstance(b, Batch) and b.ids.shape[0] == size for b in found[:-1])
+    assert 1 <= found[-1].ids.shape[0] <= size
+    widths = [batch.ids.shape[1] for batch in found]
+    assert widths == sorted(widths, reverse=True)
+    for batch in found:
+        for number, ids, mask in zip(
+            batch.rows.tolist(), batch.ids.tolist(), batch.mask.tolist(), strict=True
+        ):
+            row = rows[number]
+            assert ids[len(ids) - len(row) :] == row
+            assert sum(mask) == len(row)
+    # Sorting is what keeps padding small: no other way of filling such batches needs less room.
+    in_order = sorted(lengths, reverse=True)
+    assert widths == in_order[::size]
