@@ -46,9 +46,9 @@ class Job:
         self.config = load_config(behaviour="demo", flags={"model.source": "demo"})
         self.sets = load_prompt_sets(self.config.prompts)
         self.loaded: Loaded = load(self.config.model)
-        directions, _ = stage.find_directions(
-            self.loaded, self.sets, self.config, events.ignore
-        )
+        self.tokens = stage.tokenise(self.loaded, self.sets, self.config)
+        section = self.config.directions
+        directions, _ = stage.find_directions(self.loaded, self.tokens, section, events.ignore)
         self.method: DirectionalMethod = stage.method_for(self.loaded, directions, self.config)
         self.scoring = stage.scoring(self.config)
         self.both = (self.sets.target_eval, self.sets.contrast_eval)
@@ -56,7 +56,9 @@ class Job:
 
     def engine(self, plan: Plan | None = None) -> Engine:
         plan = plan or self.sizing.plan
-        return stage.engine_for(self.loaded, self.method.writers, self.both, self.config, plan)
+        return stage.engine_for(
+            self.loaded, self.method.writers, self.tokens, "eval", self.config, plan
+        )
 
     def panel(self, engine: Engine, *, screen: bool) -> Panel:
         context = self.scoring.context(*self.both)
@@ -125,7 +127,9 @@ def against_floor(job: Job, count: int = 32) -> dict[str, Any]:
         begun = time.perf_counter()
         evidence = fresh.measure(edits, requests)
         best = min(best, time.perf_counter() - begun)
-    work = sum(floor.trial(costs, engine, e, found) for e, found in zip(edits, evidence, strict=True))
+    work = sum(
+        floor.trial(costs, engine, e, found) for e, found in zip(edits, evidence, strict=True)
+    )
     rate = machine.matmul_rate(job.loaded.dtype, job.loaded.device.type)
     return {
         "time_over_floor": best / (work / rate),
@@ -136,8 +140,12 @@ def against_floor(job: Job, count: int = 32) -> dict[str, Any]:
 
 _KINDS = {
     "matrix products": ("addmm", "mm", "bmm", "linear", "baddbmm"),
-    "attention": ("_scaled_dot_product_flash_attention_for_cpu", "_efficient_attention_forward",
-                  "_flash_attention_forward", "_scaled_dot_product_attention_math"),
+    "attention": (
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_efficient_attention_forward",
+        "_flash_attention_forward",
+        "_scaled_dot_product_attention_math",
+    ),
     "copies": ("copy_", "cat", "index", "index_select", "clone", "repeat", "gather"),
     "sums of squares and softmax": ("mean", "pow", "_log_softmax", "sum", "_softmax", "rsqrt"),
 }

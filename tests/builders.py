@@ -111,7 +111,9 @@ def loaded(family: str, seed: int = 0, **changes: Any) -> Loaded:
     return Loaded(built, tokenizer(), describe(built), family, None, Path(), torch.float32)
 
 
-def checkpoint(folder: Path, family: str, seed: int = 0, dtype: Any = torch.bfloat16, **save: Any) -> Path:
+def checkpoint(
+    folder: Path, family: str, seed: int = 0, dtype: Any = torch.bfloat16, **save: Any
+) -> Path:
     """A checkpoint on disk, with tokenizer and generation config."""
     built = model(family, seed).to(dtype)
     built.save_pretrained(folder, **save)

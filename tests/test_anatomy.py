@@ -143,7 +143,7 @@ def test_a_writer_that_is_not_optional_may_not():
 def test_a_writer_that_is_no_matrix():
     model = builders.model("llama")
     model.model.layers[2].mlp.down_proj = torch.nn.Identity()
-    with pytest.raises(UnknownArchitecture, match="layer 2: mlp.down_proj is a Identity"):
+    with pytest.raises(UnknownArchitecture, match=r"layer 2: mlp\.down_proj is a Identity"):
         describe(model)
 
 
@@ -176,7 +176,7 @@ def test_select_keeps_the_order_of_the_model():
 
 def test_an_unknown_component_names_those_there_are():
     found = describe(builders.model("llama"))
-    with pytest.raises(ConfigError, match="no component 'ple.projection'") as error:
+    with pytest.raises(ConfigError, match=r"no component 'ple\.projection'") as error:
         found.select(("attn.o_proj", "ple.projection"))
     assert "attn.o_proj, mlp.down_proj" in str(error.value)
 

@@ -94,7 +94,7 @@ def test_the_last_of_two_sets_wins():
 
 @pytest.mark.parametrize("expression", ["", "seed", "=3", " = 3"])
 def test_a_set_that_is_no_assignment(expression):
-    with pytest.raises(ConfigError, match="section.key=value"):
+    with pytest.raises(ConfigError, match=r"section\.key=value"):
         load_config(sets=(expression,))
 
 
@@ -258,6 +258,27 @@ def test_file_names_in_flags_stay_as_they_are(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = load_config(flags={"prompts.target": {"source": "t.txt"}})
     assert config.prompts.target.source == "t.txt"
+
+
+def test_a_run_started_with_relative_names_is_resumed_from_anywhere(tmp_path, monkeypatch):
+    """config.toml is all that a resume has: what it names must still be found."""
+    from pathlib import Path
+
+    from excise import cli
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("t.txt", "c.txt", "m.txt"):
+        write(tmp_path / name, "")
+    for name in ("model", "run", "elsewhere"):
+        (tmp_path / name).mkdir()
+    arguments = "run model --out run --target t.txt --contrast c.txt --markers m.txt".split()
+    config = cli._config(cli.build_parser().parse_args(arguments), "model")
+    file = write(tmp_path / "run" / "config.toml", to_toml(config))
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    again = load_config(file=file)
+    found = [again.prompts.target.source, again.prompts.contrast.source, again.scores.markers_file]
+    assert [Path(name).is_file() for name in found] == [True, True, True]
+    assert Path(again.model.source).is_dir()
 
 
 def test_a_behaviour_of_ones_own_is_named_after_its_file_unless_it_says_otherwise(tmp_path):

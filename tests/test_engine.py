@@ -90,11 +90,12 @@ def demo():
     config = load_config(behaviour="demo", flags={"model.source": "demo"})
     loaded = load(config.model)
     sets = load_prompt_sets(config.prompts)
-    directions, _ = stage.find_directions(loaded, sets, config, events.ignore)
+    tokens = stage.tokenise(loaded, sets, config)
+    directions, _ = stage.find_directions(loaded, tokens, config.directions, events.ignore)
     method = stage.method_for(loaded, directions, config)
     plan = Plan(rows=256, stack=8)
-    both = (sets.target_eval, sets.contrast_eval)
-    return stage.engine_for(loaded, method.writers, both, config, plan), method, loaded
+    engine = stage.engine_for(loaded, method.writers, tokens, "eval", config, plan)
+    return engine, method, loaded
 
 
 def demo_candidates(count, layers):
@@ -120,7 +121,9 @@ def test_forty_stacked_candidates_of_the_demo_model_equal_each_alone(demo):
         alone = merged(loaded.model, method.writers, one)
         for ids, response in zip(engine.prompts["target"], found.responses["target"], strict=False):
             assert response.tokens == generated(alone, ids, engine.limit)
-        pairs = list(zip(engine.prompts["contrast"], original, found.divergence["contrast"], strict=False))
+        pairs = list(
+            zip(engine.prompts["contrast"], original, found.divergence["contrast"], strict=False)
+        )
         total = sum(float(row.sum()) for _, _, row in pairs)
         expected = sum(
             float(token_divergence(loaded.model, alone, ids, r.tokens).sum()) for ids, r, _ in pairs
@@ -263,11 +266,18 @@ def test_whole_ablation_leaves_nothing_in_what_a_writer_adds(family, post_norms)
     flat = {c: Profile(1.0, 3.0, 1.0, 100.0) for c in builders.COMPONENTS}
     alone = merged(model.model, writers, method.edits(Candidate(2.5, flat)))
     added = {}
-    sites = {"attn.o_proj": "post_attention_layernorm", "mlp.down_proj": "post_feedforward_layernorm"}
+    sites = {
+        "attn.o_proj": "post_attention_layernorm",
+        "mlp.down_proj": "post_feedforward_layernorm",
+    }
     for writer in writers:
         layer = alone.get_submodule(f"model.layers.{writer.layer}")
         normed = family == "gemma4"
-        site = layer.get_submodule(sites[writer.component]) if normed else alone.get_submodule(writer.name)
+        site = (
+            layer.get_submodule(sites[writer.component])
+            if normed
+            else alone.get_submodule(writer.name)
+        )
         site.register_forward_hook(
             lambda _m, _a, out, key=writer.key: added.__setitem__(key, out.detach())
         )

@@ -109,7 +109,9 @@ def test_the_command_line_is_what_the_contract_says():
 
 def test_help_is_quick_because_it_imports_nothing_heavy():
     heavy = "import sys, excise.cli; excise.cli.build_parser(); "
-    heavy += "print([m for m in ('torch', 'transformers', 'optuna', 'pydantic') if m in sys.modules])"
+    heavy += (
+        "print([m for m in ('torch', 'transformers', 'optuna', 'pydantic') if m in sys.modules])"
+    )
     out = subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
     begun = time.perf_counter()

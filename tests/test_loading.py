@@ -205,7 +205,7 @@ TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 def test_a_missing_tokenizer(folder):
     for name in TOKENIZER:
         (folder / name).unlink()
-    with pytest.raises(ModelError, match="tokenizer of .* cannot be loaded") as error:
+    with pytest.raises(ModelError, match=r"tokenizer of .* cannot be loaded") as error:
         load(section(folder))
     assert "\n" not in str(error.value)
 
@@ -213,7 +213,7 @@ def test_a_missing_tokenizer(folder):
 @pytest.mark.parametrize("content", ["", "{", "{}"])
 def test_a_broken_tokenizer(folder, content):
     (folder / "tokenizer.json").write_text(content)
-    with pytest.raises(ModelError, match="tokenizer of .* cannot be loaded"):
+    with pytest.raises(ModelError, match=r"tokenizer of .* cannot be loaded"):
         load(section(folder))
 
 

@@ -280,7 +280,7 @@ def test_the_rows_of_each_role(tmp_path, files, more, expected):
     assert names == [
         "target", "contrast", "target_eval", "contrast_eval", "target_holdout", "contrast_holdout",
     ]  # fmt: skip
-    held = 25 if "holdout_size" not in more else more["holdout_size"]
+    held = more.get("holdout_size", 25)
     assert span(found.contrast_holdout) == ("contrast", 15, 15 + held)
 
 

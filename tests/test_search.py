@@ -37,7 +37,9 @@ def search_in(folder, batch=8, seed=0):
     if (folder / journal.FILE).exists():
         study = journal.open_study(folder)
     else:
-        study = journal.create_study(folder, ["minimize", "minimize"], {"model": "a"}, {"batch": batch})
+        study = journal.create_study(
+            folder, ["minimize", "minimize"], {"model": "a"}, {"batch": batch}
+        )
     return Search(study, SPACE, GOALS, SECTION, batch=batch, seed=seed)
 
 
@@ -188,8 +190,11 @@ def test_parameters_and_candidates_say_the_same():
     params = {
         "direction_scope": "global",
         "direction_index": 3.5,
-        **{f"{c}.{k}": 1.0 for c in COMPONENTS for k in (
-            "max_weight", "max_weight_position", "min_weight", "min_weight_distance")},
+        **{
+            f"{c}.{k}": 1.0
+            for c in COMPONENTS
+            for k in ("max_weight", "max_weight_position", "min_weight", "min_weight_distance")
+        },
     }
     candidate = from_params(params)
     assert candidate.index == 3.5

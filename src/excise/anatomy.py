@@ -211,6 +211,7 @@ def _spans(numbers: list[int]) -> str:
 def check_finite(model: nn.Module) -> str | None:
     """Name of the first parameter that holds a NaN or an infinity, if any does."""
     for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
+        # Both ends show any NaN or infinity, several times faster than a mask of all elements.
+        if parameter.numel() and not all(map(torch.isfinite, torch.aminmax(parameter))):
             return name
     return None

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from excise import stage
-from excise.anatomy import Writer, describe
+from excise.anatomy import describe
 from excise.card import model_card
 from excise.config import Config
 from excise.edits import Edit
@@ -22,7 +22,7 @@ from excise.events import Notice, OnEvent, PhaseStarted
 from excise.export import Exported, export_adapter, export_safetensors
 from excise.loading import Loaded, load
 from excise.panel import Panel
-from excise.record import ArtifactRecord, Record, Scores
+from excise.record import ArtifactRecord, Record, Scores, TrialRecord
 from excise.scorers import ScoreContext
 
 FOLDERS = {"safetensors": "model", "adapter": "adapter"}
@@ -57,8 +57,8 @@ class Checker:
 
 def export_chosen(
     record: Record,
+    trial: TrialRecord,
     loaded: Loaded,
-    writers: Sequence[Writer],
     edits: Sequence[Edit | None],
     checker: Checker,
     out: Path,
@@ -70,13 +70,13 @@ def export_chosen(
     for _, path in places:
         if path.exists():  # of an earlier choice of this very run
             shutil.rmtree(path)
-    return export(record, loaded, writers, edits, checker, places, out, on_event)
+    return export(record, trial, loaded, edits, checker, places, out, on_event)
 
 
 def export(
     record: Record,
+    trial: TrialRecord,
     loaded: Loaded,
-    writers: Sequence[Writer],
     edits: Sequence[Edit | None],
     checker: Checker,
     places: Sequence[tuple[str, Path]],
@@ -96,13 +96,11 @@ def export(
     if not places:
         return record
     made = [
-        _write(name, path, record, loaded, writers, edits, checker.config, on_event)
-        for name, path in places
+        _write(name, path, record, trial, loaded, edits, checker, on_event) for name, path in places
     ]
     reference = checker.engine.as_reference()
     source, dtype, device = loaded, loaded.dtype, loaded.device
     artifacts = list(record.artifacts)
-    expected = record.chosen().scores
     for one in made:
         on_event(PhaseStarted(f"measure {one.format}"))
         again = _load_again(one, source, checker.config, dtype)
@@ -111,10 +109,10 @@ def export(
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-        for line in apart(expected, measured):
+        for line in apart(trial.scores, measured):
             on_event(Notice(f"{one.format}: {line}"))
         artifacts = [a for a in artifacts if a.path != _relative(one.path, out)]
-        artifacts.append(_artifact(one, record, expected, measured, out))
+        artifacts.append(_artifact(one, trial, measured, out))
     return record.model_copy(update={"artifacts": artifacts})
 
 
@@ -122,17 +120,18 @@ def _write(
     name: str,
     path: Path,
     record: Record,
+    trial: TrialRecord,
     loaded: Loaded,
-    writers: Sequence[Writer],
     edits: Sequence[Edit | None],
-    config: Config,
+    checker: Checker,
     on_event: OnEvent,
 ) -> Exported:
+    writers = checker.engine.writers
     if path.exists():
         raise OutputError(f"{path} exists: choose a new folder")
     named = {w.name: e for w, e in zip(writers, edits, strict=True) if e is not None}
     # The source's own card must not pass for the edited model's, not even for a moment.
-    card = {"README.md": model_card(record, artifact_format=name, trial=record.selected)}
+    card = {"README.md": model_card(record, artifact_format=name, trial=trial.number)}
     if name == "safetensors":
         return export_safetensors(loaded.folder, path, named, writers, on_event, card)
     if name == "adapter":
@@ -142,7 +141,7 @@ def _write(
             path,
             named,
             writers,
-            rank=config.export.adapter_rank,
+            rank=checker.config.export.adapter_rank,
             revision=loaded.revision,
             on_event=on_event,
             extra_files=card,
@@ -174,16 +173,14 @@ def _load_again(one: Exported, source: Loaded, config: Config, dtype: torch.dtyp
     )
 
 
-def _artifact(
-    one: Exported, record: Record, expected: Scores, measured: Scores, out: Path
-) -> ArtifactRecord:
+def _artifact(one: Exported, trial: TrialRecord, measured: Scores, out: Path) -> ArtifactRecord:
     return ArtifactRecord(
         path=_relative(one.path, out),
         format=one.format,
         sha256=one.sha256,
-        trial=record.chosen().number,
+        trial=trial.number,
         bytes=one.bytes,
-        expected=expected,
+        expected=trial.scores,
         measured=measured,
         details=one.details,
     )

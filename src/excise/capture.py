@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from excise.anatomy import Anatomy
 from excise.directions import winsorise
+from excise.errors import MemoryExhausted, is_out_of_memory
 from excise.tokens import Batch
 
 _WEISZFELD_PASSES = 12
@@ -51,17 +52,29 @@ def residual_pass(anatomy: Anatomy, batches: Sequence[Batch], winsor: float | No
 
     def run() -> Iterator[tuple[Batch, Tensor]]:
         for batch in batches:
-            with last_token_residuals(anatomy) as rows, torch.inference_mode():
-                anatomy.backbone(
-                    input_ids=batch.ids,
-                    attention_mask=batch.mask,
-                    position_ids=batch.positions,
-                    use_cache=False,
-                )
-            x = torch.stack([row.float().to(rows[0].device) for row in rows], dim=1)
+            x = _residuals(anatomy, batch)
             yield batch, x if winsor is None else winsorise(x, winsor)
 
     return run
+
+
+def _residuals(anatomy: Anatomy, batch: Batch) -> Tensor:
+    """Last-token residuals (B, L+1, D) of one batch, in halves where memory is short."""
+    try:
+        with last_token_residuals(anatomy) as rows, torch.inference_mode():
+            anatomy.backbone(
+                input_ids=batch.ids,
+                attention_mask=batch.mask,
+                position_ids=batch.positions,
+                use_cache=False,
+            )
+        return torch.stack([row.float().to(rows[0].device) for row in rows], dim=1)
+    except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+    if len(batch.rows) == 1:
+        raise MemoryExhausted("out of memory while capturing the residuals of one prompt")
+    return torch.cat([_residuals(anatomy, half) for half in batch.halves()])
 
 
 def mean(run: Pass) -> Tensor:

@@ -117,7 +117,9 @@ def _add_job(parser: argparse.ArgumentParser, *, search: bool = True) -> None:
     parser.add_argument("--method", choices=("directional",), help="how edits are made")
     texts = ("give the directions: evoke it", "give the directions: do not", "score", "score")
     for name, text in zip(_PROMPT_FLAGS, texts, strict=True):
-        parser.add_argument(f"--{name.replace('_', '-')}", metavar="FILE|ID", help=f"prompts, {text}")
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", metavar="FILE|ID", help=f"prompts, {text}"
+        )
     parser.add_argument("--direction-size", type=int, metavar="N", help="rows used for directions")
     parser.add_argument("--eval-size", type=int, metavar="N", help="rows that score; rest: holdout")
     parser.add_argument("--markers", metavar="FILE", help="phrases that show the behaviour")
@@ -141,7 +143,7 @@ def _config(arguments: argparse.Namespace, model: str) -> Any:
     from excise.config import load_config
 
     given = vars(arguments)
-    flags: dict[str, Any] = {"model.source": model}
+    flags: dict[str, Any] = {"model.source": _absolute(model)}
     plain = {
         "method": "method",
         "seed": "seed",
@@ -150,20 +152,24 @@ def _config(arguments: argparse.Namespace, model: str) -> Any:
         "max_new_tokens": "scores.max_new_tokens",
         "trials": "search.trials",
         "startup_trials": "search.startup_trials",
-        "markers": "scores.markers_file",
     }
     flags |= {key: given[flag] for flag, key in plain.items() if given.get(flag) is not None}
-    if given.get("markers") is not None:
-        flags["scores.markers"] = []
+    if given["markers"] is not None:
+        flags |= {"scores.markers": [], "scores.markers_file": _absolute(given["markers"])}
     for name in _PROMPT_FLAGS:
         if given[name] is not None:
-            flags[f"prompts.{name}"] = {"source": given[name]}
+            flags[f"prompts.{name}"] = {"source": _absolute(given[name])}
     return load_config(
         behaviour=arguments.behaviour,
         file=arguments.config,
         flags=flags,
         sets=tuple(arguments.sets),
     )
+
+
+def _absolute(name: str) -> str:
+    """A file or folder by its full path, so that a run can be resumed from anywhere; else an id."""
+    return str(Path(name).resolve()) if Path(name).exists() and name != "demo" else name
 
 
 def _demo(arguments: argparse.Namespace) -> int:

@@ -167,6 +167,8 @@ def load_config(
     if file is not None:
         tree = _merge(tree, _anchor(_read_toml(file), file.parent))
     for key, value in (flags or {}).items():
+        if isinstance(value, dict):  # a prompt source: the behaviour's columns are not this file's
+            tree = _merge(tree, _nest(key, None))
         tree = _merge(tree, _nest(key, value))
     for expression in sets:
         key, equals, text = expression.partition("=")
@@ -185,7 +187,7 @@ def validate(tree: dict[str, Any]) -> Config:
     try:
         return Config.model_validate(tree)
     except pydantic.ValidationError as error:
-        raise ConfigError("; ".join(_explain(tree, item) for item in error.errors())) from None
+        raise ConfigError("; ".join(_explain(item) for item in error.errors())) from None
 
 
 def behaviours() -> dict[str, Path]:
@@ -295,7 +297,7 @@ def _parse_value(text: str) -> Any:
         return text
 
 
-def _explain(tree: dict[str, Any], error: Any) -> str:
+def _explain(error: Any) -> str:
     """One pydantic error in the user's words."""
     path = [str(part) for part in error["loc"]]
     key = ".".join(path)

@@ -280,5 +280,3 @@ def _thin(trials: list[TrialRecord], most: int, always: int | None) -> list[Tria
 
 def _value(name: str, scores: Scores) -> str:
     return wording.number(name, scores[name].value) if name in scores else "–"
-
-

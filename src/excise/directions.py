@@ -79,7 +79,8 @@ def from_means(target: Tensor, contrast: Tensor, *, projected: bool = False) -> 
 
 def normalise(x: Tensor) -> Tensor:
     """x / |x| along the last axis."""
-    return x / x.norm(dim=-1, keepdim=True).clamp_min(_TINY)
+    size: Tensor = x.norm(dim=-1, keepdim=True)
+    return x / size.clamp_min(_TINY)
 
 
 def winsorise(x: Tensor, quantile: float) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 from excise.anatomy import Writer
 from excise.decoding import ResponseTree, greedy
 from excise.divergence import divergences
-from excise.errors import MeasurementError, MemoryExhausted
+from excise.errors import MeasurementError, MemoryExhausted, is_out_of_memory
 from excise.evidence import Decided, Divergence, Evidence, Request, Response, Responses
 from excise.forward import Forward, repeat_batch
 from excise.kvcache import share_lower_layers
@@ -262,7 +262,7 @@ class Engine:
             )
             keep = max(len(t) for t in texts)
             hidden, _ = self._prefill(stack, members, batch, keep, None)
-            grouped = hidden.unflatten(0, (len(members), len(chunk)))
+            grouped = hidden.view(len(members), len(chunk), *hidden.shape[1:])
             return [
                 [row[keep - len(t) :] for row, t in zip(rows, texts, strict=True)]
                 for rows in grouped
@@ -308,14 +308,6 @@ class Engine:
         if lower is not None:
             share_lower_layers(lower, cache, layer, times)
         return states, cache
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether this is how a device, or the CPU's allocator, says that memory has run out."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    text = str(error).lower()
-    return "out of memory" in text or "can't allocate memory" in text or "not enough memory" in text
 
 
 def _until_all(wanted: Sequence[Responses]) -> frozenset[Decided] | None:

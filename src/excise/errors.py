@@ -74,3 +74,12 @@ class StorageError(ExciseError):
 
 class ExportError(ExciseError):
     """An exported model does not reproduce what was measured."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether this is how a device, or the CPU's allocator, says that memory has run out."""
+    # By name: this module must load without torch.
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    text = str(error).lower()
+    return any(s in text for s in ("out of memory", "can't allocate memory", "not enough memory"))

@@ -41,6 +41,7 @@ def final_figures(
     loaded: Loaded,
     edits: Sequence[Edit | None],
     sets: PromptSets,
+    tokens: stage.Tokens,
     config: Config,
     scoring: stage.Scoring,
 ) -> dict[str, Any]:
@@ -55,7 +56,7 @@ def final_figures(
     out["samples"] = _samples(engine, edits, search_sets, config)
     holdout = (sets.target_holdout, sets.contrast_holdout)
     if all(len(prompts) for prompts in holdout):
-        held = stage.engine_for(loaded, engine.writers, holdout, config, engine.plan)
+        held = stage.engine_for(loaded, engine.writers, tokens, "holdout", config, engine.plan)
         scorers = scoring.every_trial + scoring.final
         panel = Panel(held, scorers, scoring.context(*holdout), screen=False)
         before, after = panel.measure([bare, edits])

@@ -31,9 +31,7 @@ class Point:
 
 def beats(a: Point, b: Point, objectives: Sequence[Objective]) -> bool:
     """Whether `a` is nowhere worse than `b` and somewhere better."""
-    differences = [
-        o.sign * (y - x) for o, x, y in zip(objectives, a.values, b.values, strict=True)
-    ]
+    differences = [o.sign * (y - x) for o, x, y in zip(objectives, a.values, b.values, strict=True)]
     return min(differences) >= 0 and max(differences) > 0
 
 
@@ -50,8 +48,12 @@ def pareto(points: Sequence[Point], objectives: Sequence[Objective]) -> list[Poi
     return sorted(kept, key=lambda p: [s * v for s, v in zip(signs, p.values, strict=True)])
 
 
-def hopeless(values: dict[str, float], best: dict[str, float], points: Sequence[Point],
-             objectives: Sequence[Objective]) -> bool:
+def hopeless(
+    values: dict[str, float],
+    best: dict[str, float],
+    points: Sequence[Point],
+    objectives: Sequence[Objective],
+) -> bool:
     """Whether a candidate is beaten whatever its unknown values turn out to be.
 
     `values` are the objectives known so far; `best` the best possible values of the others.
@@ -70,10 +72,29 @@ def choose(rule: str, front: Sequence[Point], objectives: Sequence[Objective]) -
     Raises:
         ConfigError: the rule does not parse or names no objective.
     """
+    limits = parse_rule(rule, objectives)
     if not front:
         return None
-    if rule == "knee":
+    if limits is None:
         return knee(front, objectives)
+    at, limit = limits
+    kept = [p for p in front if p.values[at] <= limit]
+    others = [i for i in range(len(objectives)) if i != at]
+    return min(
+        kept,
+        key=lambda p: ([objectives[i].sign * p.values[i] for i in others], p.values[at], p.number),
+        default=None,
+    )
+
+
+def parse_rule(rule: str, objectives: Sequence[Objective]) -> tuple[int, float] | None:
+    """(position of the objective, limit), or None for the knee.
+
+    Raises:
+        ConfigError: the rule does not parse or names no objective.
+    """
+    if rule == "knee":
+        return None
     match = _LIMIT.match(rule)
     names = [o.name for o in objectives]
     if match is None:
@@ -82,17 +103,9 @@ def choose(rule: str, front: Sequence[Point], objectives: Sequence[Objective]) -
     if name not in names:
         raise ConfigError(f"cannot select by {match[1]!r}: the objectives are {', '.join(names)}")
     try:
-        limit = float(match[2])
+        return names.index(name), float(match[2])
     except ValueError:
         raise ConfigError(f"cannot select by {rule!r}: {match[2]!r} is not a number") from None
-    at = names.index(name)
-    kept = [p for p in front if p.values[at] <= limit]
-    others = [i for i in range(len(names)) if i != at]
-    return min(
-        kept,
-        key=lambda p: ([objectives[i].sign * p.values[i] for i in others], p.values[at], p.number),
-        default=None,
-    )
 
 
 def knee(front: Sequence[Point], objectives: Sequence[Objective]) -> Point:

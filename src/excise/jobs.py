@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
+from typing import Literal
 
 from excise import journal, stage
 from excise.artifacts import Checker, export
@@ -11,7 +12,7 @@ from excise.config import Config, validate
 from excise.errors import ConfigError, OutputError, RunStateError
 from excise.events import OnEvent, PhaseStarted, ignore
 from excise.finish import write_pages
-from excise.front import Point, choose
+from excise.front import Objective, Point, choose
 from excise.loading import load
 from excise.panel import Panel
 from excise.planning import from_dict, size
@@ -19,6 +20,8 @@ from excise.prompts import PromptSet, load_prompt_sets
 from excise.record import ArtifactRecord, Record, Scores, read_record, write_record
 from excise.search import points
 from excise.space import from_params
+
+Part = Literal["eval", "holdout"]
 
 
 def export_run(
@@ -53,8 +56,9 @@ def export_run(
     if rank is not None:
         fields = {"adapter_rank": rank}
         config = config.model_copy(update={"export": config.export.model_copy(update=fields)})
-    number = trial if trial is not None else _selected(record, select)
-    view = record.model_copy(update={"selected": record.trial(number).number})
+    scoring = stage.scoring(config)
+    number = trial if trial is not None else _selected(record, select, scoring.goals())
+    chosen = record.trial(number)
     with journal.hold(folder):
         on_event(PhaseStarted("load"))
         sets, loaded = load_prompt_sets(config.prompts), load(config.model)
@@ -63,17 +67,16 @@ def export_run(
         if known is None:
             raise RunStateError(f"{folder} has no readable directions.safetensors")
         method = stage.method_for(loaded, known[0], config)
-        scoring = stage.scoring(config)
-        sizing = from_dict(record.engine)
+        sizing, tokens = from_dict(record.engine), stage.tokenise(loaded, sets, config)
         both = (sets.target_eval, sets.contrast_eval)
-        engine = stage.engine_for(loaded, method.writers, both, config, sizing.plan)
-        edits = method.edits(from_params(view.chosen().params))
+        engine = stage.engine_for(loaded, method.writers, tokens, "eval", config, sizing.plan)
+        edits = method.edits(from_params(chosen.params))
         checker = Checker(engine, scoring, scoring.context(*both), config)
         place = [(format_name, to)]
-        view = export(view, loaded, method.writers, edits, checker, place, folder, on_event)
-        write_record(folder, view.model_copy(update={"selected": record.selected}))
-        write_pages(folder, view)
-    return view.artifacts[-1]
+        record = export(record, chosen, loaded, edits, checker, place, folder, on_event)
+        write_record(folder, record)
+        write_pages(folder, record)
+    return record.artifacts[-1]
 
 
 def evaluate(
@@ -90,14 +93,18 @@ def evaluate(
     scorers = scoring.every_trial + scoring.final
     on_event(PhaseStarted("load"))
     base = load(config.model)
-    parts = [("search", (sets.target_eval, sets.contrast_eval))]
+    tokens = stage.tokenise(base, sets, config)
+    parts: list[tuple[str, Part, tuple[PromptSet, PromptSet]]] = [
+        ("search", "eval", (sets.target_eval, sets.contrast_eval))
+    ]
     if len(sets.target_holdout) and len(sets.contrast_holdout):
-        parts.append(("holdout", (sets.target_holdout, sets.contrast_holdout)))
-    plan = size(base, config, 256, max(len(s) for s in sets.all())).plan
+        parts.append(("holdout", "holdout", (sets.target_holdout, sets.contrast_holdout)))
+    longest = max(len(row) for rows in tokens.values() for row in rows)
+    plan = size(base, config, longest, max(len(s) for s in sets.all())).plan
     engines, before = {}, {}
     on_event(PhaseStarted("baseline"))
-    for where, both in parts:
-        engine = stage.engine_for(base, (), both, config, plan)
+    for where, part, both in parts:
+        engine = stage.engine_for(base, (), tokens, part, config, plan)
         panel = Panel(engine, scorers, scoring.context(*both), screen=False)
         before[where] = panel.measure([[]])[0].scores
         engines[where] = engine
@@ -109,10 +116,10 @@ def evaluate(
     if (other.anatomy.width, other.model.config.vocab_size) != (width, vocabulary):
         raise ConfigError(f"{edited} is not an edit of {config.model.source}: other shapes")
     rows = []
-    for where, both in parts:
-        engine = stage.engine_for(other, (), both, config, plan, references[where])
-        if engine.prompts != engines[where].prompts:
-            raise ConfigError(f"{edited} turns the prompts into other tokens than its base")
+    if stage.tokenise(other, sets, config) != tokens:
+        raise ConfigError(f"{edited} turns the prompts into other tokens than its base")
+    for where, part, both in parts:
+        engine = stage.engine_for(other, (), tokens, part, config, plan, references[where])
         panel = Panel(engine, scorers, scoring.context(*both), screen=False)
         rows.append((where, before[where], panel.measure([[]])[0].scores))
     return rows
@@ -125,10 +132,9 @@ def _config_of(folder: Path) -> Config:
         raise RunStateError(f"{folder / 'config.toml'} cannot be read: {error}") from None
 
 
-def _selected(record: Record, rule: str | None) -> int:
+def _selected(record: Record, rule: str | None, goals: list[Objective]) -> int:
     if rule is None:
         return record.chosen().number
-    goals = stage.objectives_of(record)
     front = [p for p in points(record.trials, goals) if p.number in record.front]
     chosen: Point | None = choose(rule, front, goals)
     if chosen is None:

@@ -7,10 +7,10 @@ journal needs no lock file of its own, and a stale one can never block a resume.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import optuna
 from filelock import FileLock, Timeout
@@ -19,6 +19,8 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.storages.journal._file import BaseJournalFileLock
 
 from excise.errors import RunStateError, StorageError
+
+Goal = Literal["minimize", "maximize"]
 
 FILE = "study.journal"
 STUDY = "excise"
@@ -37,7 +39,9 @@ def hold(folder: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise RunStateError(f"{folder} is in use by another process: wait for it or stop it") from None
+        raise RunStateError(
+            f"{folder} is in use by another process: wait for it or stop it"
+        ) from None
     try:
         yield
     finally:
@@ -55,7 +59,7 @@ class _HeldAlready(BaseJournalFileLock):
 
 
 def create_study(
-    folder: Path, goals: list[str], identity: dict[str, Any], sizing: dict[str, Any]
+    folder: Path, goals: Sequence[Goal], identity: dict[str, Any], sizing: dict[str, Any]
 ) -> optuna.Study:
     """A new study in a run folder.
 
@@ -134,4 +138,3 @@ def _drop_torn_line(path: Path) -> None:
         if whole != end:
             file.truncate(whole)
             os.fsync(file.fileno())
-

@@ -16,12 +16,12 @@ from excise.directional import DirectionalMethod
 from excise.errors import MeasurementError, OutputError, StorageError
 from excise.events import OnEvent
 from excise.finish import final_figures, summary, write_pages
-from excise.front import Objective, Point, choose, pareto
+from excise.front import Objective, Point, choose, pareto, parse_rule
 from excise.loading import Loaded, load
 from excise.panel import Panel
 from excise.planning import Sizing, from_dict, size
 from excise.prompts import PromptSets, load_prompt_sets
-from excise.record import Record, write_record, write_text
+from excise.record import Record, Separation, write_record, write_text
 from excise.search import Measure, Measured, Search
 from excise.space import distributions, from_params
 
@@ -65,21 +65,24 @@ def run(
     clock = Clock(on_event)
     scoring = stage.scoring(config)
     goals = scoring.goals()
+    parse_rule(config.search.select, goals)
     check_output(out, resume)
     with clock.phase("prompts"):
         sets = load_prompt_sets(config.prompts)
     with clock.phase("load"):
         loaded = load(config.model)
         loaded.anatomy.select(config.edit.components)
+        tokens = stage.tokenise(loaded, sets, config)
+        scoring.check(sets)
     with _held(out):
         if not resume:
             write_text(out / CONFIG, to_toml(config))
         with clock.phase("capture"):
-            method, separation = _prepare(loaded, sets, config, out, resume, on_event)
+            method, separation = _prepare(loaded, tokens, config, out, resume, on_event)
         with clock.phase("plan"):
-            sizing, search = _open_search(loaded, sets, config, scoring, out, resume)
+            sizing, search = _open_search(loaded, sets, tokens, config, scoring, out, resume)
         search_sets = (sets.target_eval, sets.contrast_eval)
-        engine = stage.engine_for(loaded, method.writers, search_sets, config, sizing.plan)
+        engine = stage.engine_for(loaded, method.writers, tokens, "eval", config, sizing.plan)
         context = scoring.context(*search_sets)
         panel = Panel(engine, scoring.every_trial, context, screen=config.search.screen)
         with clock.phase("baseline"):
@@ -89,11 +92,11 @@ def run(
         front = pareto(search.points(), goals)
         chosen = choose(config.search.select, front, goals)
         if chosen is None:
-            raise MeasurementError(_nothing_chosen(config, len(front)))
+            raise MeasurementError(_nothing_chosen(config, len(front), out))
         trial = search.records()[chosen.number]
         edits = method.edits(from_params(trial.params))
         with clock.phase("holdout"):
-            figures = final_figures(engine, loaded, edits, sets, config, scoring)
+            figures = final_figures(engine, loaded, edits, sets, tokens, config, scoring)
         record = summary(config, loaded, sets, sizing, search, clock.seconds)
         record = record.model_copy(
             update={
@@ -107,7 +110,7 @@ def run(
         write_record(out, record)  # before the export: what was measured is never lost
         with clock.phase("export"):
             checker = Checker(engine, scoring, context, config)
-            record = export_chosen(record, loaded, method.writers, edits, checker, out, on_event)
+            record = export_chosen(record, trial, loaded, edits, checker, out, on_event)
         record = record.model_copy(update={"timing": dict(clock.seconds)})
         write_record(out, record)
         write_pages(out, record)
@@ -144,11 +147,18 @@ def _held(out: Path) -> Iterator[None]:
 
 
 def _prepare(
-    loaded: Loaded, sets: PromptSets, config: Config, out: Path, resume: bool, on_event: OnEvent
-) -> tuple[DirectionalMethod, stage.Separation]:
+    loaded: Loaded,
+    tokens: stage.Tokens,
+    config: Config,
+    out: Path,
+    resume: bool,
+    on_event: OnEvent,
+) -> tuple[DirectionalMethod, Separation]:
     path = out / DIRECTIONS
     known = stage.read_directions(path) if resume else None
-    directions, separation = known or stage.find_directions(loaded, sets, config, on_event)
+    directions, separation = known or stage.find_directions(
+        loaded, tokens, config.directions, on_event
+    )
     if known is None:
         stage.save_directions(path, directions, separation)
     return stage.method_for(loaded, directions, config), separation
@@ -157,6 +167,7 @@ def _prepare(
 def _open_search(
     loaded: Loaded,
     sets: PromptSets,
+    tokens: stage.Tokens,
     config: Config,
     scoring: stage.Scoring,
     out: Path,
@@ -166,13 +177,13 @@ def _open_search(
     fresh = not resume or not (out / journal.FILE).exists()
     known = None if fresh else journal.open_study(out)
     if known is None:
-        sizing = _sizing(loaded, sets, config)
+        sizing = _sizing(loaded, tokens, config)
     else:
         sizing = from_dict(known.user_attrs["sizing"])
     mine = stage.identity(loaded, sets, config, sizing)
     if known is None:
-        goals = [s.goal for s in scoring.objectives]
-        study = journal.create_study(out, goals, mine, sizing.as_dict())
+        ways = [s.goal for s in scoring.objectives]
+        study = journal.create_study(out, ways, mine, sizing.as_dict())
     else:
         study = known
         journal.check_identity(out, study, mine)
@@ -182,13 +193,10 @@ def _open_search(
     return sizing, search
 
 
-def _sizing(loaded: Loaded, sets: PromptSets, config: Config) -> Sizing:
-    lengths, most = [1], 1
-    for prompts in (sets.target_eval, sets.contrast_eval):
-        ids = stage.encode(loaded.tokenizer, prompts, config.prompts)
-        lengths += map(len, ids)
-        most = max(most, len(ids))
-    return size(loaded, config, max(lengths), most)
+def _sizing(loaded: Loaded, tokens: stage.Tokens, config: Config) -> Sizing:
+    sides = [tokens["target_eval"], tokens["contrast_eval"]]
+    longest = max(len(row) for rows in sides for row in rows)
+    return size(loaded, config, longest, max(map(len, sides)))
 
 
 def measurer(method: DirectionalMethod, panel: Panel, goals: list[Objective]) -> Measure:
@@ -204,7 +212,10 @@ def measurer(method: DirectionalMethod, panel: Panel, goals: list[Objective]) ->
     return measure
 
 
-def _nothing_chosen(config: Config, size_of_front: int) -> str:
+def _nothing_chosen(config: Config, size_of_front: int, out: Path) -> str:
     if not size_of_front:
         return "no trial could be measured: the study's trials all failed; see their reasons"
-    return f"no trial on the front keeps {config.search.select!r}: loosen --set search.select"
+    return (
+        f"no trial on the front keeps {config.search.select!r}: loosen search.select in "
+        f"{out / CONFIG} and go on with `excise resume {out}`"
+    )

@@ -10,7 +10,8 @@ import psutil
 import torch
 
 from excise.config import Config
-from excise.engine import Plan, is_out_of_memory
+from excise.engine import Plan
+from excise.errors import is_out_of_memory
 from excise.forward import Forward
 from excise.loading import Loaded
 
@@ -80,10 +81,14 @@ def _cache_bytes(loaded: Loaded) -> int:
 
 
 def _fastest_rows(loaded: Loaded, longest: int, limit: int) -> int:
-    """Double the rows while tokens per second grow; stop before memory runs out."""
+    """Double the rows while tokens per second grow; stop before memory runs out.
+
+    Two sizes in a row must fail to gain: one slow measurement, on a machine that does other work
+    beside, must not make a whole run slow.
+    """
     forward = Forward(loaded.model, loaded.anatomy)
-    best, speed, rows = 1, 0.0, min(16, limit)
-    while rows <= limit:
+    best, speed, rows, dull = 1, 0.0, min(16, limit), 0
+    while rows <= limit and dull < 2:
         try:
             now = _speed(forward, loaded.device, rows, longest)
         except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
@@ -91,17 +96,19 @@ def _fastest_rows(loaded: Loaded, longest: int, limit: int) -> int:
                 raise
             break
         if now < _GAIN * speed:
-            break
-        best, speed, rows = rows, now, rows * 2
+            dull += 1
+        else:
+            best, speed, dull = rows, now, 0
+        rows *= 2
     return best
 
 
 def _speed(forward: Forward, device: torch.device, rows: int, tokens: int) -> float:
-    """Tokens per second of a pass over `rows` rows: the better of two."""
+    """Tokens per second of a pass over `rows` rows: the best of three."""
     ids = torch.ones(rows, tokens, dtype=torch.long, device=device)
     positions = torch.arange(tokens, device=device).expand(rows, -1)
     best = float("inf")
-    for _ in range(2):
+    for _ in range(3):
         begun = time.perf_counter()
         with torch.inference_mode():
             forward.hidden(ids, torch.ones_like(ids), positions)

@@ -87,7 +87,8 @@ def _load_side(section: PromptSection, side: str) -> tuple[PromptSet, PromptSet,
     if source is None:
         raise PromptError(f"no {side} prompts: give --{side} FILE or a --behaviour that names them")
     n, m, h = section.direction_size, section.eval_size, section.holdout_size
-    rows = read_prompts(source, limit=n if eval_source else None)
+    whole = None if h is None else n + m + h
+    rows = read_prompts(source, limit=n if eval_source else whole)
     direction, rest = rows[:n], rows[n:]
     where = eval_source or source
     if eval_source is not None:

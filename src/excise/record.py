@@ -178,7 +178,9 @@ def read_record(folder: Path) -> Record:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         if data.get("schema") != SCHEMA:
-            raise RunStateError(f"{path} has schema {data.get('schema')!r}; this version reads {SCHEMA}")
+            raise RunStateError(
+                f"{path} has schema {data.get('schema')!r}; this version reads {SCHEMA}"
+            )
         return Record.model_validate(data)
     except FileNotFoundError:
         raise RunStateError(

@@ -120,11 +120,6 @@ def find_scorers(names: Sequence[str], files: Sequence[str] = ()) -> list[Scorer
     return [_REGISTRY[name] for name in names]
 
 
-def known_scorers() -> list[Scorer]:
-    """All scorers registered so far."""
-    return list(_REGISTRY.values())
-
-
 def _load_file(path: Path) -> None:
     spec = importlib.util.spec_from_file_location(f"excise_scorer_{path.stem}", path)
     if not path.is_file() or spec is None or spec.loader is None:
@@ -210,7 +205,7 @@ def false_rate(evidence: Evidence, context: ScoreContext) -> Score:
     return rate(shown, context.prompts["contrast"][: len(shown)])
 
 
-@scorer("drift", needs=lambda context: [Divergence()], best=0.0, worth=0.5)
+@scorer("drift", needs=lambda _: [Divergence()], best=0.0, worth=0.5)
 def drift(evidence: Evidence, context: ScoreContext) -> Score:
     """KL(original || edited), nats per token, over the original's whole responses."""
     del context
@@ -219,7 +214,7 @@ def drift(evidence: Evidence, context: ScoreContext) -> Score:
     return Score(value, sum(len(r) for r in rows), interval)
 
 
-@scorer("drift_first", needs=lambda context: [Divergence()], best=0.0, worth=0.5)
+@scorer("drift_first", needs=lambda _: [Divergence()], best=0.0, worth=0.5)
 def drift_first(evidence: Evidence, context: ScoreContext) -> Score:
     """KL(original || edited) at the first response token only: comparable, and misleading."""
     del context
@@ -228,15 +223,39 @@ def drift_first(evidence: Evidence, context: ScoreContext) -> Score:
     return Score(value, len(firsts), interval)
 
 
+def _answered(context: ScoreContext, side: str) -> list[Request]:
+    """Whole responses to prompts that all have known answers.
+
+    Raises:
+        ConfigError: some have none.
+    """
+    if any(prompt.answer is None for prompt in context.prompts[side]):
+        raise ConfigError(
+            f"scores: restored and kept need known answers, and the {side} prompts have none: "
+            f"set prompts.{side}_eval.answer_column (and that of {side}_holdout)"
+        )
+    return [Responses(side)]
+
+
 @scorer(
-    "restored", needs=lambda context: [Responses("target")], goal="maximize", best=1.0, worth=1.0
+    "restored",
+    needs=lambda context: _answered(context, "target"),
+    goal="maximize",
+    best=1.0,
+    worth=1.0,
 )
 def restored(evidence: Evidence, context: ScoreContext) -> Score:
     """Share of target prompts answered truly. Needs prompts with known answers."""
     return _true_answers(evidence, context, "target")
 
 
-@scorer("kept", needs=lambda context: [Responses("contrast")], goal="maximize", best=1.0, worth=1.0)
+@scorer(
+    "kept",
+    needs=lambda context: _answered(context, "contrast"),
+    goal="maximize",
+    best=1.0,
+    worth=1.0,
+)
 def kept(evidence: Evidence, context: ScoreContext) -> Score:
     """Share of contrast prompts answered truly. Needs prompts with known answers."""
     return _true_answers(evidence, context, "contrast")
@@ -245,10 +264,6 @@ def kept(evidence: Evidence, context: ScoreContext) -> Score:
 def _true_answers(evidence: Evidence, context: ScoreContext, side: str) -> Score:
     responses = evidence.responses[side]
     prompts = context.prompts[side][: len(responses)]
-    if any(prompt.answer is None for prompt in prompts):
-        raise ConfigError(
-            f"scores: the {side} prompts have no known answers; set prompts.{side}_eval.answer_column"
-        )
     flags = [
         fold(str(prompt.answer)) in fold(response.text)
         for prompt, response in zip(prompts, responses, strict=True)

@@ -129,9 +129,7 @@ class Search:
             given = name in known[number].params
             if given and name not in trial.relative_params and not distribution.single():
                 # Drawn again and thrown away, so that the draws after it are the ones they were.
-                self.study.sampler.sample_independent(
-                    self.study, known[number], name, distribution
-                )
+                self.study.sampler.sample_independent(self.study, known[number], name, distribution)
             trial._suggest(name, distribution)
         return trial
 

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from excise.anatomy import Writer
 from excise.capture import Pass, geometric_median, mean, projections, residual_pass
-from excise.config import Config, DirectionSection, PromptSection
+from excise.config import Config, DirectionSection
 from excise.directional import DirectionalMethod
 from excise.directions import Directions, auc, from_means
 from excise.engine import Engine, Plan, Reference
@@ -25,16 +25,18 @@ from excise.front import Objective
 from excise.loading import Loaded, read_config, weight_files
 from excise.planning import Sizing
 from excise.prompts import PromptSet, PromptSets
-from excise.record import Record, Separation
+from excise.record import Separation
 from excise.scorers import (
     Markers,
     ScoreContext,
     Scorer,
     find_scorers,
-    known_scorers,
     read_markers,
 )
 from excise.tokens import batches, encode, end_tokens, pad_token
+
+# Token ids of the prompts, by role.
+Tokens = dict[str, list[list[int]]]
 
 _CAPTURE_ROWS = 64
 
@@ -58,6 +60,17 @@ class Scoring:
         return [
             Objective(s.name, 1 if s.goal == "minimize" else -1, s.worth) for s in self.objectives
         ]
+
+    def check(self, sets: PromptSets) -> None:
+        """Ask every scorer for its needs, so that a missing answer column is said before the work.
+
+        Raises:
+            ConfigError: a scorer needs what the prompts do not have.
+        """
+        for scorer in (*self.objectives, *self.report, *self.final):
+            scorer.needs(self.context(sets.target_eval, sets.contrast_eval))
+        for scorer in self.final:
+            scorer.needs(self.context(sets.target_holdout, sets.contrast_holdout))
 
     def context(self, target: PromptSet, contrast: PromptSet) -> ScoreContext:
         """What scorers know when these two sets are measured."""
@@ -88,28 +101,32 @@ def scoring(config: Config) -> Scoring:
     )
 
 
+def tokenise(loaded: Loaded, sets: PromptSets, config: Config) -> Tokens:
+    """Token ids of every prompt, by role: once, and before anything is written.
+
+    Raises:
+        ModelError: the chat template cannot render a prompt.
+    """
+    return {s.role: encode(loaded.tokenizer, s, config.prompts) for s in sets.all() if len(s)}
+
+
 def engine_for(
     loaded: Loaded,
     writers: Sequence[Writer],
-    sets: tuple[PromptSet, PromptSet],
+    tokens: Tokens,
+    part: Literal["eval", "holdout"],
     config: Config,
     plan: Plan,
     reference: Reference | None = None,
 ) -> Engine:
-    """An engine that measures on a target and a contrast set, tokenised once."""
-    target, contrast = sets
-    prompts = {
-        "target": encode(loaded.tokenizer, target, config.prompts),
-        "contrast": encode(loaded.tokenizer, contrast, config.prompts),
-    }
+    """An engine that measures on the search prompts (`eval`) or on the holdout's."""
+    prompts = {side: tokens[f"{side}_{part}"] for side in ("target", "contrast")}
     limit = config.scores.max_new_tokens
-    return Engine(
-        loaded, writers, prompts, max_new_tokens=limit, plan=plan, reference=reference
-    )
+    return Engine(loaded, writers, prompts, max_new_tokens=limit, plan=plan, reference=reference)
 
 
 def find_directions(
-    loaded: Loaded, sets: PromptSets, config: Config, on_event: OnEvent
+    loaded: Loaded, tokens: Tokens, section: DirectionSection, on_event: OnEvent
 ) -> tuple[Directions, Separation]:
     """Directions from the direction prompts' residuals, and how well each separates the two sets.
 
@@ -117,32 +134,25 @@ def find_directions(
         MeasurementError: residuals are not finite or do not differ.
     """
     passes = {
-        name: _pass(loaded, prompts, config.prompts, config.directions, on_event)
-        for name, prompts in (("target", sets.target), ("contrast", sets.contrast))
+        side: _pass(loaded, side, tokens[side], section.winsor, on_event)
+        for side in ("target", "contrast")
     }
-    centre = geometric_median if config.directions.center == "geometric_median" else mean
-    means = {name: centre(run)[1:] for name, run in passes.items()}
-    directions = from_means(
-        means["target"], means["contrast"], projected=config.directions.projected
-    )
-    along = {name: projections(run, directions.unit) for name, run in passes.items()}
+    centre = geometric_median if section.center == "geometric_median" else mean
+    means = {side: centre(run)[1:] for side, run in passes.items()}
+    directions = from_means(means["target"], means["contrast"], projected=section.projected)
+    along = {side: projections(run, directions.unit) for side, run in passes.items()}
     layers = directions.unit.shape[0]
     values = [auc(along["target"][:, i], along["contrast"][:, i]) for i in range(layers)]
     return directions, Separation(auc=values)
 
 
 def _pass(
-    loaded: Loaded,
-    prompts: PromptSet,
-    section: PromptSection,
-    directions: DirectionSection,
-    on_event: OnEvent,
+    loaded: Loaded, side: str, ids: list[list[int]], winsor: float | None, on_event: OnEvent
 ) -> Pass:
-    ids = encode(loaded.tokenizer, prompts, section)
     pad = pad_token(loaded.tokenizer, end_tokens(loaded.model, loaded.tokenizer))
     chunks = batches(ids, _CAPTURE_ROWS, pad, loaded.device)
-    run = residual_pass(loaded.anatomy, chunks, directions.winsor)
-    return lambda: track(run(), f"capture {prompts.role}", len(chunks), on_event)
+    run = residual_pass(loaded.anatomy, chunks, winsor)
+    return lambda: track(run(), f"capture {side}", len(chunks), on_event)
 
 
 def method_for(loaded: Loaded, directions: Directions, config: Config) -> DirectionalMethod:
@@ -202,12 +212,3 @@ def read_directions(path: Path) -> tuple[Directions, Separation] | None:
             return found, Separation(auc=file.get_tensor("auc").tolist())
     except (OSError, SafetensorError):
         return None
-
-
-def objectives_of(record: Record) -> list[Objective]:
-    """The objectives of a finished run, as the front sees them."""
-    worths = {s.name: s.worth for s in known_scorers()}
-    return [
-        Objective(name, 1 if goal == "minimize" else -1, worths.get(name))
-        for name, goal in zip(record.objectives, record.goals, strict=True)
-    ]

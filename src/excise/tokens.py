@@ -33,6 +33,14 @@ class Batch:
         """Position ids (B, T); padding sits at 0."""
         return (self.mask.cumsum(-1) - 1).clamp_min(0)
 
+    def halves(self) -> tuple[Batch, Batch]:
+        """The same rows in two batches."""
+        n = len(self.rows) // 2
+        return (
+            Batch(self.rows[:n], self.ids[:n], self.mask[:n]),
+            Batch(self.rows[n:], self.ids[n:], self.mask[n:]),
+        )
+
 
 def encode(tokenizer: Any, prompts: PromptSet, section: PromptSection) -> list[list[int]]:
     """Token ids of every prompt, as the model expects it, up to where its response begins.

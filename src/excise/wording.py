@@ -55,7 +55,7 @@ DRIFT_WORDS = (
 )
 _WORST_DRIFT = "a very large drift: expect damage"
 _TINY = 1e-6
-MISSING = "–"  # noqa: RUF001 (the typographer's dash, in tables only)
+MISSING = "–"
 _FILE = re.compile(r"\.(txt|jsonl?|csv|parquet|toml|py|gguf)$", re.IGNORECASE)
 
 

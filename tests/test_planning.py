@@ -1,0 +1,136 @@
+"""How large a pass is: what the configuration says, else what the machine shows."""
+
+from __future__ import annotations
+
+import json
+
+import builders
+import pytest
+import torch
+
+from excise import planning
+from excise.config import load_config
+from excise.engine import Plan
+from excise.planning import Sizing, from_dict, size
+
+
+@pytest.fixture(scope="module")
+def model():
+    return builders.loaded("gemma4")
+
+
+def config(**flags):
+    return load_config(flags={key.replace("__", "."): value for key, value in flags.items()})
+
+
+@pytest.mark.parametrize(
+    ("rows", "batch", "prompts", "expected"),
+    [
+        (64, 0, 16, (64, 4, 16)),  # four candidates of all prompts; batches of four stacks
+        (64, 0, 64, (64, 1, 4)),
+        (64, 0, 100, (64, 1, 4)),  # a stack needs 64 prompts at most
+        (256, 0, 100, (256, 4, 16)),
+        (8, 0, 100, (8, 1, 4)),  # less than one candidate's prompts
+        (4096, 0, 100, (4096, 16, 16)),  # never more than sixteen
+        (4096, 3, 100, (4096, 3, 3)),
+        (64, 40, 16, (64, 4, 40)),
+        (1, 1, 1, (1, 1, 1)),
+    ],
+)
+def test_rows_and_batch_as_configured(model, rows, batch, prompts, expected):
+    found = size(model, config(engine__rows=rows, search__batch=batch), 10, prompts)
+    assert (found.plan.rows, found.plan.stack, found.batch) == expected
+    assert found.plan.stack <= found.batch
+    assert found.plan.reuse is True
+
+
+def test_reuse_is_passed_on(model):
+    assert size(model, config(engine__rows=8, engine__reuse=False), 10, 10).plan.reuse is False
+
+
+def test_a_sizing_comes_back_from_json():
+    for sizing in (Sizing(Plan(40, 3, False), 12), Sizing(Plan(256, 8, True), 16)):
+        assert from_dict(json.loads(json.dumps(sizing.as_dict()))) == sizing
+
+
+@pytest.mark.parametrize("prompts", [1, 5, 40])
+def test_what_is_measured_is_within_bounds(model, prompts):
+    found = size(model, config(scores__max_new_tokens=4), 12, prompts)
+    assert 1 <= found.plan.rows <= 16 * prompts
+    assert 1 <= found.plan.stack <= found.batch <= 16
+    assert found.plan.stack <= max(1, found.plan.rows // min(prompts, 64))
+
+
+def speeds(monkeypatch, *values):
+    """The clock cannot be steered, so the speeds are given: one per number of rows tried."""
+    asked = []
+
+    def speed(_forward, _device, rows, tokens):
+        asked.append(rows)
+        value = values[len(asked) - 1]
+        if isinstance(value, Exception):
+            raise value
+        return value
+
+    monkeypatch.setattr(planning, "_speed", speed)
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("values", "limit", "best"),
+    [
+        ((100.0, 200.0, 300.0, 301.0, 302.0), 10_000, 64),  # not worth their memory
+        ((100.0, 90.0, 90.0), 10_000, 16),
+        ((100.0, 90.0, 200.0, 190.0, 180.0), 10_000, 64),  # one slow measurement is forgiven
+        ((1.0, 2.0, 4.0), 100, 64),  # 128 would be over the limit
+        ((1.0,), 7, 7),
+        ((1.0, 2.0, torch.OutOfMemoryError("CUDA out of memory.")), 10_000, 32),
+        ((1.0, RuntimeError("DefaultCPUAllocator: can't allocate memory")), 10_000, 16),
+        ((MemoryError(),), 10_000, 1),
+    ],
+)
+def test_rows_double_while_it_pays(model, monkeypatch, values, limit, best):
+    asked = speeds(monkeypatch, *values)
+    assert planning._fastest_rows(model, 10, limit) == best
+    assert asked == [min(16, limit) * 2**n for n in range(len(values))]
+
+
+def test_other_errors_are_not_taken_for_memory(model, monkeypatch):
+    speeds(monkeypatch, RuntimeError("shapes cannot be multiplied"))
+    with pytest.raises(RuntimeError, match="shapes"):
+        planning._fastest_rows(model, 10, 100)
+
+
+@pytest.mark.parametrize("family", builders.FAMILIES)
+def test_cache_bytes_are_those_of_one_token_of_one_row(family):
+    loaded = builders.loaded(family)
+    found = planning._cache_bytes(loaded)
+    own = loaded.model(torch.tensor([[5] * 7, [6] * 7]), use_cache=True).past_key_values
+    filled = [layer for layer in own.layers if getattr(layer, "keys", None) is not None]
+    total = sum(layer.keys.nbytes + layer.values.nbytes for layer in filled)
+    assert found == total / (2 * 7)
+
+
+def test_memory_rows_shrink_with_length_and_never_vanish(model):
+    rows = [
+        planning._memory_rows(model, config(scores__max_new_tokens=n), longest)
+        for n, longest in ((1, 10), (1000, 10), (1000, 100_000), (10**15, 10))
+    ]
+    assert rows == sorted(rows, reverse=True)
+    assert rows[0] > rows[2] >= rows[3] == 1
+
+
+def test_memory_rows_follow_the_fraction(model):
+    half, tenth = (
+        planning._memory_rows(model, config(engine__memory_fraction=f), 10) for f in (0.5, 0.05)
+    )
+    assert tenth == pytest.approx(half / 10, rel=0.2)  # others use the memory meanwhile
+
+
+def test_speed_is_positive_and_leaves_the_model_alone(model):
+    from excise.forward import Forward
+
+    before = model.model(torch.tensor([[5, 6, 7]])).logits
+    forward = Forward(model.model, model.anatomy)
+    assert planning._speed(forward, model.device, 4, 12) > 0
+    assert torch.equal(model.model(torch.tensor([[5, 6, 7]])).logits, before)
