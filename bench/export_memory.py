@@ -90,7 +90,8 @@ def merge(source: Path, destination: Path) -> dict[str, Any]:
     import torch
 
     from excise.edits import Edit
-    from excise.merging import WriterPlace, list_tensors, sha256_of, write_checkpoint
+    from excise.merging import WriterPlace, list_tensors, write_checkpoint
+    from excise.staging import sha256_of
 
     places = {
         tensor.key.removesuffix(".weight"): WriterPlace(tensor)

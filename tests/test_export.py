@@ -21,7 +21,7 @@ from excise.edits import Edit
 from excise.errors import ExportError, OutputError, StorageError
 from excise.events import Event, Notice, Progress
 from excise.export import export_adapter, export_safetensors, low_rank, weight_difference
-from excise.merging import sha256_of
+from excise.staging import sha256_of
 
 IDS = torch.arange(3, 23).view(2, 10)
 

@@ -22,7 +22,7 @@ ORDER = (
     "errors config events prompts intervals evidence anatomy loading tokens directions capture "
     "profiles edits space directional stacking kvcache forward decoding divergence engine planning "
     "scorers front record wording digest markdown caveats recipe search journal panel stage figures "
-    "card report merging export artifacts finish pipeline jobs inspecting console cli"
+    "card report staging merging export artifacts finish pipeline jobs inspecting console cli"
 ).split()
 
 PURE = ("directions", "profiles", "edits", "space", "front", "intervals")

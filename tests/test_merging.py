@@ -25,12 +25,13 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from excise import merging
+from excise import merging, staging
 from excise.anatomy import Writer, describe
 from excise.edits import Edit
 from excise.errors import ExportError, OutputError, StorageError
 from excise.events import Event, Notice, Progress
-from excise.merging import find_tensors, merge_checkpoint, sha256_of
+from excise.merging import find_tensors, merge_checkpoint
+from excise.staging import sha256_of
 
 _SMALL: dict[str, Any] = {
     "vocab_size": 64,
@@ -522,7 +523,7 @@ def test_a_failing_write_is_a_storage_error(
     def fail(*_: Any) -> None:
         raise OSError(number, os.strerror(number))
 
-    targets = {"copy": (merging, "_copy"), "write": (merging.TensorPlace, "write")}
+    targets = {"copy": (merging, "copy_bytes"), "write": (merging.TensorPlace, "write")}
     monkeypatch.setattr(*targets.get(place, (os, "fsync")), fail)
     writers = describe(load(source)).writers
     with pytest.raises(StorageError, match=message) as caught:
@@ -546,7 +547,7 @@ def test_without_copies_in_the_kernel_the_result_is_the_same(
         monkeypatch.delattr(os, "copy_file_range")
     else:
         monkeypatch.setattr(os, "copy_file_range", unsupported)
-    monkeypatch.setattr(merging, "_CHUNK", 1000)
+    monkeypatch.setattr(staging, "_CHUNK", 1000)
     merge_checkpoint(source, tmp_path / "out", edits, writers)
     for name in files_of(source):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "kernel" / name).read_bytes()

@@ -23,7 +23,8 @@ from excise.anatomy import Writer
 from excise.edits import Edit
 from excise.errors import ExportError, StorageError
 from excise.events import Notice, OnEvent, ignore, track
-from excise.merging import add_files, check_destination, merge_checkpoint, sha256_of, staged
+from excise.merging import merge_checkpoint
+from excise.staging import add_files, check_destination, sha256_of, staged
 
 # Up to this many rows or columns the exact decomposition takes well under a second.
 _EXACT_SVD = 512

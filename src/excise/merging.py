@@ -12,13 +12,9 @@ here: no single tensor holds their writers' values, and that is an `ExportError`
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import io
 import json
 import os
-import shutil
-import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -31,9 +27,10 @@ from torch import Tensor
 
 from excise.anatomy import Writer
 from excise.edits import Edit
-from excise.errors import ExportError, OutputError, StorageError
+from excise.errors import ExportError
 from excise.events import Notice, OnEvent, ignore, track
 from excise.loading import weight_files
+from excise.staging import add_files, check_destination, copy_bytes, staged
 
 # What can be edited where it stands; 8 bit and packed formats would need a reading of their own.
 _DTYPES = {
@@ -50,7 +47,6 @@ _LOW_RANK = 16  # an edit of at most this rank costs a few operations per elemen
 _BLOCK = 1 << 17  # elements computed at a time: they stay in the processor's cache
 _PRODUCT_BLOCK = 1 << 20  # the same for higher ranks, whose products need more rows at a time
 _WORKERS = 2  # files in work at a time: one is copied while another's tensors are computed
-_CHUNK = 1 << 24  # bytes copied at a time
 
 
 @dataclass(frozen=True)
@@ -231,67 +227,6 @@ def write_checkpoint(
     return Merge(destination, tuple(tensors), left_out, other, size)
 
 
-def sha256_of(folder: Path) -> str:
-    """SHA-256 over the sorted names and hashes of a folder's weight files (*.safetensors)."""
-    total = hashlib.sha256()
-    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*.safetensors")}
-    for name, path in sorted(files.items()):
-        with path.open("rb") as file:
-            total.update(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {name}\n".encode())
-    return total.hexdigest()
-
-
-def check_destination(destination: Path, source: Path | None = None) -> None:
-    """Refuse a destination that cannot become a new folder.
-
-    Raises:
-        OutputError: it exists and is not an empty folder, is a mount point, or is inside `source`.
-    """
-    if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
-        raise OutputError(f"{destination} already exists: remove it, or export to another folder")
-    if destination.is_mount():
-        raise OutputError(f"{destination} is a mount point: export to a folder inside it")
-    if source is not None and destination.resolve().is_relative_to(source.resolve()):
-        raise OutputError(f"{destination} is inside the source {source}: choose another folder")
-
-
-@contextmanager
-def staged(destination: Path, size: int) -> Iterator[Path]:
-    """A folder beside `destination` that takes its name on leaving, and is removed on any failure.
-
-    Raises:
-        StorageError: less than `size` bytes are free, or a write within the context failed.
-    """
-    destination = destination.resolve()  # a link keeps pointing where it did
-    partial = destination.parent / f".{destination.name}.partial-{uuid.uuid4().hex[:8]}"
-    existing = next(parent for parent in destination.parents if parent.exists())
-    full = StorageError(
-        f"disk full: {destination} needs {size / 1e9:.2f} GB; free some, or export to another disk"
-    )
-    if shutil.disk_usage(existing).free < size:
-        raise full
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        for path in [*partial.rglob("*"), partial]:
-            _sync(path)
-        partial.rename(destination)
-        _sync(destination.parent)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise full from error
-        raise StorageError(f"cannot write {destination}: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def add_files(folder: Path, files: Mapping[str, str]) -> None:
-    """Write these texts, name -> content, into `folder`."""
-    for name, text in files.items():
-        assert Path(name).name == name, f"{name} is not a plain file name"
-        (folder / name).write_text(text, encoding="utf-8", newline="")
-
-
 def _read_header(source: Path, file: Path) -> list[TensorPlace]:
     """The tensors of one shard; `weight_files` has checked that it is a whole safetensors file."""
     with file.open("rb") as stream:
@@ -397,10 +332,10 @@ def _write_file(source: Path, target: Path, folds: list[_Fold]) -> None:
     with source.open("rb") as old, target.open("xb") as new:
         done = 0
         for place, edit in sorted(folds, key=lambda fold: fold[0].start):
-            _copy(old, new, done, place.start)
+            copy_bytes(old, new, done, place.start)
             _fold(place, edit, old, new)
             done = place.stop
-        _copy(old, new, done, os.fstat(old.fileno()).st_size)
+        copy_bytes(old, new, done, os.fstat(old.fileno()).st_size)
         new.flush()
         os.fsync(new.fileno())  # here, where another worker has something to compute meanwhile
 
@@ -443,34 +378,6 @@ def _part(edit: Edit, first: int, last: int) -> Edit:
     scale = None if edit.scale is None else edit.scale[first:last].cpu()
     shift = None if edit.shift is None else edit.shift[first:last].cpu()
     return Edit(edit.left[first:last].cpu(), edit.right.cpu(), scale, shift)
-
-
-def _copy(old: io.BufferedReader, new: io.BufferedWriter, start: int, stop: int) -> None:
-    """Copy the bytes start <= byte < stop, within the kernel where it can."""
-    while start < stop:
-        size = min(stop - start, _CHUNK)
-        try:
-            copied = os.copy_file_range(old.fileno(), new.fileno(), size, start, start)
-        except (AttributeError, OSError):  # not on this system, or not between these file systems
-            copied = 0
-        if not copied:
-            old.seek(start)
-            new.seek(start)
-            copied = new.write(old.read(size))
-        if not copied:
-            raise OSError(errno.EIO, "the file ended while it was copied", old.name)
-        start += copied
-
-
-def _sync(path: Path) -> None:
-    """Make what was written to a file or folder outlast a power cut."""
-    if path.is_dir() and os.name == "nt":
-        return  # Windows opens no folders, and needs not
-    handle = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _bytes(tensor: Tensor) -> memoryview:

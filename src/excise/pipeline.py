@@ -176,10 +176,8 @@ def _open_search(
     """The study of this run, new or resumed, and the sizes that it was started with."""
     fresh = not resume or not (out / journal.FILE).exists()
     known = None if fresh else journal.open_study(out)
-    if known is None:
-        sizing = _sizing(loaded, tokens, config)
-    else:
-        sizing = from_dict(known.user_attrs["sizing"])
+    stored = None if known is None else known.user_attrs["sizing"]
+    sizing = _sizing(loaded, tokens, config) if stored is None else from_dict(stored)
     mine = stage.identity(loaded, sets, config, sizing)
     if known is None:
         ways = [s.goal for s in scoring.objectives]

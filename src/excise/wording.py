@@ -10,7 +10,7 @@ import re
 from pathlib import PurePosixPath, PureWindowsPath
 
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from excise.record import ScoreRecord, Scores
 

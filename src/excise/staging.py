@@ -1,0 +1,106 @@
+"""Folders that appear whole or not at all: written beside their place, then renamed."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from excise.errors import OutputError, StorageError
+
+_CHUNK = 1 << 24  # bytes copied at a time
+
+
+def sha256_of(folder: Path) -> str:
+    """SHA-256 over the sorted names and hashes of a folder's weight files (*.safetensors)."""
+    total = hashlib.sha256()
+    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*.safetensors")}
+    for name, path in sorted(files.items()):
+        with path.open("rb") as file:
+            total.update(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {name}\n".encode())
+    return total.hexdigest()
+
+
+def check_destination(destination: Path, source: Path | None = None) -> None:
+    """Refuse a destination that cannot become a new folder.
+
+    Raises:
+        OutputError: it exists and is not an empty folder, is a mount point, or is inside `source`.
+    """
+    if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
+        raise OutputError(f"{destination} already exists: remove it, or export to another folder")
+    if destination.is_mount():
+        raise OutputError(f"{destination} is a mount point: export to a folder inside it")
+    if source is not None and destination.resolve().is_relative_to(source.resolve()):
+        raise OutputError(f"{destination} is inside the source {source}: choose another folder")
+
+
+@contextmanager
+def staged(destination: Path, size: int) -> Iterator[Path]:
+    """A folder beside `destination` that takes its name on leaving, and is removed on any failure.
+
+    Raises:
+        StorageError: less than `size` bytes are free, or a write within the context failed.
+    """
+    destination = destination.resolve()  # a link keeps pointing where it did
+    partial = destination.parent / f".{destination.name}.partial-{uuid.uuid4().hex[:8]}"
+    existing = next(parent for parent in destination.parents if parent.exists())
+    full = StorageError(
+        f"disk full: {destination} needs {size / 1e9:.2f} GB; free some, or export to another disk"
+    )
+    if shutil.disk_usage(existing).free < size:
+        raise full
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        for path in [*partial.rglob("*"), partial]:
+            _sync(path)
+        partial.rename(destination)
+        _sync(destination.parent)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise full from error
+        raise StorageError(f"cannot write {destination}: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def add_files(folder: Path, files: Mapping[str, str]) -> None:
+    """Write these texts, name -> content, into `folder`."""
+    for name, text in files.items():
+        assert Path(name).name == name, f"{name} is not a plain file name"
+        (folder / name).write_text(text, encoding="utf-8", newline="")
+
+
+def copy_bytes(old: io.BufferedReader, new: io.BufferedWriter, start: int, stop: int) -> None:
+    """Copy the bytes start <= byte < stop, within the kernel where it can."""
+    while start < stop:
+        size = min(stop - start, _CHUNK)
+        try:
+            copied = os.copy_file_range(old.fileno(), new.fileno(), size, start, start)
+        except (AttributeError, OSError):  # not on this system, or not between these file systems
+            copied = 0
+        if not copied:
+            old.seek(start)
+            new.seek(start)
+            copied = new.write(old.read(size))
+        if not copied:
+            raise OSError(errno.EIO, "the file ended while it was copied", old.name)
+        start += copied
+
+
+def _sync(path: Path) -> None:
+    """Make what was written to a file or folder outlast a power cut."""
+    if path.is_dir() and os.name == "nt":
+        return  # Windows opens no folders, and needs not
+    handle = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
