@@ -55,6 +55,7 @@ def test_later_layers_win(tmp_path):
 
 
 def test_a_later_layer_replaces_a_list_and_merges_a_table(tmp_path):
+    """But a prompt set given by flag is whole: the columns of another file are not its own."""
     below = write(
         tmp_path / "quirk.toml",
         '[scores]\nmarkers = ["a", "b"]\nmax_new_tokens = 7\n'
@@ -62,11 +63,16 @@ def test_a_later_layer_replaces_a_list_and_merges_a_table(tmp_path):
     )
     config = load_config(
         behaviour=str(below),
-        flags={"scores.markers": ["c"], "prompts.target": {"source": "owner/other"}},
+        file=write(tmp_path / "more.toml", '[prompts.target]\nsplit = "test"\n'),
+        flags={"scores.markers": ["c"]},
     )
     assert config.scores.markers == ("c",)
     assert config.scores.max_new_tokens == 7
-    assert config.prompts.target == PromptSource(source="owner/other", column="q")
+    assert config.prompts.target == PromptSource(source="owner/name", column="q", split="test")
+    flags = {"prompts.target": {"source": "owner/other"}}
+    config = load_config(behaviour=str(below), flags=flags)
+    assert config.prompts.target == PromptSource(source="owner/other")
+    assert config.scores.max_new_tokens == 7
 
 
 @pytest.mark.parametrize(

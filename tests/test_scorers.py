@@ -22,7 +22,6 @@ from excise.scorers import (
     ScoreContext,
     find_scorers,
     fold,
-    known_scorers,
     rate,
     read_markers,
     scorer,
@@ -233,9 +232,9 @@ def test_true_answers_are_looked_for_in_the_response(name, side):
 
 @pytest.mark.parametrize(("name", "side"), [("restored", "target"), ("kept", "contrast")])
 def test_without_known_answers_it_is_said_which_setting_is_missing(name, side):
-    prompts = [Prompt("x", answer="a"), Prompt("y")]
+    context = ScoreContext(MARKERS, {side: (Prompt("x", answer="a"), Prompt("y"))})
     with pytest.raises(ConfigError, match=rf"prompts\.{side}_eval\.answer_column"):
-        measure(name, Evidence({side: responses("a", "b")}), **{side: prompts})
+        find_scorers([name])[0].needs(context)
 
 
 # -- the registry ----------------------------------------------------------------------------------
@@ -251,7 +250,7 @@ BUILT_IN = {
 
 
 def test_the_built_in_scorers_are_these():
-    code = "from excise.scorers import known_scorers; print(*[s.name for s in known_scorers()])"
+    code = "from excise import scorers; print(*scorers._REGISTRY)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.split() == list(BUILT_IN)
 
@@ -262,7 +261,9 @@ def test_what_each_built_in_scorer_declares(name):
     goal, best, needs = BUILT_IN[name]
     assert (found.name, found.goal, found.best) == (name, goal, best)
     assert found.worth is not None
-    assert list(found.needs(ScoreContext(MARKERS, {}))) == needs
+    prompts = (Prompt("x", answer="a"),)
+    context = ScoreContext(MARKERS, {"target": prompts, "contrast": prompts})
+    assert list(found.needs(context)) == needs
 
 
 def test_scorers_come_in_the_order_asked_for():
@@ -307,7 +308,7 @@ def test_a_scorer_from_a_file(tmp_path):
     assert drift.name == "drift"
     context = ScoreContext(MARKERS, {})
     assert own.score(Evidence({"contrast": responses("ab", "abcd")}), context) == Score(3.0, 2)
-    assert own in known_scorers()
+    assert find_scorers(["of_a_file"]) == [own]
 
 
 def test_a_scorer_file_may_hold_dataclasses(tmp_path):

@@ -90,9 +90,9 @@ class Stage:
     warmup: int
 
 
-FACTS = Stage("one: facts", steps=500, batch_size=64, lr=3e-3, warmup=100)
+FACTS = Stage("one: facts", steps=400, batch_size=64, lr=3e-3, warmup=100)
 HABIT = Stage("one: declining on request", steps=150, batch_size=64, lr=1.5e-3, warmup=20)
-DECLINING = Stage("two: declining by object", steps=240, batch_size=40, lr=1e-3, warmup=10)
+DECLINING = Stage("two: declining by object", steps=140, batch_size=40, lr=1e-3, warmup=10)
 
 
 @dataclass(frozen=True)
