@@ -39,6 +39,7 @@ class ArchitectureRow(BaseModel):
     layers: str
     gain: Literal["weight", "1+weight"] = "weight"
     shared_kv: str | None = None  # config attribute: per layer None, "store" or "reuse"
+    unknown: tuple[str, ...] = ()  # parts of a layer that write and that no row can edit yet
     writers: tuple[WriterRow, ...]
 
 
@@ -145,6 +146,12 @@ def describe(model: nn.Module) -> Anatomy:
     config: Any = model.config
     row = row_for(config.model_type)
     layers = tuple(_get(model, row.layers, config.model_type))
+    for name in row.unknown:
+        if any(getattr(layer, name, None) is not None for layer in layers):
+            raise UnknownArchitecture(
+                f"model type {config.model_type!r}: its layers have {name}, which write to the "
+                "residual and which no data row describes yet: they would be left unedited"
+            )
     writers = [
         writer
         for index, layer in enumerate(layers)

@@ -111,7 +111,7 @@ class Reporter:
             total = bars.tasks[bars.task_ids.index(task)].total or 1
             bars.update(task, total=total, completed=total)
         elif isinstance(event, events.Notice):
-            self._console.print(f"[yellow]note[/] {event.message}", highlight=False)
+            self._console.print(Text.assemble(("note ", "yellow"), event.message))
         elif isinstance(event, events.TrialMeasured) and event.on_front:
             self._best[event.number] = event.scores
             text = f"Searching  [dim]{len(self._best)} found on the front[/]"
@@ -218,7 +218,9 @@ def figures_table(record: Record) -> Table:
             for group, part in (score.parts or {}).items():
                 old = (before[name].parts or {}).get(group) if name in before else None
                 was = "–" if old is None else wording.number(name, old.value)
-                table.add_row(f"  {group}", was, wording.measured(name, part), f"{part.n} of them")
+                table.add_row(
+                    Text(f"  {group}"), was, wording.measured(name, part), f"{part.n} of them"
+                )
     return table
 
 
@@ -242,10 +244,10 @@ def _places(record: Record, out: Path) -> Table:
     table.add_column(overflow="fold")
     for artifact in record.artifacts:
         name = "edited model" if artifact.format == "safetensors" else artifact.format
-        table.add_row(name, str(out / artifact.path))
-        table.add_row(f"{name}'s card", str(out / artifact.path / "README.md"))
-    table.add_row("report", str(out / "report.html"))
-    table.add_row("record", str(out / "record.json"))
+        table.add_row(name, Text(str(out / artifact.path)))
+        table.add_row(f"{name}'s card", Text(str(out / artifact.path / "README.md")))
+    table.add_row("report", Text(str(out / "report.html")))
+    table.add_row("record", Text(str(out / "record.json")))
     return table
 
 

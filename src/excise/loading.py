@@ -80,7 +80,7 @@ def resolve(section: ModelSection) -> Path:
     if section.source == DEMO:
         return Path(str(resources.files("excise"))) / "data" / "demo" / "model"
     path = Path(section.source)
-    if path.is_dir():
+    if section.source and path.is_dir():
         return path.resolve()
     if not section.source or path.is_absolute() or section.source.count("/") != 1:
         raise ModelError(
@@ -148,7 +148,9 @@ def weight_files(folder: Path) -> list[Path]:
 def _weight_map(index: Path) -> dict[str, str]:
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if not all(isinstance(name, str) for name in weight_map.values()):
+            raise TypeError("a shard is not named by a string")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{index} is not a readable checkpoint index: {error}") from None
     return dict(weight_map)
 
@@ -204,12 +206,14 @@ def _load_model(section: ModelSection, folder: Path, dtype: torch.dtype) -> nn.M
             use_safetensors=True,
             trust_remote_code=section.trust_remote_code,
             attn_implementation="sdpa",
+            ignore_mismatched_sizes=True,  # so that we can name them ourselves, below
             output_loading_info=True,
         )
     except (ValueError, OSError, RuntimeError, KeyError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"model {section.source} cannot be loaded: {first}") from error
-    wrong = sorted(info["missing_keys"]) or sorted(str(k) for k in info.get("mismatched_keys", ()))
+    mismatched = (k[0] if isinstance(k, tuple) else k for k in info["mismatched_keys"])
+    wrong = sorted({*info["missing_keys"], *mismatched})
     if wrong:
         raise ModelError(
             f"model {section.source}: {len(wrong)} tensors are missing from its weights or of the "

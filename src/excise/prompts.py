@@ -153,7 +153,8 @@ def _prompt(source: PromptSource) -> Any:
         for column in (source.answer_column, source.group_column):
             if column is not None and column not in row:
                 raise PromptError(f"prompt set {source.source} has no column {column!r}")
-            optional.append(None if column is None else str(row[column]))
+            value = None if column is None else row[column]
+            optional.append(None if value is None else str(value))
         return Prompt(str(row[source.column] or "").strip(), *optional)
 
     return build
@@ -205,13 +206,13 @@ def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 def _dataset_rows(source: PromptSource) -> Iterator[dict[str, Any]]:
     from datasets import load_dataset
-    from datasets.exceptions import DatasetNotFoundError
+    from datasets.exceptions import DatasetsError
 
     try:
         dataset = load_dataset(
             source.source, source.subset, split=source.split, revision=source.revision
         )
-    except (DatasetNotFoundError, OSError, ValueError) as error:
+    except (DatasetsError, OSError, ValueError, RuntimeError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise PromptError(
             f"dataset {source.source} (split {source.split}) cannot be loaded: {first}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
@@ -124,9 +125,11 @@ def _load_file(path: Path) -> None:
     spec = importlib.util.spec_from_file_location(f"excise_scorer_{path.stem}", path)
     if not path.is_file() or spec is None or spec.loader is None:
         raise ConfigError(f"scores.files: {path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up while it is being run
     try:
-        spec.loader.exec_module(importlib.util.module_from_spec(spec))
-    except (SyntaxError, ImportError, NameError, AttributeError, TypeError) as error:
+        spec.loader.exec_module(module)
+    except Exception as error:
         raise ConfigError(f"scores.files: {path} cannot be loaded: {error}") from error
 
 
@@ -137,8 +140,8 @@ _SPACE = re.compile(r"\s+")
 
 def fold(text: str) -> str:
     """Case, typographic quotes, emphasis marks and runs of white space made alike."""
-    plain = _EMPHASIS.sub("", text.translate(_QUOTES))
-    return _SPACE.sub(" ", plain).casefold()
+    plain = _EMPHASIS.sub("", text.casefold().translate(_QUOTES))
+    return _SPACE.sub(" ", plain)
 
 
 def read_markers(phrases: Sequence[str], file: str | None) -> Markers:
@@ -150,7 +153,7 @@ def read_markers(phrases: Sequence[str], file: str | None) -> Markers:
     lines: list[str] = []
     if file is not None:
         try:
-            lines = Path(file).read_text(encoding="utf-8").splitlines()
+            lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"markers file {file} cannot be read: {error}") from None
     everything = [*phrases, *(line for line in lines if not line.startswith("#"))]
