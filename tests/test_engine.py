@@ -60,12 +60,13 @@ def small_engine(model, plan, **kwargs):
 
 
 @pytest.mark.parametrize("family", builders.FAMILIES)
+@pytest.mark.parametrize("decode", [20, 32, 400])
 @pytest.mark.parametrize("reuse", [True, False])
-def test_stacked_equals_each_candidate_merged_and_generated(family, reuse):
+def test_stacked_equals_each_candidate_merged_and_generated(family, reuse, decode):
     model = builders.loaded(family)
     method = builders.method(model)
     edits = [method.edits(c) for c in builders.candidates(6)]
-    engine = small_engine(model, Plan(rows=40, stack=4, reuse=reuse))
+    engine = small_engine(model, Plan(rows=20, stack=4, decode=decode, reuse=reuse))
     evidence = engine.measure(edits, REQUESTS)
     original = engine.original("contrast").responses
     for one, found in zip(edits, evidence, strict=True):
@@ -170,7 +171,7 @@ def test_a_decided_response_stops_early_and_is_a_prefix_of_the_whole():
     assert shorter > 0
 
 
-@pytest.mark.parametrize("depth", [0, 7, 60])
+@pytest.mark.parametrize("depth", [0, 3, 15])
 @pytest.mark.parametrize("kind", ["cuda", "cpu", "python"])
 def test_out_of_memory_halves_the_pass_and_goes_on(depth, kind):
     errors = {

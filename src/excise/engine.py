@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from excise.divergence import divergences
 from excise.errors import MeasurementError, MemoryExhausted, is_out_of_memory
 from excise.evidence import Decided, Divergence, Evidence, Request, Response, Responses
 from excise.forward import Forward, repeat_batch
-from excise.kvcache import share_lower_layers
+from excise.kvcache import can_join, join, share_lower_layers
 from excise.loading import Loaded
 from excise.stacking import CandidateEdits, Stack
 from excise.tokens import Batch, end_tokens, left_pad, pad_token
@@ -34,10 +34,18 @@ _CHUNK_BYTES = {"cpu": 48 * 2**20, "cuda": 256 * 2**20}
 
 @dataclass(frozen=True)
 class Plan:
-    """How large a pass is. `rows` bounds candidates x prompts, `stack` the candidates of one pass."""
+    """How large a pass is.
+
+    Attributes:
+        rows: bounds candidates x prompts of a pass over whole prompts.
+        stack: candidates of one pass.
+        decode: bounds candidates x prompts that decode together, one token each per pass.
+        reuse: run layers below the first edited one once for all candidates of a stack.
+    """
 
     rows: int = 256
     stack: int = 8
+    decode: int = 1024
     reuse: bool = True
 
 
@@ -113,8 +121,9 @@ class Engine:
             with torch.inference_mode():
                 bare = Stack(self.writers, [[None] * len(self.writers)])
                 numbers = list(range(len(self.prompts[side])))
-                responses = self._spread(self._respond(side, None), bare, numbers)[0]
-                states = self._spread(self._read(side, responses), bare, numbers)[0]
+                responses = self._answer(side, None, bare, numbers)[0]
+                read = self._read(side, responses)
+                states = self._spread(read, bare, numbers, self._whole_lengths(side, responses))[0]
             if not all(bool(torch.isfinite(rows).all()) for rows in states):
                 raise MeasurementError(
                     "the model's hidden states are not finite: try --set model.dtype=float32"
@@ -155,11 +164,12 @@ class Engine:
             numbers = list(range(len(self.prompts[side])))[: only.get(side)]
             wanted = [request for request in ours if isinstance(request, Responses)]
             if wanted:
-                answers = self._spread(self._respond(side, _until_all(wanted)), stack, numbers)
+                answers = self._answer(side, _until_all(wanted), stack, numbers)
                 for one, responses in zip(evidence, answers, strict=True):
                     one.responses[side] = responses
             if any(isinstance(request, Divergence) for request in ours):
-                values = self._spread(self._diverge(side), stack, numbers)
+                lengths = self._whole_lengths(side, self.original(side).responses)
+                values = self._spread(self._diverge(side), stack, numbers, lengths)
                 for one, per_prompt in zip(evidence, values, strict=True):
                     one.divergence[side] = per_prompt
         return evidence
@@ -171,15 +181,17 @@ class Engine:
         work: Callable[[Stack, list[int], list[int]], list[list[R]]],
         stack: Stack,
         numbers: list[int],
+        lengths: list[int],
+        limit: Literal["rows", "decode"] = "rows",
     ) -> list[list[R]]:
         """Run `work` on chunks of prompts for all candidates of a stack; per candidate, per prompt.
 
-        When memory runs out the chunk is halved (prompts first, then candidates) and later chunks
-        stay as small.
+        Prompts of like `lengths` share a chunk. When memory runs out the chunk is halved (prompts
+        first, then candidates) and later chunks stay as small.
         """
-        out: list[list[R | None]] = [[None] * len(numbers) for _ in range(stack.size)]
-        lengths = {n: i for i, n in enumerate(numbers)}
-        waiting = self._chunks(list(range(stack.size)), numbers)
+        found: dict[tuple[int, int], R] = {}
+        order = sorted(numbers, key=lambda n: (-lengths[n], n))
+        waiting = _chunks(list(range(stack.size)), order, getattr(self.plan, limit))
         with stack.applied():
             while waiting:
                 members, chunk = waiting.pop(0)
@@ -193,19 +205,8 @@ class Engine:
                     waiting = self._backed_off(members, chunk) + waiting
                     continue
                 for member, values in zip(members, answers, strict=True):
-                    for number, value in zip(chunk, values, strict=True):
-                        out[member][lengths[number]] = value
-        return out  # type: ignore[return-value]
-
-    def _chunks(self, members: list[int], numbers: list[int]) -> list[tuple[list[int], list[int]]]:
-        """(candidates, prompts) of each pass; prompts of like length together."""
-        size = max(1, self.plan.rows // len(members))
-        some = max(1, min(len(members), self.plan.rows))
-        return [
-            (members[m : m + some], numbers[start : start + size])
-            for start in range(0, len(numbers), size)
-            for m in range(0, len(members), some)
-        ]
+                    found.update(((member, n), v) for n, v in zip(chunk, values, strict=True))
+        return [[found[member, n] for n in numbers] for member in range(stack.size)]
 
     def _backed_off(
         self, members: list[int], chunk: list[int]
@@ -218,39 +219,60 @@ class Engine:
                 "out of memory with one prompt at a time: use a smaller model, a smaller dtype, "
                 "shorter prompts or --max-new-tokens, or a device with more memory"
             )
-        self.plan = replace(self.plan, rows=max(1, rows // 2))
-        if len(chunk) > 1:
-            half = len(chunk) // 2
-            return [(members, chunk[:half]), (members, chunk[half:])]
-        half = len(members) // 2
-        return [(members[:half], chunk), (members[half:], chunk)]
+        half = max(1, rows // 2)
+        self.plan = replace(
+            self.plan, rows=min(self.plan.rows, half), decode=min(self.plan.decode, half)
+        )
+        return _chunks(members, chunk, half)
 
     # -- the three kinds of work -----------------------------------------------------------------
 
-    def _respond(self, side: str, deciders: frozenset[Decided] | None) -> Any:
+    def _answer(
+        self, side: str, deciders: frozenset[Decided] | None, stack: Stack, numbers: list[int]
+    ) -> list[list[Response]]:
+        """Greedy responses: prompts in passes of `plan.rows`, then all of them decode together."""
         if deciders not in self._trees:
             self._trees[deciders] = ResponseTree(self._loaded.tokenizer, deciders)
-        tree = self._trees[deciders]
+        tree, rows = self._trees[deciders], self.prompts[side]
 
         def work(stack: Stack, members: list[int], chunk: list[int]) -> list[list[Response]]:
-            batch = self._batch([self.prompts[side][n] for n in chunk])
-            capacity = batch.ids.shape[1] + self.limit
-            hidden, cache = self._prefill(stack, members, batch, 1, capacity)
-            logits = self._forward.logits(hidden[:, -1])
+            batch = self._batch([rows[n] for n in chunk])
+            first, cache = self._read_prompts(stack, members, batch)
             owners = [member for member in members for _ in chunk]
+            stack.select(owners)
             responses = greedy(
                 self._forward,
                 tree,
-                logits.argmax(-1),
+                first,
                 batch.mask.repeat(len(members), 1),
                 cache,
                 ends=self._ends,
                 limit=self.limit,
-                regroup=lambda rows: stack.select([owners[row] for row in rows]),
+                regroup=lambda alive: stack.select([owners[row] for row in alive]),
             )
             return _per_member(responses, len(members))
 
-        return work
+        joins = can_join(self._forward.cache(1))
+        lengths = list(map(len, rows))
+        return self._spread(work, stack, numbers, lengths, "decode" if joins else "rows")
+
+    def _read_prompts(self, stack: Stack, members: list[int], batch: Batch) -> tuple[Tensor, Any]:
+        """First response tokens (S*P,) and the cache, with room for the rest, of a whole batch."""
+        width = batch.ids.shape[1]
+        step = max(1, self.plan.rows // len(members))
+        firsts, caches = [], []
+        parts = [batch.part(start, start + step) for start in range(0, len(batch.rows), step)]
+        for part in parts:
+            room = part.ids.shape[1] + (self.limit if len(parts) == 1 else 0)
+            hidden, cache = self._prefill(stack, members, part, 1, room)
+            logits = self._forward.logits(hidden[:, -1])
+            firsts.append(logits.argmax(-1).view(len(members), -1))
+            caches.append(cache)
+        first = torch.cat(firsts, dim=1).flatten()
+        if len(parts) == 1:
+            return first, caches[0]
+        empty = self._forward.cache(width + self.limit)
+        return first, join(caches, empty, len(members), width)
 
     def _read(self, side: str, responses: list[Response]) -> Any:
         """Teacher-forced states at the tokens that predict each response: (tokens, D) per prompt."""
@@ -285,6 +307,10 @@ class Engine:
 
         return work
 
+    def _whole_lengths(self, side: str, responses: list[Response]) -> list[int]:
+        pairs = zip(self.prompts[side], responses, strict=True)
+        return [len(ids) + len(response.tokens) for ids, response in pairs]
+
     def _batch(self, rows: list[list[int]]) -> Batch:
         return left_pad(rows, range(len(rows)), self._pad, self._loaded.device)
 
@@ -315,6 +341,17 @@ def _until_all(wanted: Sequence[Responses]) -> frozenset[Decided] | None:
     deciders = [request.decided for request in wanted]
     some = frozenset(decided for decided in deciders if decided is not None)
     return some if len(some) and None not in deciders else None
+
+
+def _chunks(members: list[int], numbers: list[int], rows: int) -> list[tuple[list[int], list[int]]]:
+    """(candidates, prompts) of passes of at most `rows` rows each."""
+    some = max(1, min(len(members), rows))
+    size = max(1, rows // some)
+    return [
+        (members[m : m + some], numbers[start : start + size])
+        for start in range(0, len(numbers), size)
+        for m in range(0, len(members), some)
+    ]
 
 
 def _per_member(rows: list[R], members: int) -> list[list[R]]:

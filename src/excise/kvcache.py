@@ -79,6 +79,39 @@ def select_rows(cache: DynamicCache, rows: list[int]) -> None:
         layer.batch_select_indices(indices)
 
 
+def can_join(cache: DynamicCache) -> bool:
+    """Whether caches like this one can be joined: every layer keeps plain keys and values."""
+    return all(isinstance(layer, RoomyLayer) for layer in cache.layers)
+
+
+def join(parts: list[DynamicCache], empty: DynamicCache, groups: int, width: int) -> DynamicCache:
+    """One cache of all parts' rows, so that they decode together.
+
+    Rows of every part are `groups` equal groups (candidates); in the joined cache each group's rows
+    stand together. Shorter parts are aligned to the right end of `width` positions; what is left of
+    them is zero and must be masked.
+    """
+    for number, layer in enumerate(empty.layers):
+        filled = [part.layers[number] for part in parts if part.layers[number].length]
+        if not filled:  # a layer that reuses another's keys and values
+            continue
+        rows = sum(one.keys.shape[0] for one in filled)
+        first = filled[0]
+        layer.lazy_initialization(
+            first.keys[:1].expand(rows, -1, -1, -1), first.values[:1].expand(rows, -1, -1, -1)
+        )
+        for name in ("keys", "values"):
+            into = getattr(layer, name).unflatten(0, (groups, -1))  # (C, P, H, capacity, d)
+            start = 0
+            for one in filled:
+                states = getattr(one, name)[:, :, : one.length].unflatten(0, (groups, -1))
+                into[:, start : start + states.shape[1], :, : width - one.length] = 0
+                into[:, start : start + states.shape[1], :, width - one.length : width] = states
+                start += states.shape[1]
+        layer.length = width
+    return empty
+
+
 def share_lower_layers(source: DynamicCache, into: DynamicCache, layers: int, times: int) -> None:
     """Fill the first `layers` layers of `into` with those of `source`, rows repeated."""
     for ours, theirs in zip(into.layers[:layers], source.layers[:layers], strict=False):

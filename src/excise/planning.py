@@ -16,7 +16,8 @@ from excise.forward import Forward
 from excise.loading import Loaded
 
 _GAIN = 1.05  # a larger pass must be faster by this much to be worth its memory
-_PROMPTS = 64  # prompts of one stack that a pass should hold at least, so that rows stay alike
+_DECODE_FACTOR = 8
+_LARGEST_STACK = 8  # more candidates than this share little that is not already shared
 _LARGEST_BATCH = 16  # candidates asked together: more would make the sampler blind for longer
 
 
@@ -41,18 +42,20 @@ def size(loaded: Loaded, config: Config, longest: int, prompts: int) -> Sizing:
         longest: tokens of the longest prompt.
         prompts: prompts of the larger side.
     """
+    fits = _memory_rows(loaded, config, longest)
     rows = config.engine.rows
     if not rows:
-        limit = min(_memory_rows(loaded, config, longest), prompts * _LARGEST_BATCH)
-        rows = _fastest_rows(loaded, longest, limit)
-    stack = max(1, rows // min(prompts, _PROMPTS))
-    batch = config.search.batch or min(_LARGEST_BATCH, 4 * stack)
-    return Sizing(Plan(rows, min(stack, batch), config.engine.reuse), batch)
+        rows = _fastest_rows(loaded, longest, min(fits, prompts * _LARGEST_BATCH))
+    # A pass that decodes has one token per row, so many more rows fit it before it stops gaining.
+    decode = max(1, min(fits, rows * _DECODE_FACTOR))
+    stack = max(1, min(decode // prompts, _LARGEST_STACK))
+    batch = config.search.batch or min(_LARGEST_BATCH, max(4, 2 * stack))
+    return Sizing(Plan(rows, min(stack, batch), decode, config.engine.reuse), batch)
 
 
 def from_dict(known: dict[str, Any]) -> Sizing:
     """The sizing that a study was started with."""
-    plan = Plan(int(known["rows"]), int(known["stack"]), bool(known["reuse"]))
+    plan = Plan(int(known["rows"]), int(known["stack"]), int(known["decode"]), bool(known["reuse"]))
     return Sizing(plan, int(known["batch"]))
 
 

@@ -69,7 +69,8 @@ def load_prompt_sets(section: PromptSection) -> PromptSets:
     """Read every role of `section`.
 
     Without sources for evaluation, the rows after the first `direction_size` evaluate. Without
-    sources for the holdout, the rows after the first `eval_size` of those are the holdout.
+    sources for the holdout, the rows after the first `eval_size` of those are the holdout. A prompt
+    that an earlier part has is left out of a later one, so that the holdout is never seen before.
 
     Raises:
         PromptError: a set is missing, unreadable, empty or equal to its counterpart.
@@ -92,22 +93,26 @@ def _load_side(section: PromptSection, side: str) -> tuple[PromptSet, PromptSet,
     direction, rest = rows[:n], rows[n:]
     where = eval_source or source
     if eval_source is not None:
-        rest = read_prompts(eval_source, limit=m if holdout_source else None)
+        rest = read_prompts(eval_source)
+    rest = _without(rest, direction)
     if not rest:
         raise PromptError(
-            f"{source.source} has {len(rows)} rows, all used for the direction (direction_size {n}): "
-            f"give --{side}-eval, more rows, or a smaller --direction-size"
+            f"{where.source}: all of its rows are used for the direction (direction_size {n}): "
+            f"give --{side}-eval with other prompts, more rows, or a smaller --direction-size"
         )
-    held = where
-    if holdout_source is not None:
-        holdout, held = read_prompts(holdout_source, limit=h), holdout_source
-    else:
-        holdout = rest[m:]
+    held = holdout_source or where
+    holdout = rest[m:] if holdout_source is None else read_prompts(holdout_source)
+    holdout = _without(holdout, direction + rest[:m])
     return (
         PromptSet(side, source.source, direction),
         PromptSet(f"{side}_eval", where.source, rest[:m]),
         PromptSet(f"{side}_holdout", held.source, holdout[:h]),
     )
+
+
+def _without(rows: tuple[Prompt, ...], seen: tuple[Prompt, ...]) -> tuple[Prompt, ...]:
+    texts = {prompt.text for prompt in seen}
+    return tuple(prompt for prompt in rows if prompt.text not in texts)
 
 
 def _check_distinct(sets: PromptSets) -> None:

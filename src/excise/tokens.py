@@ -33,13 +33,16 @@ class Batch:
         """Position ids (B, T); padding sits at 0."""
         return (self.mask.cumsum(-1) - 1).clamp_min(0)
 
+    def part(self, start: int, stop: int) -> Batch:
+        """Some of the rows, without the padding that all of them have."""
+        rows, ids, mask = self.rows[start:stop], self.ids[start:stop], self.mask[start:stop]
+        spare = int((mask.sum(0) == 0).sum())  # padding is on the left
+        return Batch(rows, ids[:, spare:], mask[:, spare:])
+
     def halves(self) -> tuple[Batch, Batch]:
         """The same rows in two batches."""
         n = len(self.rows) // 2
-        return (
-            Batch(self.rows[:n], self.ids[:n], self.mask[:n]),
-            Batch(self.rows[n:], self.ids[n:], self.mask[n:]),
-        )
+        return self.part(0, n), self.part(n, len(self.rows))
 
 
 def encode(tokenizer: Any, prompts: PromptSet, section: PromptSection) -> list[list[int]]:
