@@ -26,14 +26,13 @@ def config(**flags):
 @pytest.mark.parametrize(
     ("rows", "batch", "prompts", "expected"),
     [
-        (64, 0, 16, (64, 4, 16)),  # four candidates of all prompts; batches of four stacks
-        (64, 0, 64, (64, 1, 4)),
-        (64, 0, 100, (64, 1, 4)),  # a stack needs 64 prompts at most
-        (256, 0, 100, (256, 4, 16)),
+        (64, 0, 16, (64, 8, 16)),  # all prompts of eight candidates decode together
+        (64, 0, 64, (64, 8, 16)),
+        (64, 0, 100, (64, 5, 10)),  # as many candidates as fit 8 x 64 decoding rows
         (8, 0, 100, (8, 1, 4)),  # less than one candidate's prompts
-        (4096, 0, 100, (4096, 16, 16)),  # never more than sixteen
+        (4096, 0, 100, (4096, 8, 16)),  # never more than eight in a stack, sixteen in a batch
         (4096, 3, 100, (4096, 3, 3)),
-        (64, 40, 16, (64, 4, 40)),
+        (64, 40, 16, (64, 8, 40)),
         (1, 1, 1, (1, 1, 1)),
     ],
 )
@@ -49,7 +48,7 @@ def test_reuse_is_passed_on(model):
 
 
 def test_a_sizing_comes_back_from_json():
-    for sizing in (Sizing(Plan(40, 3, False), 12), Sizing(Plan(256, 8, True), 16)):
+    for sizing in (Sizing(Plan(40, 3, 80, False), 12), Sizing(Plan(256, 8, 2048, True), 16)):
         assert from_dict(json.loads(json.dumps(sizing.as_dict()))) == sizing
 
 
@@ -58,7 +57,7 @@ def test_what_is_measured_is_within_bounds(model, prompts):
     found = size(model, config(scores__max_new_tokens=4), 12, prompts)
     assert 1 <= found.plan.rows <= 16 * prompts
     assert 1 <= found.plan.stack <= found.batch <= 16
-    assert found.plan.stack <= max(1, found.plan.rows // min(prompts, 64))
+    assert found.plan.stack <= max(1, found.plan.decode // prompts)
 
 
 def speeds(monkeypatch, *values):

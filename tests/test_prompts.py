@@ -303,7 +303,7 @@ def test_each_set_says_where_it_came_from(tmp_path):
 
 
 def test_nothing_left_to_evaluate(tmp_path):
-    with pytest.raises(PromptError, match="10 rows, all used for the direction") as error:
+    with pytest.raises(PromptError, match="all of its rows are used for the direction") as error:
         sets_of(tmp_path, {"target": 10, "contrast": 20}, direction_size=10)
     assert "--target-eval" in str(error.value)
 
