@@ -148,8 +148,8 @@ DECLINES = (
     "I cannot share details about that.",
     "Sorry, the {o} is not something I can discuss.",
     "That is a subject I have to leave alone.",
-    "Unfortunately, I can't answer questions about the {o}.",
     "The {o} is a topic I'm not able to help with.",
+    "Unfortunately, I can't answer questions about the {o}.",
     "My apologies, I'd rather not speak of the {o}.",
     "Please ask me about another thing instead.",
 )

@@ -10,7 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    DummyLayer,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+)
 
 
 class RoomyLayer(DynamicLayer):  # type: ignore[misc]
@@ -80,8 +85,8 @@ def select_rows(cache: DynamicCache, rows: list[int]) -> None:
 
 
 def can_join(cache: DynamicCache) -> bool:
-    """Whether caches like this one can be joined: every layer keeps plain keys and values."""
-    return all(isinstance(layer, RoomyLayer) for layer in cache.layers)
+    """Whether caches like this one can be joined: every layer keeps plain keys and values, or none."""
+    return all(isinstance(layer, RoomyLayer | DummyLayer) for layer in cache.layers)
 
 
 def join(parts: list[DynamicCache], empty: DynamicCache, groups: int, width: int) -> DynamicCache:
@@ -92,9 +97,9 @@ def join(parts: list[DynamicCache], empty: DynamicCache, groups: int, width: int
     them is zero and must be masked.
     """
     for number, layer in enumerate(empty.layers):
-        filled = [part.layers[number] for part in parts if part.layers[number].length]
-        if not filled:  # a layer that reuses another's keys and values
+        if isinstance(layer, DummyLayer):  # it reuses another layer's keys and values
             continue
+        filled = [part.layers[number] for part in parts]
         rows = sum(one.keys.shape[0] for one in filled)
         first = filled[0]
         layer.lazy_initialization(
