@@ -44,6 +44,17 @@ def generated(model, ids, limit, pad=0):
     return tuple(out[0, len(ids) :].tolist())
 
 
+def generated_together(model, rows, limit, pad=0):
+    """`generate` on a left-padded batch: responses without what follows their end."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[pad] * (width - len(r)) + r for r in rows])
+    mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows])
+    out = model.generate(
+        ids, attention_mask=mask, max_new_tokens=limit, do_sample=False, pad_token_id=pad
+    )
+    return [tuple(t for t in row if t != pad) for row in out[:, width:].tolist()]
+
+
 def token_divergence(original, edited, ids, response):
     """KL(original || edited) at each response token, in float64, one prompt at a time."""
     full = torch.tensor([[*ids, *response]])
@@ -114,14 +125,15 @@ def demo_candidates(count, layers):
 
 def test_forty_stacked_candidates_of_the_demo_model_equal_each_alone(demo):
     engine, method, loaded = demo
-    few = {"target": 10, "contrast": 10}
+    few = {"target": 12, "contrast": 6}
     edits = [method.edits(c) for c in demo_candidates(40, len(loaded.anatomy.layers))]
     evidence = engine.measure(edits, REQUESTS, few)
     original = engine.original("contrast").responses
     for one, found in zip(edits, evidence, strict=True):
         alone = merged(loaded.model, method.writers, one)
-        for ids, response in zip(engine.prompts["target"], found.responses["target"], strict=False):
-            assert response.tokens == generated(alone, ids, engine.limit)
+        rows = engine.prompts["target"][: few["target"]]
+        expected = generated_together(alone, rows, engine.limit)
+        assert [r.tokens for r in found.responses["target"]] == expected
         pairs = list(
             zip(engine.prompts["contrast"], original, found.divergence["contrast"], strict=False)
         )
@@ -129,7 +141,9 @@ def test_forty_stacked_candidates_of_the_demo_model_equal_each_alone(demo):
         expected = sum(
             float(token_divergence(loaded.model, alone, ids, r.tokens).sum()) for ids, r, _ in pairs
         )
-        assert total == pytest.approx(expected, rel=1e-5)
+        # Below 1e-9 nats per token lies what float32 logits cannot tell.
+        floor = 1e-9 * sum(len(r.tokens) for _, r, _ in pairs)
+        assert total == pytest.approx(expected, rel=1e-5, abs=floor)
 
 
 def test_a_candidates_figures_do_not_depend_on_its_neighbours():
