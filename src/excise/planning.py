@@ -17,6 +17,7 @@ from excise.loading import Loaded
 
 _GAIN = 1.05  # a larger pass must be faster by this much to be worth its memory
 _DECODE_FACTOR = 8
+_FEWEST_ROWS = 128  # a CPU's caches may like less, but what a stack shares grows with its rows
 _LARGEST_STACK = 8  # more candidates than this share little that is not already shared
 _LARGEST_BATCH = 16  # candidates asked together: more would make the sampler blind for longer
 
@@ -47,7 +48,8 @@ def size(loaded: Loaded, config: Config, longest: int, prompts: int) -> Sizing:
     if not rows:
         rows = _fastest_rows(loaded, longest, min(fits, prompts * _LARGEST_BATCH))
     # A pass that decodes has one token per row, so many more rows fit it before it stops gaining.
-    decode = max(1, min(fits, rows * _DECODE_FACTOR))
+    decode = config.engine.rows * _DECODE_FACTOR or _LARGEST_STACK * prompts
+    decode = max(1, min(fits, decode))
     stack = max(1, min(decode // prompts, _LARGEST_STACK))
     batch = config.search.batch or min(_LARGEST_BATCH, max(4, 2 * stack))
     return Sizing(Plan(rows, min(stack, batch), decode, config.engine.reuse), batch)
@@ -90,7 +92,8 @@ def _fastest_rows(loaded: Loaded, longest: int, limit: int) -> int:
     beside, must not make a whole run slow.
     """
     forward = Forward(loaded.model, loaded.anatomy)
-    best, speed, rows, dull = 1, 0.0, min(16, limit), 0
+    rows = min(_FEWEST_ROWS, limit)
+    best, speed, dull = rows, 0.0, 0
     while rows <= limit and dull < 2:
         try:
             now = _speed(forward, loaded.device, rows, longest)
