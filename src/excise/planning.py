@@ -46,7 +46,8 @@ def size(loaded: Loaded, config: Config, longest: int, prompts: int) -> Sizing:
     fits = _memory_rows(loaded, config, longest)
     rows = config.engine.rows
     if not rows:
-        rows = _fastest_rows(loaded, longest, min(fits, prompts * _LARGEST_BATCH))
+        most = min(fits, prompts * _LARGEST_BATCH)
+        rows = max(_fastest_rows(loaded, longest, most), min(_FEWEST_ROWS, most))
     # A pass that decodes has one token per row, so many more rows fit it before it stops gaining.
     decode = config.engine.rows * _DECODE_FACTOR or _LARGEST_STACK * prompts
     decode = max(1, min(fits, decode))
@@ -92,8 +93,7 @@ def _fastest_rows(loaded: Loaded, longest: int, limit: int) -> int:
     beside, must not make a whole run slow.
     """
     forward = Forward(loaded.model, loaded.anatomy)
-    rows = min(_FEWEST_ROWS, limit)
-    best, speed, dull = rows, 0.0, 0
+    best, speed, rows, dull = 1, 0.0, min(16, limit), 0
     while rows <= limit and dull < 2:
         try:
             now = _speed(forward, loaded.device, rows, longest)

@@ -1,0 +1,177 @@
+"""`make bench`: every figure of the documents, taken in one run and written beside its machine.
+
+Writes `bench/results.json` and `docs/benchmarks.md`. All speeds are ratios; nothing here is a test.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import export_memory
+import gpu
+import machine
+import quality
+import speed
+import torch
+
+from excise.wording import percent, significant
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results.json"
+PAGE = HERE.parent / "docs" / "benchmarks.md"
+
+
+def table(head: list[str], rows: list[list[Any]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def speed_page(found: dict[str, Any]) -> str:
+    plain, floor = found["plain_loop"], found["floor"]
+    wide = found["floor_at_realistic_width"]
+    ratio, screened = plain["plain_over_ours"], plain["plain_over_ours_with_screening"]
+    edits = found["edit_building_ms"]
+    rows = [
+        ["trials a minute over the plain loop, no screening", f"{ratio:.1f} x", "at least 4"],
+        ["the same with screening", f"{screened:.1f} x", ""],
+        [
+            "time of a trial over its arithmetic floor, width 1024, 6 layers (random Gemma 4)",
+            f"{wide['time_over_floor']:.1f}",
+            "at most 2.5",
+        ],
+        [
+            "the same on the demo model (width 128, where elementwise operations dominate)",
+            f"{floor['time_over_floor']:.1f}",
+            "at most 2.5",
+        ],
+        [
+            "one candidate's edits, D = 2560, I = 10240, L = 42: global index, per layer",
+            f"{edits['global index']:.2f} ms, {edits['per layer']:.2f} ms",
+            "under 2 ms",
+        ],
+    ]
+    where = [[kind, f"{100 * share:.0f} %"] for kind, share in floor["where"].items()]
+    grown = [
+        [what, ", ".join(f"{key}: {value}" for key, value in times.items())]
+        for what, times in found["growth"].items()
+    ]
+    return "\n\n".join(
+        [
+            "## Speed, demo model",
+            "The plain loop takes one candidate at a time: a PEFT adapter of rank 3 from an SVD of "
+            "the row-normalised difference, `generate` for the responses, another `generate` for the "
+            "logits. It measures divergence at the first token only; ours measures whole responses. "
+            "The floor counts the matrix products that a trial cannot avoid "
+            f"({floor['gigaflop_per_trial']:.1f} GFLOP) at the rate of a large matrix product here "
+            "(`bench/floor.py`).",
+            table(["what", "measured", "wanted"], rows),
+            "Where the time of a pass goes on the demo model (torch's profiler, shares of all time):",
+            table(["operations", "share"], where),
+            "How time grows (each row relative to its first entry):",
+            table(["with", "relative time"], grown),
+        ]
+    )
+
+
+def quality_page(found: list[dict[str, Any]]) -> str:
+    rows = []
+    for one in found:
+        unseen, search = one["unseen objects"], one["search"]
+        rows.append(
+            [
+                one["seed"],
+                len(one["front"]),
+                one["screened"],
+                " -> ".join(map(percent, search["behaviour_rate"])),
+                significant(search["drift"]),
+                f"{percent(search['restored'])}, {percent(search['kept'])}",
+                " -> ".join(map(percent, unseen["behaviour_rate"])),
+                " -> ".join(map(percent, unseen["restored"])),
+                " -> ".join(map(percent, unseen["kept"])),
+            ]
+        )
+    head = [
+        "seed",
+        "front",
+        "screened",
+        "rate, search",
+        "drift",
+        "restored, kept, search",
+        "rate, unseen objects",
+        "restored, unseen",
+        "kept, unseen",
+    ]
+    return "\n\n".join(
+        [
+            "## Search quality, demo model",
+            f"{found[0]['trials']} trials, directional ablation, chosen by the knee. The unseen "
+            "objects stand in no direction or search prompt. That the demo model's behaviour is "
+            "mediated by a direction is built in by its training, so these figures show that the "
+            "tool finds and measures it, not that other models are as easy.",
+            table(head, rows),
+        ]
+    )
+
+
+def memory_page(found: dict[str, Any]) -> str:
+    rows = [[key.replace("_", " "), value] for key, value in found.items()]
+    return "\n\n".join(
+        [
+            "## Export of a large checkpoint",
+            "A random checkpoint in 8 shards; every attention and MLP out-projection edited. "
+            "Wanted: at most 2 times the time of `cp -r`, and memory of a few times the largest "
+            "tensor.",
+            table(["what", "measured"], rows),
+        ]
+    )
+
+
+def gpu_page(found: dict[str, Any] | None) -> str:
+    if found is None:
+        text = "Not measured: the machine of this run has no GPU. `bench/gpu.py` measures it."
+        return f"## GPU, a model of a billion random parameters\n\n{text}"
+    rows = [[key.replace("_", " "), value] for key, value in found.items()]
+    return "## GPU, a model of a billion random parameters\n\n" + table(["what", "measured"], rows)
+
+
+def write_page(results: dict[str, Any]) -> None:
+    on = ", ".join(f"{key}: {value}" for key, value in results["machine"].items() if value)
+    parts = [
+        "# Benchmarks",
+        f"Written by `make bench` in one run. {on}.",
+        speed_page(results["speed"]),
+        quality_page(results["quality"]),
+        memory_page(results["export"]),
+        gpu_page(results["gpu"]),
+    ]
+    PAGE.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--trials", type=int, default=quality.TRIALS, help="of the quality searches"
+    )
+    parser.add_argument("--gigabytes", type=float, default=4.0, help="of the exported checkpoint")
+    arguments = parser.parse_args()
+    results: dict[str, Any] = {"machine": machine.describe()}
+    print("speed ...", flush=True)
+    results["speed"] = speed.main()
+    print(json.dumps(results["speed"]), flush=True)
+    print("export ...", flush=True)
+    with tempfile.TemporaryDirectory(prefix="excise-bench-") as folder:
+        results["export"] = export_memory.compare(Path(folder), arguments.gigabytes)
+    print("quality ...", flush=True)
+    results["quality"] = quality.main(arguments.trials)
+    results["gpu"] = gpu.main() if torch.cuda.is_available() else None
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    write_page(results)
+    print(f"wrote {RESULTS} and {PAGE}")
+
+
+if __name__ == "__main__":
+    main()
