@@ -25,8 +25,9 @@ demo: venv
 	@rm -rf runs/demo
 	@$(BIN)/excise demo --out runs/demo
 
+# One thread per worker: two that share two cores wait for each other most of the time.
 test: venv
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: venv
 	$(BIN)/ruff check .

@@ -107,6 +107,8 @@ def evaluate(
         engine = stage.engine_for(base, (), tokens, part, config, plan)
         panel = Panel(engine, scorers, scoring.context(*both), screen=False)
         before[where] = panel.measure([[]])[0].scores
+        for side in engine.prompts:  # all of them before the layers are let go of
+            engine.original(side)
         engines[where] = engine
     references = {where: engine.as_reference() for where, engine in engines.items()}
     width, vocabulary = base.anatomy.width, base.model.config.vocab_size
