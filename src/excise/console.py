@@ -168,13 +168,7 @@ def front_table(record: Record, *, most: int = 12) -> Table:
     trials = [record.trial(number) for number in record.front]
     shown = _thin(trials, most, record.selected)
     of = f", {len(shown)} shown" if len(shown) < len(trials) else ""
-    table = Table(
-        title=f"Front: {len(trials)} of {len(record.trials)} trials{of}",
-        title_justify="left",
-        box=None,
-        pad_edge=False,
-        padding=(0, 2, 0, 0),
-    )
+    table = _table(f"Front: {len(trials)} of {len(record.trials)} trials{of}")
     table.add_column("trial", justify="right")
     names = list(dict.fromkeys([*record.objectives, "drift_first"]))
     for name in names:
@@ -194,13 +188,7 @@ def front_table(record: Record, *, most: int = 12) -> Table:
 def figures_table(record: Record) -> Table:
     """The chosen edit beside the original, on search and on holdout prompts."""
     number = record.chosen().number
-    table = Table(
-        title=f"\nChosen: trial {number} by {record.selection}",
-        title_justify="left",
-        box=None,
-        pad_edge=False,
-        padding=(0, 2, 0, 0),
-    )
+    table = _table(f"\nChosen: trial {number} by {record.selection}")
     table.add_column("")
     for heading in ("original", "edited (95 %)"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -224,6 +212,18 @@ def figures_table(record: Record) -> Table:
     return table
 
 
+def _table(title: str | None = None, *, header: bool = True) -> Table:
+    """A table without lines: columns two spaces apart."""
+    return Table(
+        title=title,
+        title_justify="left",
+        show_header=header,
+        box=None,
+        pad_edge=False,
+        padding=(0, 2, 0, 0),
+    )
+
+
 def _samples(record: Record) -> list[Panel]:
     panels = []
     for sample in record.samples[:3]:
@@ -239,7 +239,7 @@ def _samples(record: Record) -> list[Panel]:
 
 
 def _places(record: Record, out: Path) -> Table:
-    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table = _table(header=False)
     table.add_column(style="dim")
     table.add_column(overflow="fold")
     for artifact in record.artifacts:
@@ -253,7 +253,7 @@ def _places(record: Record, out: Path) -> Table:
 
 def comparison_table(rows: list[tuple[str, Scores, Scores]]) -> Table:
     """(set, original's scores, edited model's scores) as a table."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table = _table()
     for heading in ("", "original", "edited", "on"):
         table.add_column(heading, justify="left" if heading in ("", "on") else "right")
     for where, before, after in rows:
