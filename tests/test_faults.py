@@ -65,7 +65,8 @@ def test_killed_at_twenty_random_moments_gives_the_unbroken_run(tiny: Path, tmp_
         process, begun = start(command), time.monotonic()
         try:
             # From its imports to its last page: anywhere in what a run takes from here.
-            code = process.wait(timeout=draw.uniform(0.3, 0.95) * length)
+            share = draw.uniform(0.3, 0.95)
+            code = process.wait(timeout=share * length if kills < KILLS else None)
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             process.wait()
