@@ -18,7 +18,7 @@ from excise.config import Config
 from excise.edits import Edit
 from excise.engine import Engine, Reference
 from excise.errors import ConfigError, OutputError
-from excise.events import Notice, OnEvent, PhaseStarted
+from excise.events import Notice, OnEvent, phase
 from excise.export import Exported, export_adapter, export_safetensors
 from excise.loading import Loaded, load
 from excise.panel import Panel
@@ -102,10 +102,10 @@ def export(
     source, dtype, device = loaded, loaded.dtype, loaded.device
     artifacts = list(record.artifacts)
     for one in made:
-        on_event(PhaseStarted(f"measure {one.format}"))
-        again = _load_again(one, source, checker.config, dtype)
-        measured = checker.measure(again, reference)
-        del again
+        with phase(f"measure {one.format}", on_event):
+            again = _load_again(one, source, checker.config, dtype)
+            measured = checker.measure(again, reference)
+            del again
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()

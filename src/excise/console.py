@@ -14,7 +14,6 @@ from rich.console import Console, Group
 from rich.panel import Panel
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
     Progress,
     ProgressColumn,
     SpinnerColumn,
@@ -41,13 +40,24 @@ _NAMES = {
     "search": "Searching",
     "holdout": "Measuring on the holdout",
     "export": "Exporting",
-    "measure safetensors": "Measuring the exported model",
+    "load edited": "Loading the edited model",
+    "measure safetensors": "Measuring the edited model",
     "measure adapter": "Measuring the adapter",
 }
 
 
 # Names that leave room for figures in 80 columns.
 _SHORT = {"drift_first": "first token", "restored": "restored", "kept": "kept"}
+
+
+class _Count(ProgressColumn):
+    """Steps done, where there are steps to count."""
+
+    def render(self, task: Task) -> Text:
+        """'12/120', or nothing for a phase that is one step."""
+        if task.total is None or task.total <= 1:
+            return Text("")
+        return Text(f"{task.completed:.0f}/{task.total:.0f}")
 
 
 class _Rate(ProgressColumn):
@@ -74,8 +84,8 @@ class Reporter:
             self._progress = Progress(
                 SpinnerColumn(finished_text="[green]✓"),
                 TextColumn("{task.description}"),
-                BarColumn(bar_width=24),
-                MofNCompleteColumn(),
+                BarColumn(bar_width=16),
+                _Count(),
                 _Rate(),
                 TimeElapsedColumn(),
                 TimeRemainingColumn(),

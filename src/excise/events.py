@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
@@ -73,6 +75,15 @@ OnEvent = Callable[[Event], None]
 def ignore(event: Event) -> None:
     """An `OnEvent` that does nothing."""
     del event
+
+
+@contextmanager
+def phase(name: str, on_event: OnEvent, total: int | None = None) -> Iterator[None]:
+    """Report that a phase begins and, when it ends well, how long it took."""
+    on_event(PhaseStarted(name, total))
+    begun = time.perf_counter()
+    yield
+    on_event(PhaseEnded(name, time.perf_counter() - begun))
 
 
 def track(items: Iterable[T], phase: str, total: int, on_event: OnEvent) -> Iterator[T]:

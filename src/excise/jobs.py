@@ -10,7 +10,7 @@ from excise import journal, stage
 from excise.artifacts import Checker, export
 from excise.config import Config, validate
 from excise.errors import ConfigError, OutputError, RunStateError
-from excise.events import OnEvent, PhaseStarted, ignore
+from excise.events import OnEvent, ignore, phase
 from excise.finish import write_pages
 from excise.front import Objective, Point, choose
 from excise.loading import load
@@ -60,8 +60,8 @@ def export_run(
     number = trial if trial is not None else _selected(record, select, scoring.goals())
     chosen = record.trial(number)
     with journal.hold(folder):
-        on_event(PhaseStarted("load"))
-        sets, loaded = load_prompt_sets(config.prompts), load(config.model)
+        with phase("load", on_event):
+            sets, loaded = load_prompt_sets(config.prompts), load(config.model)
         _check_unchanged(record, sets.all())
         known = stage.read_directions(folder / "directions.safetensors")
         if known is None:
@@ -91,8 +91,8 @@ def evaluate(
     """
     scoring, sets = stage.scoring(config), load_prompt_sets(config.prompts)
     scorers = scoring.every_trial + scoring.final
-    on_event(PhaseStarted("load"))
-    base = load(config.model)
+    with phase("load", on_event):
+        base = load(config.model)
     tokens = stage.tokenise(base, sets, config)
     parts: list[tuple[str, Part, tuple[PromptSet, PromptSet]]] = [
         ("search", "eval", (sets.target_eval, sets.contrast_eval))
@@ -102,28 +102,29 @@ def evaluate(
     longest = max(len(row) for rows in tokens.values() for row in rows)
     plan = size(base, config, longest, max(len(s) for s in sets.all())).plan
     engines, before = {}, {}
-    on_event(PhaseStarted("baseline"))
-    for where, part, both in parts:
-        engine = stage.engine_for(base, (), tokens, part, config, plan)
-        panel = Panel(engine, scorers, scoring.context(*both), screen=False)
-        before[where] = panel.measure([[]])[0].scores
-        for side in engine.prompts:  # all of them before the layers are let go of
-            engine.original(side)
-        engines[where] = engine
+    with phase("baseline", on_event):
+        for where, part, both in parts:
+            engine = stage.engine_for(base, (), tokens, part, config, plan)
+            panel = Panel(engine, scorers, scoring.context(*both), screen=False)
+            before[where] = panel.measure([[]])[0].scores
+            for side in engine.prompts:  # all of them before the layers are let go of
+                engine.original(side)
+            engines[where] = engine
     references = {where: engine.as_reference() for where, engine in engines.items()}
     width, vocabulary = base.anatomy.width, base.model.config.vocab_size
     section = config.model.model_copy(update={"source": edited, "revision": None})
-    on_event(PhaseStarted("measure safetensors"))
-    other = load(section)
+    with phase("load edited", on_event):
+        other = load(section)
     if (other.anatomy.width, other.model.config.vocab_size) != (width, vocabulary):
         raise ConfigError(f"{edited} is not an edit of {config.model.source}: other shapes")
     rows = []
     if stage.tokenise(other, sets, config) != tokens:
         raise ConfigError(f"{edited} turns the prompts into other tokens than its base")
-    for where, part, both in parts:
-        engine = stage.engine_for(other, (), tokens, part, config, plan, references[where])
-        panel = Panel(engine, scorers, scoring.context(*both), screen=False)
-        rows.append((where, before[where], panel.measure([[]])[0].scores))
+    with phase("measure safetensors", on_event):
+        for where, part, both in parts:
+            engine = stage.engine_for(other, (), tokens, part, config, plan, references[where])
+            panel = Panel(engine, scorers, scoring.context(*both), screen=False)
+            rows.append((where, before[where], panel.measure([[]])[0].scores))
     return rows
 
 

@@ -39,12 +39,11 @@ class Clock:
     @contextmanager
     def phase(self, name: str, total: int | None = None) -> Iterator[None]:
         """Time one phase."""
-        self.on_event(events.PhaseStarted(name, total))
         begun = time.perf_counter()
-        yield
+        with events.phase(name, self.on_event, total):
+            yield
         spent = time.perf_counter() - begun
         self.seconds[name] = round(self.seconds.get(name, 0.0) + spent, 3)
-        self.on_event(events.PhaseEnded(name, spent))
 
 
 def run(
