@@ -211,7 +211,7 @@ def make_record(trials: int = 120, seed: int = 3, **changes: Any) -> Record:
         },
         "artifacts": [
             {
-                "path": "/work/out/model",
+                "path": "/srv/out/model",
                 "format": "safetensors",
                 "sha256": HASH,
                 "trial": selected,

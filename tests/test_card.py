@@ -190,7 +190,7 @@ def test_responsible_use_is_firmer_for_a_safeguard() -> None:
 
 def test_no_prompt_response_or_local_path_is_published() -> None:
     card = model_card(make_record())
-    for text in (SECRET_PROMPT, "pier 0", "harbour's clerk", "/home/someone", "/work/out"):
+    for text in (SECRET_PROMPT, "pier 0", "harbour's clerk", "/home/someone", "/srv/out"):
         assert text not in card
     assert "`prompts.system`" in card
     assert HASH in card
