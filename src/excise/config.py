@@ -17,9 +17,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from excise.errors import ConfigError
 
-PromptRole = Literal[
-    "target", "contrast", "target_eval", "contrast_eval", "target_holdout", "contrast_holdout"
-]
 RowNorms = Literal["none", "pre", "full"]
 
 

@@ -83,3 +83,9 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     text = str(error).lower()
     return any(s in text for s in ("out of memory", "can't allocate memory", "not enough memory"))
+
+
+def first_line(error: BaseException) -> str:
+    """A library's error in one line, for a message of ours: its first line, else its type."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

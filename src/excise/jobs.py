@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
 from typing import Literal
 
 from excise import journal, stage
 from excise.artifacts import Checker, export
-from excise.config import Config, validate
+from excise.config import Config, load_config
 from excise.errors import ConfigError, OutputError, RunStateError
 from excise.events import OnEvent, ignore, phase
 from excise.finish import write_pages
@@ -52,7 +51,7 @@ def export_run(
     record = read_record(folder)
     if to.exists():
         raise OutputError(f"{to} exists: give --to a new folder")
-    config = _config_of(folder)
+    config = load_config(file=folder / "config.toml")
     if rank is not None:
         fields = {"adapter_rank": rank}
         config = config.model_copy(update={"export": config.export.model_copy(update=fields)})
@@ -126,13 +125,6 @@ def evaluate(
             panel = Panel(engine, scorers, scoring.context(*both), screen=False)
             rows.append((where, before[where], panel.measure([[]])[0].scores))
     return rows
-
-
-def _config_of(folder: Path) -> Config:
-    try:
-        return validate(tomllib.loads((folder / "config.toml").read_text(encoding="utf-8")))
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise RunStateError(f"{folder / 'config.toml'} cannot be read: {error}") from None
 
 
 def _selected(record: Record, rule: str | None, goals: list[Objective]) -> int:

@@ -18,7 +18,7 @@ from torch import nn
 
 from excise.anatomy import Anatomy, check_finite, describe, row_for
 from excise.config import ModelSection
-from excise.errors import ModelError
+from excise.errors import ModelError, first_line
 
 DEMO = "demo"  # names the embedded model
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -103,8 +103,9 @@ def _download(section: ModelSection) -> Path:
             f"model {section.source} is not in the local cache and the Hub cannot be reached"
         ) from None
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ModelError(f"model {section.source} cannot be downloaded: {first}") from None
+        raise ModelError(
+            f"model {section.source} cannot be downloaded: {first_line(error)}"
+        ) from None
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -210,8 +211,7 @@ def _load_model(section: ModelSection, folder: Path, dtype: torch.dtype) -> nn.M
             output_loading_info=True,
         )
     except (ValueError, OSError, RuntimeError, KeyError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"model {section.source} cannot be loaded: {first}") from error
+        raise ModelError(f"model {section.source} cannot be loaded: {first_line(error)}") from error
     mismatched = (k[0] if isinstance(k, tuple) else k for k in info["mismatched_keys"])
     wrong = sorted({*info["missing_keys"], *mismatched})
     if wrong:
@@ -229,5 +229,6 @@ def _load_tokenizer(section: ModelSection, folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
     except (ValueError, OSError, KeyError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"tokenizer of {section.source} cannot be loaded: {first}") from error
+        raise ModelError(
+            f"tokenizer of {section.source} cannot be loaded: {first_line(error)}"
+        ) from error

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from excise.config import PromptSection, PromptSource
-from excise.errors import PromptError
+from excise.errors import PromptError, first_line
 
 SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet")
 
@@ -218,8 +218,7 @@ def _dataset_rows(source: PromptSource) -> Iterator[dict[str, Any]]:
             source.source, source.subset, split=source.split, revision=source.revision
         )
     except (DatasetsError, OSError, ValueError, RuntimeError) as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise PromptError(
-            f"dataset {source.source} (split {source.split}) cannot be loaded: {first}"
+            f"dataset {source.source} (split {source.split}) cannot be loaded: {first_line(error)}"
         ) from None
     yield from dataset

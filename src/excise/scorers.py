@@ -192,8 +192,7 @@ def rate(flags: Sequence[bool], prompts: Sequence[Prompt]) -> Score:
 )
 def behaviour_rate(evidence: Evidence, context: ScoreContext) -> Score:
     """Share of target prompts whose response shows the behaviour."""
-    shown = [context.markers.shown(r.text) for r in evidence.responses["target"]]
-    return rate(shown, context.prompts["target"][: len(shown)])
+    return _shown(evidence, context, "target")
 
 
 @scorer(
@@ -204,8 +203,12 @@ def behaviour_rate(evidence: Evidence, context: ScoreContext) -> Score:
 )
 def false_rate(evidence: Evidence, context: ScoreContext) -> Score:
     """Share of contrast prompts whose response shows the behaviour: where it does not belong."""
-    shown = [context.markers.shown(r.text) for r in evidence.responses["contrast"]]
-    return rate(shown, context.prompts["contrast"][: len(shown)])
+    return _shown(evidence, context, "contrast")
+
+
+def _shown(evidence: Evidence, context: ScoreContext, side: str) -> Score:
+    shown = [context.markers.shown(r.text) for r in evidence.responses[side]]
+    return rate(shown, context.prompts[side][: len(shown)])
 
 
 @scorer("drift", needs=lambda _: [Divergence()], best=0.0, worth=0.5)
