@@ -1,7 +1,8 @@
 """The slow reference for speed: one candidate at a time, as such tools commonly do it.
 
 PEFT adapter, rank-3 SVD of the row-normalised difference, `generate` for the responses, another
-`generate` for the logits. It even measures less: divergence at the first token only.
+`generate` for the logits. As it stands it measures less than ours, divergence at the first token
+only; with `whole` it reads the original's responses in one more pass, and measures what ours does.
 """
 
 from __future__ import annotations
@@ -17,7 +18,16 @@ RANK = 3
 class PlainLoop:
     """Measures one candidate after another. `prompts` maps side -> token ids."""
 
-    def __init__(self, loaded: Any, writers: Any, prompts: Any, limit: int, markers: Any) -> None:
+    def __init__(
+        self,
+        loaded: Any,
+        writers: Any,
+        prompts: Any,
+        limit: int,
+        markers: Any,
+        answers: list[tuple[int, ...]],
+    ) -> None:
+        """`answers`: the original's responses to the contrast prompts, as token ids."""
         self.device = loaded.device
         self.writers, self.prompts, self.limit, self.markers = writers, prompts, limit, markers
         self.tokenizer = loaded.tokenizer
@@ -26,14 +36,16 @@ class PlainLoop:
         self.original = {w.name: w.module.weight.detach().clone() for w in writers}
         self.model = get_peft_model(loaded.model, config).eval()
         self.pad = loaded.tokenizer.pad_token_id or 0
+        self.answers = answers
         self.reference = self._first_logits()
+        self.whole_reference = self._whole_logits()
 
     @torch.no_grad()
-    def measure(self, edits: Any) -> tuple[float, float]:
-        """Behaviour rate and first-token divergence of one candidate."""
+    def measure(self, edits: Any, *, whole: bool = False) -> tuple[float, float]:
+        """Behaviour rate and divergence of one candidate, at the first token or over whole responses."""
         for writer, edit in zip(self.writers, edits, strict=True):
             self._load(writer.name, edit)
-        ids, mask = self._padded("target")
+        ids, mask = self._padded(self.prompts["target"])
         out = self.model.generate(
             input_ids=ids,
             attention_mask=mask,
@@ -43,8 +55,9 @@ class PlainLoop:
         )
         texts = self.tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
         rate = sum(self.markers.shown(text) for text in texts) / len(texts)
-        log_q = self._first_logits().log_softmax(-1)
-        log_p = self.reference.log_softmax(-1)
+        reference = self.whole_reference if whole else self.reference
+        log_q = (self._whole_logits() if whole else self._first_logits()).log_softmax(-1)
+        log_p = reference.log_softmax(-1)
         return rate, float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
 
     def _load(self, name: str, edit: Any) -> None:
@@ -61,7 +74,7 @@ class PlainLoop:
 
     @torch.no_grad()
     def _first_logits(self) -> torch.Tensor:
-        ids, mask = self._padded("contrast")
+        ids, mask = self._padded(self.prompts["contrast"])
         out = self.model.generate(
             input_ids=ids,
             attention_mask=mask,
@@ -73,8 +86,15 @@ class PlainLoop:
         )
         return out.logits[0].float()
 
-    def _padded(self, side: str) -> tuple[torch.Tensor, torch.Tensor]:
-        rows = self.prompts[side]
+    @torch.no_grad()
+    def _whole_logits(self) -> torch.Tensor:
+        """Logits at every token of the original's responses (N, V)."""
+        pairs = list(zip(self.prompts["contrast"], self.answers, strict=True))
+        ids, mask = self._padded([[*prompt, *answer[:-1]] for prompt, answer in pairs])
+        logits = self.model(input_ids=ids, attention_mask=mask).logits
+        return torch.cat([logits[i, -len(a) :] for i, a in enumerate(self.answers)]).float()
+
+    def _padded(self, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         width = max(map(len, rows))
         ids = torch.full((len(rows), width), self.pad)
         mask = torch.zeros_like(ids)

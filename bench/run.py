@@ -39,6 +39,11 @@ def speed_page(found: dict[str, Any]) -> str:
         ["trials a minute over the plain loop, no screening", f"{ratio:.1f} x", "at least 4"],
         ["the same with screening", f"{screened:.1f} x", ""],
         [
+            "over a plain loop that measures what ours does (whole responses)",
+            f"{plain['plain_with_whole_drift_over_ours']:.1f} x",
+            "",
+        ],
+        [
             "time of a trial over its arithmetic floor, width 1024, 6 layers (random Gemma 4)",
             f"{wide['time_over_floor']:.1f}",
             "at most 2.5",

@@ -101,14 +101,20 @@ def against_plain_loop(job: Job, trials: int) -> dict[str, Any]:
     limit = other.config.scores.max_new_tokens
     params = job.candidates(PLAIN_TRIALS)
     edits = [other.method.edits(from_params(p)) for p in params]
-    plain = PlainLoop(other.loaded, writers, prompts, limit, other.scoring.markers)
-    begun = time.perf_counter()
-    for one in edits:
-        plain.measure(one)
-    theirs = (time.perf_counter() - begun) / len(edits)
+    answers = [r.tokens for r in job.engine().original("contrast").responses]
+    plain = PlainLoop(other.loaded, writers, prompts, limit, other.scoring.markers, answers)
+
+    def theirs(*, whole: bool) -> float:
+        begun = time.perf_counter()
+        for one in edits:
+            plain.measure(one, whole=whole)
+        return (time.perf_counter() - begun) / len(edits)
+
+    first = theirs(whole=False)
     return {
-        "plain_over_ours": theirs / ours,
-        "plain_over_ours_with_screening": theirs / screened,
+        "plain_over_ours": first / ours,
+        "plain_over_ours_with_screening": first / screened,
+        "plain_with_whole_drift_over_ours": theirs(whole=True) / ours,
         "trials_of_ours": trials,
         "trials_of_plain": PLAIN_TRIALS,
     }
