@@ -1,0 +1,197 @@
+"""Ridge ablation: an edit of arbitrary rank in closed form. Pure maths, no model.
+
+In the manner of MEMIT's least squares (Meng et al. 2022, arXiv:2210.07229). Of one writer W (O, I):
+X (P, I) and Y (P, O) its inputs and outputs at the target prompts' last token, N (P, O) the mean of
+each one's k nearest contrast outputs, S_keep (I, I) the second moment of inputs whose outputs must
+stay, S_first the same at the contrast prompts' last token, m the mean diagonal of S_keep. With
+R = s (N - Y) and A = S_keep + f S_first + (r/P) X^T X + e m 1, the edit is
+
+    delta W = (r/P) R^T X A^-1,
+
+which minimises tr(D (S_keep + f S_first + e m 1) D^T) + (r/P) |X D^T - R|^2 over D. s = 1 + c takes the
+behaviour out and a negative s puts it in.
+
+All of it happens in a basis Q of input space with orthonormal rows. Where Q spans input space the
+result is the plain one; where it does not, D = C Q is the minimiser among the edits whose rows lie in
+Q, because the objective then is the same one in the coordinates C.
+
+With B = A - (r/P) X^T X the dual form needs only P x P systems beside one factorisation:
+delta W = R^T (P/r 1 + X B^-1 X^T)^-1 X B^-1.
+
+Shapes: G writers of one shape, P target and N contrast prompts, O and I out and in features, Q rows of
+the basis, R rank, K neighbours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from excise.edits import Edit
+from excise.errors import MeasurementError
+
+# A solution that leaves more than this share of its right-hand side is not one: float64 tries again.
+_RESIDUAL = 1e-4
+_SMALLEST = 1e-12
+
+
+@dataclass(frozen=True)
+class RidgePoint:
+    """What a candidate asks of every writer that it edits."""
+
+    strength: float  # r
+    overshoot: float  # s: 1 + c, or negative
+    neighbours: int  # k
+    damping: float  # e
+    first: float  # f
+
+
+@dataclass(frozen=True)
+class RidgeStats:
+    """What is prepared once for G writers of one shape.
+
+    Attributes:
+        basis: (G, Q, I) orthonormal rows, or None where Q is all of input space.
+        keep: (G, Q, Q) S_keep in the basis.
+        first: (G, Q, Q) S_first in the basis.
+        target: (G, P, Q) inputs at the target prompts' last token, in the basis.
+        weights: (G, O, Q) the matrices in the basis.
+        squares: (G, O) squared row norms of the matrices.
+        outputs: (G, P, O) outputs at the target prompts' last token.
+        contrast: (G, N, O) outputs at the contrast prompts' last token.
+        nearest: (G, P, K) which contrast outputs are nearest, nearest first.
+        mean_diagonal: (G,) mean diagonal of S_keep over all of input space.
+        biases: (G, O), or None.
+        restore_norms: give every row its old norm back.
+    """
+
+    basis: Tensor | None
+    keep: Tensor
+    first: Tensor
+    target: Tensor
+    weights: Tensor
+    squares: Tensor
+    outputs: Tensor
+    contrast: Tensor
+    nearest: Tensor
+    mean_diagonal: Tensor
+    biases: Tensor | None
+    restore_norms: bool
+
+
+def nearest(outputs: Tensor, contrast: Tensor, most: int) -> Tensor:
+    """For every target output (G, P, O) the `most` nearest contrast outputs (G, N, O), nearest first."""
+    most = min(most, contrast.shape[1])
+    return torch.cdist(outputs, contrast).topk(most, dim=-1, largest=False).indices  # (G, P, K)
+
+
+def goals(stats: RidgeStats, members: Tensor, point: RidgePoint) -> Tensor:
+    """R (g, P, O): how far every target output should move. k is clipped to the prompts there are."""
+    chosen = stats.nearest[members][:, :, : point.neighbours]  # (g, P, k)
+    contrast, outputs = stats.contrast[members], stats.outputs[members]
+    share = outputs.new_zeros(*chosen.shape[:2], contrast.shape[1])
+    share.scatter_(2, chosen, 1.0 / chosen.shape[2])
+    return point.overshoot * (share @ contrast - outputs)
+
+
+def deltas(stats: RidgeStats, members: Tensor, point: RidgePoint) -> tuple[Tensor, Tensor]:
+    """delta W of the writers `members` (g,), in the basis, as left (g, O, R) and right (g, R, Q).
+
+    The dual form where it is smaller (P < Q), else the primal one with R = Q.
+
+    Raises:
+        MeasurementError: a system is singular, even in float64.
+    """
+    x, wanted = stats.target[members], goals(stats, members, point)
+    p, q = x.shape[1:]
+    rate = point.strength / p
+    diagonal = point.damping * stats.mean_diagonal[members]
+    system = stats.keep[members] + point.first * stats.first[members]
+    system.diagonal(dim1=1, dim2=2).add_(diagonal[:, None])
+    if p < q:
+        right = solve(system, x.mT).mT  # (g, P, Q) X B^-1
+        inner = right @ x.mT
+        inner.diagonal(dim1=1, dim2=2).add_(1.0 / rate)
+        return solve(inner, wanted).mT, right
+    system = system + rate * (x.mT @ x)
+    solved = solve(system, x.mT @ wanted)  # (g, Q, O)
+    eye = torch.eye(q, dtype=x.dtype, device=x.device).expand(len(members), q, q)
+    return rate * solved.mT, eye
+
+
+def build(stats: RidgeStats, members: list[int], point: RidgePoint) -> list[Edit]:
+    """The edits of the writers `members`, each of the least rank that surely holds it.
+
+    Raises:
+        MeasurementError: a system is singular, or the edit is not finite.
+    """
+    index = torch.tensor(members, device=stats.keep.device)
+    left, right = deltas(stats, index, point)
+    delta = left @ right  # (g, O, Q)
+    if not bool(torch.isfinite(delta).all()):
+        raise MeasurementError("ridge: the edit is not finite: the captured inputs are too large")
+    scale, shift = None, None
+    if stats.restore_norms:
+        before = stats.squares[index]
+        after = before + (2 * stats.weights[index] + delta).mul_(delta).sum(-1)
+        scale = (before / after.clamp_min(_SMALLEST)).sqrt()
+        if stats.biases is not None:  # a bias is no part of a row: it stays as it is
+            shift = stats.biases[index] * (1 - scale)
+    out, q = delta.shape[1:]
+    if min(out, q) < left.shape[2]:
+        eye = torch.eye(min(out, q), dtype=delta.dtype, device=delta.device)
+        eye = eye.expand(len(members), *eye.shape)
+        left, right = (eye, delta) if out <= q else (delta, eye)
+    if stats.basis is not None:
+        right = right @ stats.basis[index]
+    return [
+        Edit(
+            -left[g],
+            right[g],
+            None if scale is None else scale[g],
+            None if shift is None else shift[g],
+        )
+        for g in range(len(members))
+    ]
+
+
+def solve(system: Tensor, right: Tensor) -> Tensor:
+    """system^-1 right for symmetric positive definite systems (g, n, n) and right (g, n, m).
+
+    By Cholesky, in the dtype given; where the solution leaves too much of `right`, again in float64.
+
+    Raises:
+        MeasurementError: not even float64 solves it.
+    """
+    found = _attempt(system, right)
+    if found is None and system.dtype != torch.float64:
+        found = _attempt(system.double(), right.double())
+    if found is None:
+        raise MeasurementError(
+            "ridge: a linear system is singular: the captured inputs do not tell enough apart; "
+            "use more prompts or a larger damping"
+        )
+    return found.to(right.dtype)
+
+
+def _attempt(system: Tensor, right: Tensor) -> Tensor | None:
+    factor, info = torch.linalg.cholesky_ex(system)
+    if bool(info.any()):
+        return None
+    found = torch.cholesky_solve(right, factor)
+    left = torch.linalg.vector_norm(torch.baddbmm(right, system, found, beta=-1.0), dim=(1, 2))
+    whole = torch.linalg.vector_norm(right, dim=(1, 2))
+    # A NaN compares as false, so it counts as unsolved.
+    return found if bool((left <= _RESIDUAL * whole + _SMALLEST).all()) else None
+
+
+def basis_for(rows: Tensor, size: int) -> Tensor:
+    """Orthonormal rows (Q, I), Q <= size, that hold most of what `rows` (N, I) span.
+
+    Exactly their span where it has at most `size` dimensions.
+    """
+    _, s, vt = torch.linalg.svd(rows.double(), full_matrices=False)
+    kept = int((s > 1e-7 * s[0].clamp_min(_SMALLEST)).sum())
+    return vt[: max(1, min(kept, size))].to(rows.dtype)
