@@ -50,7 +50,8 @@ class Job:
         self.tokens = stage.tokenise(self.loaded, self.sets, self.config)
         section = self.config.directions
         directions, _ = stage.find_directions(self.loaded, self.tokens, section, events.ignore)
-        self.method: DirectionalMethod = stage.method_for(self.loaded, directions, self.config)
+        writers = self.loaded.anatomy.select(self.config.edit.components)
+        self.method = DirectionalMethod(writers, directions, self.config.edit)
         self.scoring = stage.scoring(self.config)
         self.both = (self.sets.target_eval, self.sets.contrast_eval)
         self.sizing: Sizing = size(self.loaded, self.config, 32, len(self.sets.target_eval))

@@ -104,7 +104,9 @@ def demo():
     sets = load_prompt_sets(config.prompts)
     tokens = stage.tokenise(loaded, sets, config)
     directions, _ = stage.find_directions(loaded, tokens, config.directions, events.ignore)
-    method = stage.method_for(loaded, directions, config)
+    method = DirectionalMethod(
+        loaded.anatomy.select(config.edit.components), directions, config.edit
+    )
     plan = Plan(rows=256, stack=8)
     engine = stage.engine_for(loaded, method.writers, tokens, "eval", config, plan)
     return engine, method, loaded

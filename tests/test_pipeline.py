@@ -67,18 +67,18 @@ def test_the_exported_models_logits_are_the_measured_ones(demo_run: Path):
     """Edits on activations against the folder that was written, through Transformers alone."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from excise import stage
+    from excise import events, stage
     from excise.config import load_config
     from excise.loading import load
-    from excise.space import from_params
     from excise.stacking import Stack
 
     record = read_record(demo_run)
     config = load_config(file=demo_run / "config.toml")
     loaded = load(config.model)
     directions, _ = stage.read_directions(demo_run / "directions.safetensors")
-    method = stage.method_for(loaded, directions, config)
-    edits = method.edits(from_params(record.chosen().params))
+    place = demo_run / "method.safetensors"
+    method = stage.method_for(loaded, directions, {}, config, place, events.ignore, anew=False)
+    edits = method.edits(method.candidate(record.chosen().params))
     exported = AutoModelForCausalLM.from_pretrained(demo_run / "model", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(demo_run / "model")
     ids = tokenizer("what is it made of?", return_tensors="pt")["input_ids"]

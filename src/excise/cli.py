@@ -18,6 +18,7 @@ from excise.errors import (
     ExciseError,
 )
 
+METHODS = ("directional", "ridge")
 _PROMPT_FLAGS = ("target", "contrast", "target_eval", "contrast_eval")
 
 
@@ -114,7 +115,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_job(parser: argparse.ArgumentParser, *, search: bool = True) -> None:
     parser.add_argument("--behaviour", metavar="NAME|FILE.toml", help="demo, refusal, or your own")
-    parser.add_argument("--method", choices=("directional",), help="how edits are made")
+    parser.add_argument("--method", choices=METHODS, help="how edits are made")
     texts = ("give the directions: evoke it", "give the directions: do not", "score", "score")
     for name, text in zip(_PROMPT_FLAGS, texts, strict=True):
         parser.add_argument(

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from excise.errors import ConfigError
 
 RowNorms = Literal["none", "pre", "full"]
+MethodName = Literal["directional", "ridge"]
 
 
 class Section(BaseModel):
@@ -81,6 +82,13 @@ class EditSection(Section):
     post_norms: bool = True
 
 
+class RidgeSection(Section):
+    """Ridge ablation. `basis` bounds the dimensions it works in, `neighbours` the k it searches."""
+
+    basis: int = Field(1024, ge=16)
+    neighbours: int | None = Field(None, ge=1)
+
+
 class ScoreSection(Section):
     """What is measured. `final` scorers run on the original and on the chosen edit only.
 
@@ -128,12 +136,13 @@ class Config(Section):
 
     behaviour: str = "custom"
     description: str = ""
-    method: Literal["directional"] = "directional"
+    method: MethodName = "directional"
     seed: int = Field(0, ge=0)
     model: ModelSection = ModelSection()
     prompts: PromptSection = PromptSection()
     directions: DirectionSection = DirectionSection()
     edit: EditSection = EditSection()
+    ridge: RidgeSection = RidgeSection()
     scores: ScoreSection = ScoreSection()
     search: SearchSection = SearchSection()
     engine: EngineSection = EngineSection()

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
+from optuna.distributions import BaseDistribution
 
 from excise.anatomy import Writer
 from excise.config import EditSection
 from excise.directions import Directions
 from excise.edits import Edit, GroupStats, build, prepare
-from excise.space import Candidate
+from excise.space import Candidate, distributions, from_params
 
 
 class DirectionalMethod:
     """Prepared once per run; a candidate's edits are a function of the candidate alone."""
 
+    name = "directional"
+    notes: tuple[str, ...] = ()
+
     def __init__(
         self, writers: Sequence[Writer], directions: Directions, section: EditSection
     ) -> None:
         self.writers = writers
+        self._layers = directions.unit.shape[0]
         self._groups: list[tuple[str, list[int], GroupStats]] = []
         shapes = dict.fromkeys((w.component, tuple(w.module.weight.shape)) for w in writers)
         for component, shape in shapes:
@@ -38,6 +44,15 @@ class DirectionalMethod:
                 biases=[w.module.bias for w in chosen],
             )
             self._groups.append((component, members, stats))
+
+    def space(self) -> dict[str, BaseDistribution]:
+        """The search space: see `space.distributions`."""
+        components = tuple(dict.fromkeys(writer.component for writer in self.writers))
+        return distributions(components, self._layers)
+
+    def candidate(self, params: Mapping[str, Any]) -> Candidate:
+        """The candidate that these parameters name."""
+        return from_params(params)
 
     def edits(self, candidate: Candidate) -> list[Edit | None]:
         """One edit per writer; None where the candidate's strength is zero."""

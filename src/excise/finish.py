@@ -103,8 +103,12 @@ def summary(
     sizing: Sizing,
     search: Search,
     seconds: dict[str, float],
+    notes: Sequence[str] = (),
 ) -> Record:
-    """The record of what was set up and searched; figures and choice are filled in by the caller."""
+    """The record of what was set up and searched; figures and choice are filled in by the caller.
+
+    `notes` say what the method leaves alone beside what no component names.
+    """
     coverage = loaded.anatomy.coverage(config.edit.components)
     goals = search.objectives
     return Record.model_validate(
@@ -130,7 +134,7 @@ def summary(
             "selection": config.search.select,
             "selected": None,
             "coverage": CoverageRecord(
-                edited=list(coverage.edited), not_edited=list(coverage.not_edited)
+                edited=list(coverage.edited), not_edited=[*coverage.not_edited, *notes]
             ),
             "engine": sizing.as_dict(),
             "importance": importance(search.study, goals),

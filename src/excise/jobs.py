@@ -18,7 +18,6 @@ from excise.planning import from_dict, size
 from excise.prompts import PromptSet, load_prompt_sets
 from excise.record import ArtifactRecord, Record, Scores, read_record, write_record
 from excise.search import points
-from excise.space import from_params
 
 Part = Literal["eval", "holdout"]
 
@@ -65,14 +64,16 @@ def export_run(
         known = stage.read_directions(folder / "directions.safetensors")
         if known is None:
             raise RunStateError(f"{folder} has no readable directions.safetensors")
-        method = stage.method_for(loaded, known[0], config)
         sizing, tokens = from_dict(record.engine), stage.tokenise(loaded, sets, config)
+        place = folder / "method.safetensors"
+        method = stage.method_for(loaded, known[0], tokens, config, place, on_event, anew=False)
         both = (sets.target_eval, sets.contrast_eval)
         engine = stage.engine_for(loaded, method.writers, tokens, "eval", config, sizing.plan)
-        edits = method.edits(from_params(chosen.params))
+        edits = method.edits(method.candidate(chosen.params))
         checker = Checker(engine, scoring, scoring.context(*both), config)
-        place = [(format_name, to)]
-        record = export(record, chosen, loaded, edits, checker, place, folder, on_event)
+        record = export(
+            record, chosen, loaded, edits, checker, [(format_name, to)], folder, on_event
+        )
         write_record(folder, record)
         write_pages(folder, record)
     return record.artifacts[-1]

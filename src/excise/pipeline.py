@@ -12,21 +12,22 @@ from typing import Any
 from excise import events, journal, stage
 from excise.artifacts import Checker, export_chosen
 from excise.config import Config, to_toml
-from excise.directional import DirectionalMethod
+from excise.edits import Edit
 from excise.errors import MeasurementError, OutputError, StorageError
 from excise.events import OnEvent
 from excise.finish import final_figures, summary, write_pages
 from excise.front import Objective, Point, choose, pareto, parse_rule
 from excise.loading import Loaded, load
+from excise.methods import Method
 from excise.panel import Panel
 from excise.planning import Sizing, from_dict, size
 from excise.prompts import PromptSets, load_prompt_sets
 from excise.record import Record, Separation, write_record, write_text
 from excise.search import Measure, Measured, Search
-from excise.space import distributions, from_params
 
 CONFIG = "config.toml"
 DIRECTIONS = "directions.safetensors"
+CAPTURED = "method.safetensors"
 
 
 @dataclass
@@ -73,13 +74,16 @@ def run(
         loaded.anatomy.select(config.edit.components)
         tokens = stage.tokenise(loaded, sets, config)
         scoring.check(sets)
+        stage.check_method(sets, config)
     with _held(out):
         if not resume:
             write_text(out / CONFIG, to_toml(config))
         with clock.phase("capture"):
             method, separation = _prepare(loaded, tokens, config, out, resume, on_event)
         with clock.phase("plan"):
-            sizing, search = _open_search(loaded, sets, tokens, config, scoring, out, resume)
+            sizing, search = _open_search(
+                loaded, sets, tokens, config, scoring, method, out, resume
+            )
         search_sets = (sets.target_eval, sets.contrast_eval)
         engine = stage.engine_for(loaded, method.writers, tokens, "eval", config, sizing.plan)
         context = scoring.context(*search_sets)
@@ -93,10 +97,10 @@ def run(
         if chosen is None:
             raise MeasurementError(_nothing_chosen(config, len(front), out))
         trial = search.records()[chosen.number]
-        edits = method.edits(from_params(trial.params))
+        edits = method.edits(method.candidate(trial.params))
         with clock.phase("holdout"):
             figures = final_figures(engine, loaded, edits, sets, tokens, config, scoring)
-        record = summary(config, loaded, sets, sizing, search, clock.seconds)
+        record = summary(config, loaded, sets, sizing, search, clock.seconds, method.notes)
         record = record.model_copy(
             update={
                 "baseline": baseline,
@@ -152,7 +156,7 @@ def _prepare(
     out: Path,
     resume: bool,
     on_event: OnEvent,
-) -> tuple[DirectionalMethod, Separation]:
+) -> tuple[Method, Separation]:
     path = out / DIRECTIONS
     known = stage.read_directions(path) if resume else None
     directions, separation = known or stage.find_directions(
@@ -160,7 +164,9 @@ def _prepare(
     )
     if known is None:
         stage.save_directions(path, directions, separation)
-    return stage.method_for(loaded, directions, config), separation
+    place, anew = out / CAPTURED, known is None
+    method = stage.method_for(loaded, directions, tokens, config, place, on_event, anew=anew)
+    return method, separation
 
 
 def _open_search(
@@ -169,6 +175,7 @@ def _open_search(
     tokens: stage.Tokens,
     config: Config,
     scoring: stage.Scoring,
+    method: Method,
     out: Path,
     resume: bool,
 ) -> tuple[Sizing, Search]:
@@ -184,9 +191,10 @@ def _open_search(
     else:
         study = known
         journal.check_identity(out, study, mine)
-    space = distributions(config.edit.components, len(loaded.anatomy.layers))
     goals = scoring.goals()
-    search = Search(study, space, goals, config.search, batch=sizing.batch, seed=config.seed)
+    search = Search(
+        study, method.space(), goals, config.search, batch=sizing.batch, seed=config.seed
+    )
     return sizing, search
 
 
@@ -196,17 +204,35 @@ def _sizing(loaded: Loaded, tokens: stage.Tokens, config: Config) -> Sizing:
     return size(loaded, config, longest, max(map(len, sides)))
 
 
-def measurer(method: DirectionalMethod, panel: Panel, goals: list[Objective]) -> Measure:
+def measurer(method: Method, panel: Panel, goals: list[Objective]) -> Measure:
     """Parameters of a batch -> its measurements, for the search."""
 
     def measure(params: list[dict[str, Any]], finished: list[Point]) -> list[Measured]:
         begun = time.perf_counter()
-        edits = [method.edits(from_params(one)) for one in params]
+        edits = [_edits(method, one) for one in params]
         built = (time.perf_counter() - begun) / len(params)
-        results = panel.measure(edits, goals, finished)
-        return [replace(one, seconds={"edits": built, **one.seconds}) for one in results]
+        good = [one for one in edits if not isinstance(one, str)]
+        results = iter(panel.measure(good, goals, finished) if good else ())
+        return [
+            Measured(seconds={"edits": built}, reason=one)
+            if isinstance(one, str)
+            else _timed(next(results), built)
+            for one in edits
+        ]
 
     return measure
+
+
+def _edits(method: Method, params: dict[str, Any]) -> list[Edit | None] | str:
+    """A candidate's edits, or why it has none."""
+    try:
+        return method.edits(method.candidate(params))
+    except MeasurementError as error:
+        return str(error)
+
+
+def _timed(measured: Measured, built: float) -> Measured:
+    return replace(measured, seconds={"edits": built, **measured.seconds})
 
 
 def _nothing_chosen(config: Config, size_of_front: int, out: Path) -> str:

@@ -84,7 +84,8 @@ class RidgeStats:
 def nearest(outputs: Tensor, contrast: Tensor, most: int) -> Tensor:
     """For every target output (G, P, O) the `most` nearest contrast outputs (G, N, O), nearest first."""
     most = min(most, contrast.shape[1])
-    return torch.cdist(outputs, contrast).topk(most, dim=-1, largest=False).indices  # (G, P, K)
+    found: Tensor = torch.cdist(outputs, contrast).topk(most, dim=-1, largest=False).indices
+    return found  # (G, P, K)
 
 
 def goals(stats: RidgeStats, members: Tensor, point: RidgePoint) -> Tensor:
@@ -173,14 +174,15 @@ def solve(system: Tensor, right: Tensor) -> Tensor:
             "ridge: a linear system is singular: the captured inputs do not tell enough apart; "
             "use more prompts or a larger damping"
         )
-    return found.to(right.dtype)
+    solved: Tensor = found.to(right.dtype)
+    return solved
 
 
 def _attempt(system: Tensor, right: Tensor) -> Tensor | None:
     factor, info = torch.linalg.cholesky_ex(system)
     if bool(info.any()):
         return None
-    found = torch.cholesky_solve(right, factor)
+    found: Tensor = torch.cholesky_solve(right, factor)
     left = torch.linalg.vector_norm(torch.baddbmm(right, system, found, beta=-1.0), dim=(1, 2))
     whole = torch.linalg.vector_norm(right, dim=(1, 2))
     # A NaN compares as false, so it counts as unsolved.
@@ -194,4 +196,5 @@ def basis_for(rows: Tensor, size: int) -> Tensor:
     """
     _, s, vt = torch.linalg.svd(rows.double(), full_matrices=False)
     kept = int((s > 1e-7 * s[0].clamp_min(_SMALLEST)).sum())
-    return vt[: max(1, min(kept, size))].to(rows.dtype)
+    basis: Tensor = vt[: max(1, min(kept, size))].to(rows.dtype)
+    return basis

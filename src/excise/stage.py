@@ -11,18 +11,19 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from excise.anatomy import Writer
 from excise.capture import Pass, geometric_median, mean, projections, residual_pass
 from excise.config import Config, DirectionSection
-from excise.directional import DirectionalMethod
 from excise.directions import Directions, auc, from_means
 from excise.engine import Engine, Plan, Reference
 from excise.errors import ConfigError, StorageError
 from excise.events import OnEvent, track
 from excise.front import Objective
 from excise.loading import Loaded, read_config, weight_files
+from excise.methods import KINDS, Bench, Method
 from excise.planning import Sizing
 from excise.prompts import PromptSet, PromptSets
 from excise.record import Separation
@@ -155,10 +156,53 @@ def _pass(
     return lambda: track(run(), f"capture {side}", len(chunks), on_event)
 
 
-def method_for(loaded: Loaded, directions: Directions, config: Config) -> DirectionalMethod:
-    """The method, prepared for the writers that the configuration edits."""
-    writers = loaded.anatomy.select(config.edit.components)
-    return DirectionalMethod(writers, directions, config.edit)
+def check_method(sets: PromptSets, config: Config) -> None:
+    """Whether the method can be set up as configured, as far as that is known before the capture.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    KINDS[config.method].check(config, min(len(sets.target), len(sets.contrast)))
+
+
+def method_for(
+    loaded: Loaded,
+    directions: Directions,
+    tokens: Tokens,
+    config: Config,
+    stored: Path,
+    on_event: OnEvent,
+    *,
+    anew: bool,
+) -> Method:
+    """The method, prepared for the writers that the configuration edits.
+
+    What it captures of the model is written to the file `stored`, and read back unless `anew`.
+
+    Raises:
+        MeasurementError: what was captured cannot be used.
+        StorageError: it cannot be written.
+    """
+    kind = KINDS[config.method]
+    bench = Bench(
+        loaded, tokens, directions, config, lambda: _responses(loaded, tokens, config), on_event
+    )
+    captured = None if anew else _read_tensors(stored)
+    if captured is None:
+        captured = kind.capture(bench)
+        if captured:
+            _save_tensors(stored, captured, {"format": "pt"})
+    return kind.bind(bench, captured)
+
+
+def _responses(loaded: Loaded, tokens: Tokens, config: Config) -> list[Sequence[int]]:
+    """The model's own responses to the contrast prompts that give the directions."""
+    prompts = {"contrast": tokens["contrast"]}
+    rows = config.engine.rows or Plan().rows
+    engine = Engine(
+        loaded, (), prompts, max_new_tokens=config.scores.max_new_tokens, plan=Plan(rows=rows)
+    )
+    return [response.tokens for response in engine.original("contrast").responses]
 
 
 def identity(loaded: Loaded, sets: PromptSets, config: Config, sizing: Sizing) -> dict[str, Any]:
@@ -167,6 +211,7 @@ def identity(loaded: Loaded, sets: PromptSets, config: Config, sizing: Sizing) -
         "model": fingerprint(loaded.folder),
         "prompts": {s.role: s.sha256 for s in sets.all()},
         "method": config.method,
+        config.method: config.model_dump(mode="json").get(config.method),
         "seed": config.seed,
         "directions": config.directions.model_dump(mode="json"),
         "edit": config.edit.model_dump(mode="json"),
@@ -194,6 +239,10 @@ def save_directions(path: Path, directions: Directions, separation: Separation) 
         "auc": torch.tensor(separation.auc, dtype=torch.float64),
     }
     metadata = {"format": "pt", "projected": str(directions.projected).lower()}
+    _save_tensors(path, tensors, metadata)
+
+
+def _save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     partial = path.with_name(f".{path.name}.partial")
     try:
         save_file(tensors, partial, metadata=metadata)
@@ -201,6 +250,14 @@ def save_directions(path: Path, directions: Directions, separation: Separation) 
     except (OSError, SafetensorError) as error:
         partial.unlink(missing_ok=True)
         raise StorageError(f"cannot write {path}: {error}") from None
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor] | None:
+    """The tensors of a file; None when there is none to trust."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError):
+        return None
 
 
 def read_directions(path: Path) -> tuple[Directions, Separation] | None:

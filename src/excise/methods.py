@@ -1,0 +1,105 @@
+"""The methods: what each captures of a model once, and how candidates become edits.
+
+A method is a module of pure maths and a thin one that binds it to captured tensors and writers.
+ARCHITECTURE.md says how to add one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from optuna.distributions import BaseDistribution
+from torch import Tensor
+
+from excise import ridge_method
+from excise.anatomy import Writer
+from excise.config import Config
+from excise.directional import DirectionalMethod
+from excise.directions import Directions
+from excise.edits import Edit
+from excise.events import OnEvent
+from excise.loading import Loaded
+
+
+class Method(Protocol):
+    """Prepared once per run. A candidate's edits are a function of the candidate alone."""
+
+    name: str
+    writers: Sequence[Writer]
+    notes: tuple[str, ...]  # writers that it leaves alone, and why
+
+    def space(self) -> dict[str, BaseDistribution]:
+        """The search space."""
+
+    def candidate(self, params: Mapping[str, Any]) -> Any:
+        """The candidate that these parameters name."""
+
+    def edits(self, candidate: Any) -> list[Edit | None]:
+        """One edit per writer; None where the candidate leaves it alone.
+
+        Raises:
+            MeasurementError: this candidate has no edit, and why; the trial fails with that reason.
+        """
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What a method is made from.
+
+    Attributes:
+        tokens: token ids of the prompts, by role.
+        responses: gives the model's own greedy responses to the contrast prompts of the directions.
+    """
+
+    loaded: Loaded
+    tokens: Mapping[str, list[list[int]]]
+    directions: Directions
+    config: Config
+    responses: Callable[[], Sequence[Sequence[int]]]
+    on_event: OnEvent
+
+    @property
+    def writers(self) -> Sequence[Writer]:
+        """The writers that are edited."""
+        return self.loaded.anatomy.select(self.config.edit.components)
+
+
+Tensors = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One method of the registry.
+
+    Attributes:
+        capture: what is measured of the model for it, once per run; it is stored with the run.
+        bind: the method on what was captured.
+        check: raises `ConfigError` where settings and the number of prompts do not fit together.
+    """
+
+    capture: Callable[[Bench], dict[str, Tensor]]
+    bind: Callable[[Bench, Tensors], Method]
+    check: Callable[[Config, int], None]
+
+
+def _ridge_capture(bench: Bench) -> dict[str, Tensor]:
+    return ridge_method.capture(
+        bench.loaded, bench.writers, bench.tokens, bench.responses(), bench.config, bench.on_event
+    )
+
+
+def _ridge(bench: Bench, captured: Tensors) -> Method:
+    layers = len(bench.loaded.anatomy.layers)
+    return ridge_method.RidgeMethod(bench.writers, layers, captured, bench.config)
+
+
+def _directional(bench: Bench, _captured: Tensors) -> Method:
+    return DirectionalMethod(bench.writers, bench.directions, bench.config.edit)
+
+
+KINDS: dict[str, Kind] = {
+    "directional": Kind(lambda _: {}, _directional, lambda *_: None),
+    "ridge": Kind(_ridge_capture, _ridge, ridge_method.check),
+}

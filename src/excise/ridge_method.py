@@ -1,0 +1,245 @@
+"""Ridge ablation of a model's writers: what is captured for it, its search space, and its edits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
+from torch import Tensor
+
+from excise.anatomy import Writer
+from excise.config import Config
+from excise.edits import Edit
+from excise.errors import ConfigError
+from excise.events import OnEvent
+from excise.loading import Loaded
+from excise.moments import LastRows, last_rows, token_moments, token_sketches
+from excise.ridge import RidgePoint, RidgeStats, basis_for, build, nearest
+
+MOST_NEIGHBOURS = 60
+# A writer that fewer prompts reach is left alone: an edit fitted to them would be fitted to noise.
+FEWEST_PROMPTS = 8
+
+
+@dataclass(frozen=True)
+class RidgeCandidate:
+    """One point of the space: the layers first <= l < last are edited, all of them alike."""
+
+    first: int
+    last: int
+    point: RidgePoint
+
+
+def capture(
+    loaded: Loaded,
+    writers: Sequence[Writer],
+    tokens: Mapping[str, list[list[int]]],
+    responses: Sequence[Sequence[int]],
+    config: Config,
+    on_event: OnEvent,
+) -> dict[str, Tensor]:
+    """What ridge ablation needs of every writer, under "WRITER/what".
+
+    S_keep is over all tokens of the contrast prompts and of the model's own `responses` to them, and
+    over the tokens of the target prompts before the last. Where a writer has more in features than
+    `ridge.basis`, everything is kept in a basis of that many dimensions.
+    """
+    target = last_rows(loaded, writers, tokens["target"], "capture target writers", on_event)
+    contrast = last_rows(loaded, writers, tokens["contrast"], "capture contrast writers", on_event)
+    texts: list[tuple[Sequence[int], int]] = [(ids, 1) for ids in tokens["target"] if len(ids) > 1]
+    pairs = zip(tokens["contrast"], responses, strict=True)
+    texts += [([*ids, *answer[:-1]], 0) for ids, answer in pairs]
+    size = config.ridge.basis
+    bases = _bases(loaded, writers, target, contrast, texts, size, on_event)
+    found = token_moments(loaded, writers, texts, bases, "capture moments", on_event)
+    out: dict[str, Tensor] = {}
+    for writer, x, xc, moments in zip(writers, target, contrast, found, strict=True):
+        basis = moments.basis.cpu() if moments.basis is not None else None
+        seen = x.inputs if basis is None else x.inputs @ basis.T
+        first = xc.inputs if basis is None else xc.inputs @ basis.T
+        count = max(moments.tokens, 1)
+        parts = {
+            "keep": (moments.moment / count).float().cpu(),
+            "first": first.T @ first / max(len(first), 1),
+            "target": seen,
+            "outputs": x.outputs,
+            "contrast": xc.outputs,
+            "diagonal": torch.tensor(moments.square / count / writer.module.weight.shape[1]),
+        }
+        if basis is not None:
+            parts["basis"] = basis
+        out |= {f"{writer.name}/{what}": t.contiguous() for what, t in parts.items()}
+    return out
+
+
+def _bases(
+    loaded: Loaded,
+    writers: Sequence[Writer],
+    target: Sequence[LastRows],
+    contrast: Sequence[LastRows],
+    texts: list[tuple[Sequence[int], int]],
+    size: int,
+    on_event: OnEvent,
+) -> list[Tensor | None]:
+    """A basis per writer, or None where its input space is small enough as it is.
+
+    Target rows come first, then contrast rows, then where most of the tokens lie.
+    """
+    large = [n for n, w in enumerate(writers) if w.module.weight.shape[1] > size]
+    bases: list[Tensor | None] = [None] * len(writers)
+    if not large:
+        return bases
+    chosen = [writers[n] for n in large]
+    sketches = token_sketches(loaded, chosen, texts, size // 2, "capture range", on_event)
+    for n, sketch in zip(large, sketches, strict=True):
+        bases[n] = joint_basis([target[n].inputs, contrast[n].inputs, sketch.cpu()], size)
+    return bases
+
+
+def joint_basis(parts: Sequence[Tensor], size: int) -> Tensor:
+    """Orthonormal rows (Q, I): of each part in turn the most of what is left, at most `size` in all.
+
+    No part takes more than its share of the rows that are left, so the last ones have a place too.
+    """
+    basis = parts[0][:0]
+    for number, rows in enumerate(parts):
+        room = -(-(size - len(basis)) // (len(parts) - number))
+        rest = rows - (rows @ basis.T) @ basis
+        if len(rest) and float(rest.abs().max()) > 0:
+            new = basis_for(rest, room)
+            new = new - (new @ basis.T) @ basis  # once more: rounding must not pile up
+            basis = torch.cat([basis, basis_for(new, room)])
+    return basis
+
+
+class RidgeMethod:
+    """Prepared once per run; a candidate's edits are a function of the candidate alone."""
+
+    name = "ridge"
+
+    def __init__(
+        self, writers: Sequence[Writer], layers: int, captured: Mapping[str, Tensor], config: Config
+    ) -> None:
+        self.writers = writers
+        self._layers = layers
+        self._most = config.ridge.neighbours or MOST_NEIGHBOURS
+        self.notes: tuple[str, ...] = ()
+        self._groups: list[tuple[list[int], RidgeStats]] = []
+        shapes: dict[tuple[int, ...], list[int]] = {}
+        few = []
+        most = max((len(captured[f"{w.name}/target"]) for w in writers), default=0)
+        enough = min(FEWEST_PROMPTS, most)
+        for number, writer in enumerate(writers):
+            parts = [
+                captured[f"{writer.name}/{what}"] for what in ("target", "outputs", "contrast")
+            ]
+            if min(len(parts[0]), len(parts[2])) < enough:
+                few.append(writer.key)
+                continue
+            key = (*writer.module.weight.shape, *(s for p in parts for s in p.shape))
+            shapes.setdefault(key, []).append(number)
+        if few:
+            self.notes = (f"reached by fewer than {FEWEST_PROMPTS} prompts: {', '.join(few)}",)
+        restore = config.edit.row_norms == "full"
+        for members in shapes.values():
+            some = [writers[n] for n in members]
+            self._groups.append((members, _stats(some, captured, self._most, restore)))
+
+    def space(self) -> dict[str, BaseDistribution]:
+        """The search space, in the ranges of design section 3."""
+        half = self._layers // 2
+        most = max((s.nearest.shape[2] for _, s in self._groups), default=1)
+        return {
+            "first_layer": IntDistribution(0, half),
+            "last_layer": IntDistribution(max(half, 1), self._layers),
+            "strength": FloatDistribution(1e-3, 30.0, log=True),
+            "overshoot": FloatDistribution(0.0, 4.0),
+            "neighbours": IntDistribution(1, most),
+            "damping": FloatDistribution(1e-4, 1.0, log=True),
+            "first_token": FloatDistribution(1e-3, 10.0, log=True),
+        }
+
+    def candidate(self, params: Mapping[str, Any]) -> RidgeCandidate:
+        """The candidate that these parameters name."""
+        over = float(params["overshoot"])
+        return RidgeCandidate(
+            int(params["first_layer"]),
+            int(params["last_layer"]),
+            RidgePoint(
+                strength=float(params["strength"]),
+                overshoot=1.0 + over,
+                neighbours=int(params["neighbours"]),
+                damping=float(params["damping"]),
+                first=float(params["first_token"]),
+            ),
+        )
+
+    def edits(self, candidate: RidgeCandidate) -> list[Edit | None]:
+        """One edit per writer; None for layers that the candidate leaves alone.
+
+        Raises:
+            MeasurementError: a linear system is singular.
+        """
+        out: list[Edit | None] = [None] * len(self.writers)
+        for members, stats in self._groups:
+            chosen = [
+                g
+                for g, number in enumerate(members)
+                if candidate.first <= self.writers[number].layer < candidate.last
+            ]
+            if chosen:
+                for g, edit in zip(chosen, build(stats, chosen, candidate.point), strict=True):
+                    out[members[g]] = edit
+        return out
+
+
+def _stats(
+    writers: Sequence[Writer], captured: Mapping[str, Tensor], most: int, restore: bool
+) -> RidgeStats:
+    device = writers[0].module.weight.device
+
+    def stack(what: str) -> Tensor:
+        return torch.stack([captured[f"{w.name}/{what}"] for w in writers]).to(device)
+
+    weights = torch.stack([w.module.weight.float() for w in writers])
+    basis = stack("basis") if f"{writers[0].name}/basis" in captured else None
+    biases = None
+    if any(w.module.bias is not None for w in writers):
+        zeros = weights.new_zeros(weights.shape[1])
+        biases = torch.stack(
+            [zeros if w.module.bias is None else w.module.bias.float() for w in writers]
+        )
+    outputs, contrast = stack("outputs"), stack("contrast")
+    return RidgeStats(
+        basis=basis,
+        keep=stack("keep"),
+        first=stack("first"),
+        target=stack("target"),
+        weights=weights if basis is None else weights @ basis.mT,
+        squares=weights.square().sum(-1),
+        outputs=outputs,
+        contrast=contrast,
+        nearest=nearest(outputs, contrast, most),
+        mean_diagonal=stack("diagonal"),
+        biases=biases,
+        restore_norms=restore,
+    )
+
+
+def check(config: Config, prompts: int) -> None:
+    """Whether ridge ablation can be set up as configured, with this many contrast prompts.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    wanted = config.ridge.neighbours
+    if wanted is not None and wanted > prompts:
+        raise ConfigError(
+            f"ridge.neighbours is {wanted}, and only {prompts} contrast prompts give directions: "
+            "lower it, or raise prompts.direction_size"
+        )
+    if config.edit.row_norms == "pre":
+        raise ConfigError('edit.row_norms "pre" is for directions: use "full" or "none" with ridge')

@@ -1,0 +1,211 @@
+"""Every method: one function of the candidate alone; stacked = merged; runs, resumes and exports."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import builders
+import optuna
+import pytest
+import torch
+from conftest import job
+
+from excise import cli, events
+from excise.config import Config, validate
+from excise.directions import Directions, from_means
+from excise.engine import Engine, Plan
+from excise.evidence import Divergence
+from excise.methods import KINDS, Bench
+from excise.record import read_record
+
+METHODS = sorted(KINDS)
+LIMIT = 4
+
+
+def tokens_of(seed: int = 0, count: int = 12) -> dict[str, list[list[int]]]:
+    return {
+        "target": builders.token_ids(count, seed=seed, shortest=4),
+        "contrast": builders.token_ids(count, seed=seed + 1, shortest=4),
+    }
+
+
+def directions_of(loaded, tokens) -> Directions:
+    from excise.capture import mean, residual_pass
+    from excise.tokens import batches
+
+    def centre(side):
+        chunks = batches(tokens[side], 16, 0, torch.device("cpu"))
+        return mean(residual_pass(loaded.anatomy, chunks, None))[1:]
+
+    return from_means(centre("target"), centre("contrast"))
+
+
+def method_of(name: str, family: str = "qwen3", **sections):
+    """A method as a run makes it, on a small model with random weights."""
+    loaded = builders.loaded(family)
+    tokens = tokens_of()
+    config = validate({"method": name, **sections})
+    engine = Engine(loaded, (), {"contrast": tokens["contrast"]}, max_new_tokens=LIMIT)
+    bench = Bench(
+        loaded,
+        tokens,
+        directions_of(loaded, tokens),
+        config,
+        lambda: [r.tokens for r in engine.original("contrast").responses],
+        events.ignore,
+    )
+    captured = KINDS[name].capture(bench)
+    return loaded, bench, captured, KINDS[name].bind(bench, captured)
+
+
+def params_of(method, count: int, seed: int = 3):
+    """Points of a method's space, drawn as the search draws its first ones."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
+    return [study.ask(method.space()).params for _ in range(count)]
+
+
+def change(writer, edit):
+    return edit.apply_to_weight(writer.module.weight) - writer.module.weight
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma4"])
+def test_on_activations_equals_merged_and_row_norms_are_kept(name, family):
+    """Llama has biases here, Gemma 4 post-norms and layers of several shapes."""
+    _, _, _, method = method_of(name, family)
+    draw = torch.Generator().manual_seed(0)
+    edited = 0
+    for params in params_of(method, 3):
+        for writer, edit in zip(
+            method.writers, method.edits(method.candidate(params)), strict=True
+        ):
+            if edit is None:
+                continue
+            edited += 1
+            w, b = writer.module.weight, writer.module.bias
+            merged = edit.apply_to_weight(w)
+            assert torch.allclose(merged.norm(dim=1), w.norm(dim=1), rtol=1e-3)
+            x = torch.randn(5, w.shape[1], generator=draw)
+            y = x @ w.T + (0 if b is None else b)
+            expected = x @ merged.T + (0 if b is None else edit.apply_to_bias(b))
+            found = edit.apply_to_output(x, y)
+            assert float((found - expected).norm()) < 1e-4 * float(expected.norm())
+    assert edited
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_stacked_candidates_equal_each_alone(name):
+    loaded, bench, _, method = method_of(name)
+    candidates = [method.edits(method.candidate(p)) for p in params_of(method, 5)]
+    prompts = {"contrast": bench.tokens["contrast"]}
+
+    def drift(edits, stack):
+        engine = Engine(
+            loaded, method.writers, prompts, max_new_tokens=LIMIT, plan=Plan(64, stack, 64)
+        )
+        found = engine.measure(edits, [Divergence()])
+        return [torch.cat(e.divergence["contrast"]) for e in found]
+
+    together = drift(candidates, 5)
+    assert max(float(d.max()) for d in together) > 1e-6
+    for one, edits in zip(together, candidates, strict=True):
+        alone = drift([edits], 1)[0]
+        assert torch.allclose(one, alone, rtol=2e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_same_candidate_gives_the_same_edit_whatever_ran_before(name):
+    _, bench, captured, method = method_of(name)
+    first, *others = params_of(method, 4)
+    before = method.edits(method.candidate(first))
+    for params in others:
+        method.edits(method.candidate(params))
+    again = KINDS[name].bind(bench, captured)  # as a resume or an export makes it
+    for found in (method.edits(method.candidate(first)), again.edits(again.candidate(first))):
+        for a, b in zip(before, found, strict=True):
+            assert (a is None) == (b is None)
+            if a is not None:
+                assert torch.equal(a.left, b.left)
+                assert torch.equal(a.right, b.right)
+                assert a.scale is None or torch.equal(a.scale, b.scale)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_run_resumes_and_exports(name, tiny: Path, tmp_path: Path, capsys):
+    out, cut = tmp_path / "whole", tmp_path / "cut"
+    more = ("--method", name, "--set", 'export.formats=["safetensors", "adapter"]')
+    assert cli.main(job(tiny, out, *more)) == 0, capsys.readouterr().err
+    record = read_record(out)
+    assert record.method == name
+    assert {a.format for a in record.artifacts} == {"safetensors", "adapter"}
+    model = next(a for a in record.artifacts if a.format == "safetensors")
+    for score in ("behaviour_rate", "drift"):
+        expected, measured = model.expected[score].value, model.measured[score].value
+        assert measured == pytest.approx(expected, rel=0.3, abs=0.11 if "rate" in score else 2e-3)
+    # Cut short after its first trials, and gone on with: the same trials.
+    arguments = job(tiny, cut, *more)
+    arguments[arguments.index("--trials") + 1] = "8"
+    assert cli.main(arguments) == 0
+    assert cli.main(["resume", str(cut), "--trials", "12", "--quiet"]) == 0
+    a, b = ([t.params for t in read_record(run).trials] for run in (out, cut))
+    assert a == b
+    to = tmp_path / "again"
+    assert cli.main(["export", str(out), "--to", str(to), "--quiet"]) == 0
+    first, second = (folder / "model.safetensors" for folder in (out / "model", to))
+    assert first.read_bytes() == second.read_bytes()
+    assert name in (to / "README.md").read_text()
+    json.loads((out / "record.json").read_text())
+    shutil.rmtree(out)
+
+
+def test_the_default_configuration_names_a_method_there_is():
+    assert Config().method in KINDS
+    assert set(METHODS) == set(cli.METHODS)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (
+            ["--method", "ridge", "--set", "ridge.neighbours=11"],
+            "ridge.neighbours is 11, and only 10 contrast prompts",
+        ),
+        (["--method", "ridge", "--set", 'edit.row_norms="pre"'], 'edit.row_norms "pre" is for'),
+    ],
+)
+def test_settings_that_do_not_fit_are_one_line(more, message, tiny: Path, tmp_path: Path, capsys):
+    out = tmp_path / "run"
+    assert cli.main(job(tiny, out, *more)) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.strip().splitlines()) == 1
+    assert not out.exists()
+
+
+def test_a_candidate_without_an_edit_is_a_failed_trial_with_a_reason(
+    tiny: Path, tmp_path: Path, monkeypatch
+):
+    """Every second candidate's system is made singular: the others are measured all the same."""
+    from excise import ridge_method
+    from excise.errors import MeasurementError
+
+    real = ridge_method.build
+
+    def sometimes(stats, members, point):
+        if point.neighbours % 2:
+            raise MeasurementError("ridge: a linear system is singular")
+        return real(stats, members, point)
+
+    monkeypatch.setattr(ridge_method, "build", sometimes)
+    assert cli.main(job(tiny, tmp_path / "run", "--method", "ridge")) == 0
+    record = read_record(tmp_path / "run")
+    failed = [t for t in record.trials if t.state == "failed"]
+    assert failed
+    assert len(failed) < len(record.trials)
+    for trial in record.trials:
+        edits = trial.params["last_layer"] > trial.params["first_layer"]
+        assert (trial.state == "failed") == (trial.params["neighbours"] % 2 == 1 and edits)
+    assert all("singular" in str(t.reason) for t in failed)

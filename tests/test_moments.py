@@ -1,0 +1,105 @@
+"""What is captured of writers equals what a plain pass over one prompt at a time shows."""
+
+from __future__ import annotations
+
+import builders
+import pytest
+import torch
+
+from excise import events, moments
+from excise.errors import MeasurementError, MemoryExhausted
+
+ROWS = builders.token_ids(11, seed=4, shortest=2)
+
+
+@pytest.fixture(scope="module", params=builders.FAMILIES)
+def model(request):
+    return builders.loaded(request.param)
+
+
+def plain(model, writer, ids):
+    """One prompt's inputs and outputs (T, .) of one writer, without padding."""
+    seen = []
+    handle = writer.module.register_forward_hook(lambda _m, a, y: seen.append((a[0][0], y[0])))
+    model.model(torch.tensor([ids]))
+    handle.remove()
+    return seen[0]
+
+
+def writers_of(model):
+    return model.anatomy.select(builders.COMPONENTS)[::5]
+
+
+def test_last_rows_are_those_of_each_prompt_alone(model):
+    writers = writers_of(model)
+    found = moments.last_rows(model, writers, ROWS, "capture", events.ignore)
+    for writer, rows in zip(writers, found, strict=True):
+        for number, ids in enumerate(ROWS):
+            x, y = plain(model, writer, ids)
+            assert torch.allclose(rows.inputs[number], x[-1], rtol=1e-3, atol=1e-4)
+            assert torch.allclose(rows.outputs[number], y[-1], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("reduced", [False, True])
+def test_token_moments_count_every_token_but_those_left_out(model, reduced):
+    writers = writers_of(model)
+    texts = [(ids, number % 2) for number, ids in enumerate(ROWS)]
+    bases = [None] * len(writers)
+    if reduced:
+        draw = torch.Generator().manual_seed(0)
+        sizes = [writer.module.weight.shape[1] for writer in writers]
+        bases = [torch.linalg.qr(torch.randn(i, 7, generator=draw))[0].T for i in sizes]
+    found = moments.token_moments(model, writers, texts, bases, "capture", events.ignore)
+    for writer, basis, one in zip(writers, bases, found, strict=True):
+        x = torch.cat([plain(model, writer, ids)[0][: len(ids) - spare] for ids, spare in texts])
+        z = (x if basis is None else x @ basis.T).double()
+        assert one.tokens == len(x)
+        assert one.square == pytest.approx(float(x.double().square().sum()), rel=1e-4)
+        scale = float((z.T @ z).norm())
+        assert float((one.moment - z.T @ z).norm()) < 1e-4 * scale
+
+
+def test_sketches_span_where_the_tokens_lie(model):
+    writers = writers_of(model)[:1]
+    texts = [(ids, 0) for ids in ROWS[:2]]  # fewer tokens than features: the span can be had whole
+    sketch = moments.token_sketches(model, writers, texts, 60, "capture", events.ignore)[0]
+    basis = torch.linalg.svd(sketch.double(), full_matrices=False)[2]
+    x = torch.cat([plain(model, writers[0], ids)[0] for ids, _ in texts]).double()
+    assert len(x) < 60
+    assert float((x - x @ basis.T @ basis).norm()) < 1e-3 * float(x.norm())
+
+
+def test_hooks_are_gone_and_memory_is_backed_off():
+    model = builders.loaded("qwen3")
+    writers = writers_of(model)
+    whole = moments.last_rows(model, writers, ROWS, "capture", events.ignore)
+    seen = []
+
+    def short(_module, args):
+        seen.append(args[0].shape[0])
+        if args[0].shape[0] > 3:
+            raise torch.OutOfMemoryError("out of memory")
+
+    handle = model.anatomy.layers[2].self_attn.q_proj.register_forward_pre_hook(short)
+    halved = moments.last_rows(model, writers, ROWS, "capture", events.ignore)
+    handle.remove()
+    assert max(seen) > 3
+    for a, b in zip(whole, halved, strict=True):
+        assert torch.allclose(a.inputs, b.inputs, rtol=1e-3, atol=1e-4)
+    assert not any(w.module._forward_hooks for w in writers)
+
+    def never(_module, _args):
+        raise torch.OutOfMemoryError("out of memory")
+
+    handle = model.anatomy.layers[2].self_attn.q_proj.register_forward_pre_hook(never)
+    with pytest.raises(MemoryExhausted, match="one prompt"):
+        moments.last_rows(model, writers, ROWS, "capture", events.ignore)
+    handle.remove()
+
+
+def test_broken_activations_are_said():
+    model = builders.loaded("qwen3")
+    writer = writers_of(model)[1]
+    writer.module.weight[0, 0] = float("inf")
+    with pytest.raises(MeasurementError, match=r"not finite.*float32"):
+        moments.last_rows(model, [writer], ROWS, "capture", events.ignore)
