@@ -13,12 +13,14 @@ import torch
 from conftest import job
 
 from excise import cli, events
+from excise.capture import mean, residual_pass
 from excise.config import Config, validate
 from excise.directions import Directions, from_means
 from excise.engine import Engine, Plan
 from excise.evidence import Divergence
 from excise.methods import KINDS, Bench
 from excise.record import read_record
+from excise.tokens import batches
 
 METHODS = sorted(KINDS)
 LIMIT = 4
@@ -32,14 +34,12 @@ def tokens_of(seed: int = 0, count: int = 12) -> dict[str, list[list[int]]]:
 
 
 def directions_of(loaded, tokens) -> Directions:
-    from excise.capture import mean, residual_pass
-    from excise.tokens import batches
+    means = [mean(residuals(loaded, tokens[side]))[1:] for side in ("target", "contrast")]
+    return from_means(*means)
 
-    def centre(side):
-        chunks = batches(tokens[side], 16, 0, torch.device("cpu"))
-        return mean(residual_pass(loaded.anatomy, chunks, None))[1:]
 
-    return from_means(centre("target"), centre("contrast"))
+def residuals(loaded, rows):
+    return residual_pass(loaded.anatomy, batches(rows, 16, 0, torch.device("cpu")), None)
 
 
 def method_of(name: str, family: str = "qwen3", **sections):
@@ -54,6 +54,7 @@ def method_of(name: str, family: str = "qwen3", **sections):
         directions_of(loaded, tokens),
         config,
         lambda: [r.tokens for r in engine.original("contrast").responses],
+        lambda side: residuals(loaded, tokens[side]),
         events.ignore,
     )
     captured = KINDS[name].capture(bench)
@@ -161,6 +162,30 @@ def test_a_run_resumes_and_exports(name, tiny: Path, tmp_path: Path, capsys):
     shutil.rmtree(out)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma4"])
+@pytest.mark.parametrize("row_norms", ["full", "pre", "none"])
+def test_a_subspace_of_rank_one_is_directional_ablation_exactly(family, row_norms):
+    sections = {"edit": {"row_norms": row_norms}, "directions": {"projected": True}}
+    _, _, _, several = method_of("subspace", family, **sections)
+    _, _, _, single = method_of("directional", family, **sections)
+    for params in params_of(several, 6):
+        one = several.edits(several.candidate({**params, "rank": 1}))
+        expected = single.edits(single.candidate(params))
+        # A second direction at strength nought goes the other way through the code: equal as well.
+        nought = several.edits(several.candidate({**params, "rank": 2, "share_2": 1e-30}))
+        for writer, a, b, c in zip(several.writers, one, expected, nought, strict=True):
+            if b is None:
+                assert a is None
+                continue
+            assert torch.equal(a.left, b.left)
+            assert torch.equal(a.right, b.right)
+            w = writer.module.weight
+            assert torch.allclose(c.apply_to_weight(w), b.apply_to_weight(w), atol=2e-5)
+            if writer.module.bias is not None:
+                bias = writer.module.bias
+                assert torch.allclose(c.apply_to_bias(bias), b.apply_to_bias(bias), atol=2e-5)
+
+
 def test_the_default_configuration_names_a_method_there_is():
     assert Config().method in KINDS
     assert set(METHODS) == set(cli.METHODS)
@@ -172,6 +197,11 @@ def test_the_default_configuration_names_a_method_there_is():
         (
             ["--method", "ridge", "--set", "ridge.neighbours=11"],
             "ridge.neighbours is 11, and only 10 contrast prompts",
+        ),
+        (["--method", "subspace", "--set", "subspace.rank=9"], "subspace.rank"),
+        (
+            ["--method", "subspace", "--direction-size", "3"],
+            "subspace.rank is 4, and only 3 prompts of each side",
         ),
         (["--method", "ridge", "--set", 'edit.row_norms="pre"'], 'edit.row_norms "pre" is for'),
     ],

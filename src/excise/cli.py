@@ -18,7 +18,7 @@ from excise.errors import (
     ExciseError,
 )
 
-METHODS = ("directional", "ridge")
+METHODS = ("directional", "subspace", "ridge")
 _PROMPT_FLAGS = ("target", "contrast", "target_eval", "contrast_eval")
 
 

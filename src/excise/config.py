@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from excise.errors import ConfigError
 
 RowNorms = Literal["none", "pre", "full"]
-MethodName = Literal["directional", "ridge"]
+MethodName = Literal["directional", "subspace", "ridge"]
 
 
 class Section(BaseModel):
@@ -82,6 +82,13 @@ class EditSection(Section):
     post_norms: bool = True
 
 
+class SubspaceSection(Section):
+    """Several directions per layer. `rank` counts them, the difference of means among them."""
+
+    rank: int = Field(4, ge=1, le=8)
+    kind: Literal["principal", "prototypes"] = "principal"
+
+
 class RidgeSection(Section):
     """Ridge ablation. `basis` bounds the dimensions it works in, `neighbours` the k it searches."""
 
@@ -142,6 +149,7 @@ class Config(Section):
     prompts: PromptSection = PromptSection()
     directions: DirectionSection = DirectionSection()
     edit: EditSection = EditSection()
+    subspace: SubspaceSection = SubspaceSection()
     ridge: RidgeSection = RidgeSection()
     scores: ScoreSection = ScoreSection()
     search: SearchSection = SearchSection()

@@ -13,8 +13,9 @@ from typing import Any, Protocol
 from optuna.distributions import BaseDistribution
 from torch import Tensor
 
-from excise import ridge_method
-from excise.anatomy import Writer
+from excise import ridge_method, subspace_method
+from excise.anatomy import Anatomy, Writer
+from excise.capture import Pass
 from excise.config import Config
 from excise.directional import DirectionalMethod
 from excise.directions import Directions
@@ -51,6 +52,7 @@ class Bench:
     Attributes:
         tokens: token ids of the prompts, by role.
         responses: gives the model's own greedy responses to the contrast prompts of the directions.
+        residuals: a side's residuals at the last prompt token, as often as they are wanted.
     """
 
     loaded: Loaded
@@ -58,6 +60,7 @@ class Bench:
     directions: Directions
     config: Config
     responses: Callable[[], Sequence[Sequence[int]]]
+    residuals: Callable[[str], Pass]
     on_event: OnEvent
 
     @property
@@ -76,12 +79,12 @@ class Kind:
     Attributes:
         capture: what is measured of the model for it, once per run; it is stored with the run.
         bind: the method on what was captured.
-        check: raises `ConfigError` where settings and the number of prompts do not fit together.
+        check: raises `ConfigError` where settings, the number of prompts and the model do not fit.
     """
 
     capture: Callable[[Bench], dict[str, Tensor]]
     bind: Callable[[Bench, Tensors], Method]
-    check: Callable[[Config, int], None]
+    check: Callable[[Config, int, Anatomy], None]
 
 
 def _ridge_capture(bench: Bench) -> dict[str, Tensor]:
@@ -95,11 +98,23 @@ def _ridge(bench: Bench, captured: Tensors) -> Method:
     return ridge_method.RidgeMethod(bench.writers, layers, captured, bench.config)
 
 
+def _subspace_capture(bench: Bench) -> dict[str, Tensor]:
+    target, contrast = bench.residuals("target"), bench.residuals("contrast")
+    return subspace_method.capture(target, contrast, bench.directions, bench.config)
+
+
+def _subspace(bench: Bench, captured: Tensors) -> Method:
+    return subspace_method.SubspaceMethod(
+        bench.writers, bench.directions, captured, bench.config.edit
+    )
+
+
 def _directional(bench: Bench, _captured: Tensors) -> Method:
     return DirectionalMethod(bench.writers, bench.directions, bench.config.edit)
 
 
 KINDS: dict[str, Kind] = {
     "directional": Kind(lambda _: {}, _directional, lambda *_: None),
+    "subspace": Kind(_subspace_capture, _subspace, subspace_method.check),
     "ridge": Kind(_ridge_capture, _ridge, ridge_method.check),
 }

@@ -74,7 +74,7 @@ def run(
         loaded.anatomy.select(config.edit.components)
         tokens = stage.tokenise(loaded, sets, config)
         scoring.check(sets)
-        stage.check_method(sets, config)
+        stage.check_method(loaded, sets, config)
     with _held(out):
         if not resume:
             write_text(out / CONFIG, to_toml(config))

@@ -10,7 +10,7 @@ import torch
 from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
 from torch import Tensor
 
-from excise.anatomy import Writer
+from excise.anatomy import Anatomy, Writer
 from excise.config import Config
 from excise.edits import Edit
 from excise.errors import ConfigError
@@ -229,7 +229,7 @@ def _stats(
     )
 
 
-def check(config: Config, prompts: int) -> None:
+def check(config: Config, prompts: int, _anatomy: Anatomy) -> None:
     """Whether ridge ablation can be set up as configured, with this many contrast prompts.
 
     Raises:

@@ -156,13 +156,14 @@ def _pass(
     return lambda: track(run(), f"capture {side}", len(chunks), on_event)
 
 
-def check_method(sets: PromptSets, config: Config) -> None:
+def check_method(loaded: Loaded, sets: PromptSets, config: Config) -> None:
     """Whether the method can be set up as configured, as far as that is known before the capture.
 
     Raises:
         ConfigError: it cannot.
     """
-    KINDS[config.method].check(config, min(len(sets.target), len(sets.contrast)))
+    prompts = min(len(sets.target), len(sets.contrast))
+    KINDS[config.method].check(config, prompts, loaded.anatomy)
 
 
 def method_for(
@@ -184,8 +185,15 @@ def method_for(
         StorageError: it cannot be written.
     """
     kind = KINDS[config.method]
+    winsor = config.directions.winsor
     bench = Bench(
-        loaded, tokens, directions, config, lambda: _responses(loaded, tokens, config), on_event
+        loaded,
+        tokens,
+        directions,
+        config,
+        lambda: _responses(loaded, tokens, config),
+        lambda side: _pass(loaded, side, tokens[side], winsor, on_event),
+        on_event,
     )
     captured = None if anew else _read_tensors(stored)
     if captured is None:
