@@ -198,6 +198,7 @@ def test_the_default_configuration_names_a_method_there_is():
             ["--method", "ridge", "--set", "ridge.neighbours=11"],
             "ridge.neighbours is 11, and only 10 contrast prompts",
         ),
+        (["--method", "ara", "--set", "ara.neighbours=11"], "ara.neighbours is 11, and only 10"),
         (["--method", "subspace", "--set", "subspace.rank=9"], "subspace.rank"),
         (
             ["--method", "subspace", "--direction-size", "3"],

@@ -18,7 +18,7 @@ from excise.errors import (
     ExciseError,
 )
 
-METHODS = ("directional", "subspace", "ridge")
+METHODS = ("directional", "subspace", "ridge", "ara")
 _PROMPT_FLAGS = ("target", "contrast", "target_eval", "contrast_eval")
 
 

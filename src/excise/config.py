@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from excise.errors import ConfigError
 
 RowNorms = Literal["none", "pre", "full"]
-MethodName = Literal["directional", "subspace", "ridge"]
+MethodName = Literal["directional", "subspace", "ridge", "ara"]
 
 
 class Section(BaseModel):
@@ -96,6 +96,13 @@ class RidgeSection(Section):
     neighbours: int | None = Field(None, ge=1)
 
 
+class AraSection(Section):
+    """Arbitrary-rank ablation. `neighbours` bounds the k that is searched."""
+
+    iterations: int = Field(40, ge=1)
+    neighbours: int | None = Field(None, ge=1)
+
+
 class ScoreSection(Section):
     """What is measured. `final` scorers run on the original and on the chosen edit only.
 
@@ -151,6 +158,7 @@ class Config(Section):
     edit: EditSection = EditSection()
     subspace: SubspaceSection = SubspaceSection()
     ridge: RidgeSection = RidgeSection()
+    ara: AraSection = AraSection()
     scores: ScoreSection = ScoreSection()
     search: SearchSection = SearchSection()
     engine: EngineSection = EngineSection()

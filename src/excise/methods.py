@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from optuna.distributions import BaseDistribution
 from torch import Tensor
 
-from excise import ridge_method, subspace_method
+from excise import ara_method, ridge_method, subspace_method
 from excise.anatomy import Anatomy, Writer
 from excise.capture import Pass
 from excise.config import Config
@@ -98,6 +98,15 @@ def _ridge(bench: Bench, captured: Tensors) -> Method:
     return ridge_method.RidgeMethod(bench.writers, layers, captured, bench.config)
 
 
+def _ara_capture(bench: Bench) -> dict[str, Tensor]:
+    return ara_method.capture(bench.loaded, bench.writers, bench.tokens, bench.on_event)
+
+
+def _ara(bench: Bench, captured: Tensors) -> Method:
+    layers = len(bench.loaded.anatomy.layers)
+    return ara_method.AraMethod(bench.writers, layers, captured, bench.config)
+
+
 def _subspace_capture(bench: Bench) -> dict[str, Tensor]:
     target, contrast = bench.residuals("target"), bench.residuals("contrast")
     return subspace_method.capture(target, contrast, bench.directions, bench.config)
@@ -116,5 +125,6 @@ def _directional(bench: Bench, _captured: Tensors) -> Method:
 KINDS: dict[str, Kind] = {
     "directional": Kind(lambda _: {}, _directional, lambda *_: None),
     "subspace": Kind(_subspace_capture, _subspace, subspace_method.check),
+    "ara": Kind(_ara_capture, _ara, ara_method.check),
     "ridge": Kind(_ridge_capture, _ridge, ridge_method.check),
 }

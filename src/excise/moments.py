@@ -8,7 +8,7 @@ Shapes: B rows, T tokens, P prompts, O and I a writer's out and in features, Q r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -22,6 +22,8 @@ from excise.loading import Loaded
 from excise.tokens import Batch, batches, end_tokens, pad_token
 
 _ROWS = 64
+# A writer that fewer prompts reach is left alone: an edit fitted to them would be fitted to noise.
+FEWEST_PROMPTS = 8
 
 
 @dataclass(frozen=True)
@@ -228,3 +230,30 @@ def _counted(batch: Batch, left_out: Tensor) -> Tensor:
     width = mask.shape[1]
     ends = (width - left_out[batch.rows]).to(mask.device)  # (B,)
     return mask & (torch.arange(width, device=mask.device)[None] < ends[:, None])
+
+
+def few_prompts(
+    writers: Sequence[Writer], captured: Mapping[str, Tensor]
+) -> tuple[set[int], tuple[str, ...]]:
+    """Which writers too few prompts reach, as experts may be, and what to say of them.
+
+    Where there are only a few prompts in all, as many as there are will do.
+    """
+    counts = [
+        min(len(captured[f"{w.name}/{side}"]) for side in ("target", "contrast")) for w in writers
+    ]
+    enough = min(FEWEST_PROMPTS, max(counts, default=0))
+    few = {number for number, count in enumerate(counts) if count < enough}
+    if not few:
+        return few, ()
+    names = [writers[number].key for number in sorted(few)]
+    shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    return few, (f"left alone, as fewer than {enough} prompts reach them: {shown}",)
+
+
+def stacked_biases(writers: Sequence[Writer]) -> Tensor | None:
+    """The writers' biases (G, O) in float32, zeros for those without; None where none has one."""
+    if all(w.module.bias is None for w in writers):
+        return None
+    zeros = torch.zeros(writers[0].module.weight.shape[0], device=writers[0].module.weight.device)
+    return torch.stack([zeros if w.module.bias is None else w.module.bias.float() for w in writers])

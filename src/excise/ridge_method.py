@@ -16,12 +16,17 @@ from excise.edits import Edit
 from excise.errors import ConfigError
 from excise.events import OnEvent
 from excise.loading import Loaded
-from excise.moments import LastRows, last_rows, token_moments, token_sketches
+from excise.moments import (
+    LastRows,
+    few_prompts,
+    last_rows,
+    stacked_biases,
+    token_moments,
+    token_sketches,
+)
 from excise.ridge import RidgePoint, RidgeStats, basis_for, build, nearest
 
 MOST_NEIGHBOURS = 60
-# A writer that fewer prompts reach is left alone: an edit fitted to them would be fitted to noise.
-FEWEST_PROMPTS = 8
 
 
 @dataclass(frozen=True)
@@ -126,23 +131,17 @@ class RidgeMethod:
         self.writers = writers
         self._layers = layers
         self._most = config.ridge.neighbours or MOST_NEIGHBOURS
-        self.notes: tuple[str, ...] = ()
         self._groups: list[tuple[list[int], RidgeStats]] = []
         shapes: dict[tuple[int, ...], list[int]] = {}
-        few = []
-        most = max((len(captured[f"{w.name}/target"]) for w in writers), default=0)
-        enough = min(FEWEST_PROMPTS, most)
+        few, self.notes = few_prompts(writers, captured)
         for number, writer in enumerate(writers):
+            if number in few:
+                continue
             parts = [
                 captured[f"{writer.name}/{what}"] for what in ("target", "outputs", "contrast")
             ]
-            if min(len(parts[0]), len(parts[2])) < enough:
-                few.append(writer.key)
-                continue
             key = (*writer.module.weight.shape, *(s for p in parts for s in p.shape))
             shapes.setdefault(key, []).append(number)
-        if few:
-            self.notes = (f"reached by fewer than {FEWEST_PROMPTS} prompts: {', '.join(few)}",)
         restore = config.edit.row_norms == "full"
         for members in shapes.values():
             some = [writers[n] for n in members]
@@ -154,7 +153,7 @@ class RidgeMethod:
         most = max((s.nearest.shape[2] for _, s in self._groups), default=1)
         return {
             "first_layer": IntDistribution(0, half),
-            "last_layer": IntDistribution(max(half, 1), self._layers),
+            "last_layer": IntDistribution(half + 1, self._layers),
             "strength": FloatDistribution(1e-3, 30.0, log=True),
             "overshoot": FloatDistribution(0.0, 4.0),
             "neighbours": IntDistribution(1, most),
@@ -206,12 +205,6 @@ def _stats(
 
     weights = torch.stack([w.module.weight.float() for w in writers])
     basis = stack("basis") if f"{writers[0].name}/basis" in captured else None
-    biases = None
-    if any(w.module.bias is not None for w in writers):
-        zeros = weights.new_zeros(weights.shape[1])
-        biases = torch.stack(
-            [zeros if w.module.bias is None else w.module.bias.float() for w in writers]
-        )
     outputs, contrast = stack("outputs"), stack("contrast")
     return RidgeStats(
         basis=basis,
@@ -224,7 +217,7 @@ def _stats(
         contrast=contrast,
         nearest=nearest(outputs, contrast, most),
         mean_diagonal=stack("diagonal"),
-        biases=biases,
+        biases=stacked_biases(writers),
         restore_norms=restore,
     )
 
