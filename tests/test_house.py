@@ -19,25 +19,15 @@ MODULES = sorted(SOURCE.glob("*.py"))
 
 # Bottom to top, as ARCHITECTURE.md lists them: a module imports only from those before it.
 ORDER = (
-    "errors config events prompts intervals evidence anatomy loading tokens directions capture "
-    "profiles edits subspace ridge lbfgs ara space directional moments subspace_method ridge_method ara_method "
-    "methods stacking kvcache forward decoding divergence engine planning "
-    "scorers front record wording digest markdown caveats recipe search journal panel stage figures "
-    "card report staging merging export artifacts finish pipeline jobs inspecting console cli"
+    "errors config events prompts intervals evidence anatomy loading tokens directions "
+    "capture profiles edits subspace ridge lbfgs ara space directional moments "
+    "subspace_method ridge_method ara_method methods stacking kvcache forward decoding "
+    "divergence engine planning scorers front record wording digest markdown caveats recipe "
+    "search journal panel stage figures card report staging merging export artifacts finish "
+    "pipeline jobs inspecting console cli"
 ).split()
 
-PURE = (
-    "directions",
-    "profiles",
-    "edits",
-    "subspace",
-    "ridge",
-    "lbfgs",
-    "ara",
-    "space",
-    "front",
-    "intervals",
-)
+PURE = "directions profiles edits subspace ridge lbfgs ara space front intervals".split()
 
 
 def imported(path: Path) -> set[str]:
