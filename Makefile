@@ -8,9 +8,18 @@ BIN := $(VENV)/bin
 # Choose yourself with: make venv TORCH_INDEX=https://download.pytorch.org/whl/cu130
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?= $(shell command -v nvidia-smi >/dev/null 2>&1 || echo https://download.pytorch.org/whl/cpu)
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PIP_BARE := $(BIN)/python -m pip --disable-pip-version-check
+PIP := $(PIP_BARE) install --quiet
 
-.PHONY: venv demo test check lint types bench train clean
+# llama.cpp as llama-cpp-python's source brings it: its converter, and its library without what
+# only programs need. Tests run it; users may have any other build.
+LLAMA_CPP ?= llama-cpp-python==0.3.36
+LLAMA_SOURCE := $(VENV)/src/llama-cpp-python
+LLAMA_OPTIONS := LLAVA_BUILD=OFF GGML_NATIVE=OFF GGML_OPENMP=OFF GGML_LLAMAFILE=OFF \
+  GGML_CPU_REPACK=OFF CMAKE_CXX_FLAGS_RELEASE=-O1 \
+  CMAKE_PROJECT_INCLUDE=$(CURDIR)/.ci/llama.cmake
+
+.PHONY: venv llama demo test check lint types bench train clean
 
 venv: $(VENV)/.installed
 
@@ -21,12 +30,23 @@ $(VENV)/.installed: pyproject.toml
 	$(PIP) --editable ".[dev]"
 	@touch $@
 
+llama: $(VENV)/.llama
+
+$(VENV)/.llama: $(VENV)/.installed .ci/llama.cmake
+	rm -rf $(LLAMA_SOURCE) $(VENV)/sdist
+	$(PIP_BARE) download --quiet --no-deps --no-binary llama-cpp-python --dest $(VENV)/sdist "$(LLAMA_CPP)"
+	mkdir -p $(LLAMA_SOURCE)
+	tar --extract --gzip --strip-components 1 --directory $(LLAMA_SOURCE) --file $(VENV)/sdist/*.tar.gz
+	$(PIP) $(LLAMA_SOURCE) $(LLAMA_OPTIONS:%=--config-settings=cmake.define.%)
+	rm -rf $(VENV)/sdist
+	@touch $@
+
 demo: venv
 	@rm -rf runs/demo
 	@$(BIN)/excise demo --out runs/demo
 
 # One thread per worker: two that share two cores wait for each other most of the time.
-test: venv
+test: venv llama
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: venv

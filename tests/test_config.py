@@ -130,7 +130,7 @@ def test_an_unknown_key_names_its_neighbour(expression, text):
         ("directions.winsor=0.5", "directions.winsor"),
         ("method='magic'", "method"),
         ("scores.show=['everything']", "scores.show"),
-        ("export.formats=['gguf']", "export.formats"),
+        ("export.formats=['onnx']", "export.formats"),
         ("engine.memory_fraction=1.5", "engine.memory_fraction"),
     ],
 )

@@ -23,8 +23,9 @@ ORDER = (
     "capture profiles edits subspace ridge lbfgs ara space directional moments "
     "subspace_method ridge_method ara_method methods stacking kvcache forward decoding "
     "divergence engine planning scorers front record wording digest markdown caveats recipe "
-    "search journal panel stage figures card report staging merging export artifacts finish "
-    "pipeline jobs inspecting console cli"
+    "search journal panel stage figures card report staging merging export gguffile ggml patching "
+    "llamacpp ggufexport llamaworker llamarun ggufcheck ollama artifacts finish "
+    "pipeline jobs hub inspecting console cli"
 ).split()
 
 PURE = "directions profiles edits subspace ridge lbfgs ara space front intervals".split()
@@ -105,7 +106,12 @@ def test_the_command_line_is_what_the_contract_says():
         "run": [*prompts.split(), "--out", "--seed", "--startup-trials", "--trials", *progress],
         "resume": ["--trials", *progress],
         "front": ["--json"],
-        "export": ["--format", "--rank", "--select", "--to", "--trial", *progress],
+        "export": [
+            *("--format", "--rank", "--select", "--to", "--trial"),
+            *("--from-gguf", "--llama-cpp", "--quantize"),
+            *progress,
+        ],
+        "push": ["--format", "--public", "--trial", *progress],
         "evaluate": [*prompts.split(), "--json", *progress],
         "inspect": ["--json"],
         "report": [],

@@ -17,15 +17,36 @@ from excise.card import model_card
 from excise.config import Config
 from excise.edits import Edit
 from excise.engine import Engine, Reference
-from excise.errors import ConfigError, OutputError
+from excise.errors import OutputError
 from excise.events import Notice, OnEvent, phase
 from excise.export import Exported, export_adapter, export_safetensors
-from excise.loading import Loaded, load
+from excise.ggufcheck import GgufJob, measure_gguf
+from excise.ggufexport import (
+    MODELFILE,
+    GgufPlan,
+    architecture_of,
+    export_gguf,
+    export_gguf_adapter,
+    export_patched,
+    file_stem,
+    has_projector,
+    own_type,
+    plan_gguf,
+)
+from excise.loading import Loaded, load, read_json
+from excise.ollama import modelfile
 from excise.panel import Panel
+from excise.patching import PATCHED
 from excise.record import ArtifactRecord, Record, Scores, TrialRecord
 from excise.scorers import ScoreContext
+from excise.wording import public_source
 
-FOLDERS = {"safetensors": "model", "adapter": "adapter"}
+FOLDERS = {
+    "safetensors": "model",
+    "adapter": "adapter",
+    "gguf": "gguf",
+    "gguf-adapter": "gguf-adapter",
+}
 
 # An artifact further from the measurement than this is worth a word, whatever rounding explains.
 _RATE_APART = 0.05
@@ -95,25 +116,44 @@ def export(
     """
     if not places:
         return record
+    plan = plan_gguf(checker.config.export, [name for name, _ in places])
     made = [
-        _write(name, path, record, trial, loaded, edits, checker, on_event) for name, path in places
+        _write(name, path, record, trial, loaded, edits, checker, plan, on_event)
+        for name, path in places
     ]
-    reference = checker.engine.as_reference()
-    source, dtype, device = loaded, loaded.dtype, loaded.device
+    measured = _measure(made, loaded, checker, plan, on_event)
     artifacts = list(record.artifacts)
+    for one, scores in measured:
+        for line in apart(trial.scores, scores):
+            on_event(Notice(f"{one.format}: {line}"))
+        artifacts = [a for a in artifacts if a.path != _relative(one.path, out)]
+        artifacts.append(_artifact(one, trial, scores, out))
+    return record.model_copy(update={"artifacts": artifacts})
+
+
+def _measure(
+    made: Sequence[Exported], loaded: Loaded, checker: Checker, plan: GgufPlan, on_event: OnEvent
+) -> list[tuple[Exported, Scores]]:
+    """Every export as its users load it, and its scores."""
+    engine, config = checker.engine, checker.config
+    scorers, limit = checker.scoring.every_trial, config.scores.max_new_tokens
+    job = GgufJob(loaded, engine.prompts, scorers, checker.context, limit)
+    dtype, device = loaded.dtype, loaded.device
+    out = []
+    reference: Reference | None = None
     for one in made:
+        if one.format.startswith("gguf"):
+            out.append(measure_gguf(one, plan, job, on_event))
+            continue
+        reference = reference or engine.as_reference()
         with phase(f"measure {one.format}", on_event):
-            again = _load_again(one, source, checker.config, dtype)
-            measured = checker.measure(again, reference)
+            again = _load_again(one, loaded, config, dtype)
+            out.append((one, checker.measure(again, reference)))
             del again
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-        for line in apart(trial.scores, measured):
-            on_event(Notice(f"{one.format}: {line}"))
-        artifacts = [a for a in artifacts if a.path != _relative(one.path, out)]
-        artifacts.append(_artifact(one, trial, measured, out))
-    return record.model_copy(update={"artifacts": artifacts})
+    return out
 
 
 def _write(
@@ -124,6 +164,7 @@ def _write(
     loaded: Loaded,
     edits: Sequence[Edit | None],
     checker: Checker,
+    plan: GgufPlan,
     on_event: OnEvent,
 ) -> Exported:
     writers = checker.engine.writers
@@ -131,22 +172,58 @@ def _write(
         raise OutputError(f"{path} exists: choose a new folder")
     named = {w.name: e for w, e in zip(writers, edits, strict=True) if e is not None}
     # The source's own card must not pass for the edited model's, not even for a moment.
-    card = {"README.md": model_card(record, artifact_format=name, trial=trial.number)}
+    files = {"README.md": model_card(record, artifact_format=name, trial=trial.number)}
+    rank = checker.config.export.adapter_rank
+    stem = f"{file_stem(public_source(record.model.source).rpartition('/')[2])}-edited"
     if name == "safetensors":
-        return export_safetensors(loaded.folder, path, named, writers, on_event, card)
-    if name == "adapter":
-        base = str(loaded.folder) if loaded.is_local else loaded.source
-        return export_adapter(
-            base,
+        return export_safetensors(loaded.folder, path, named, writers, on_event, files)
+    if name == "gguf":
+        files[MODELFILE] = _modelfile(stem, loaded, plan, record)
+        if plan.base is not None:
+            return export_patched(path, named, writers, loaded.model, plan.base, on_event, files)
+        return export_gguf(loaded.folder, path, named, writers, plan, stem, on_event, files)
+    if name == "gguf-adapter":
+        return export_gguf_adapter(
             path,
             named,
             writers,
-            rank=checker.config.export.adapter_rank,
-            revision=loaded.revision,
+            architecture=architecture_of(loaded.anatomy.model_type, plan.base),
+            layers=len(loaded.anatomy.layers),
+            rank=rank,
+            name=stem,
             on_event=on_event,
-            extra_files=card,
+            extra_files=files,
         )
-    raise ConfigError(f"cannot export as {name!r}: use safetensors or adapter")
+    base = str(loaded.folder) if loaded.is_local else loaded.source
+    return export_adapter(
+        base,
+        path,
+        named,
+        writers,
+        rank=rank,
+        revision=loaded.revision,
+        on_event=on_event,
+        extra_files=files,
+    )
+
+
+def _modelfile(stem: str, loaded: Loaded, plan: GgufPlan, record: Record) -> str:
+    """Ollama's Modelfile for the first of the files."""
+    own = own_type(loaded.folder)
+    model, projector = f"{stem}-{(plan.types or (own,))[0]}.gguf", None
+    if plan.base is not None:
+        model = f"{PATCHED}{plan.base.name}"
+    elif has_projector(loaded.folder):
+        projector = f"mmproj-{stem}-{own}.gguf"
+    generation = read_json(loaded.folder / "generation_config.json")
+    licence = next((p for p in sorted(loaded.folder.glob("LICENSE*")) if p.is_file()), None)
+    return modelfile(
+        model,
+        loaded.tokenizer,
+        generation,
+        projector=projector,
+        licence=record.model.license if licence is None else licence.read_text(errors="replace"),
+    )
 
 
 def _load_again(one: Exported, source: Loaded, config: Config, dtype: torch.dtype) -> Loaded:

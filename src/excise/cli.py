@@ -92,10 +92,21 @@ def build_parser() -> argparse.ArgumentParser:
     choice = export.add_mutually_exclusive_group()
     choice.add_argument("--trial", type=int, metavar="N", help="default: the selected trial")
     choice.add_argument("--select", metavar="RULE", help="knee, drift<=X or rate<=X")
-    formats = ("safetensors", "adapter")
+    formats = ("safetensors", "adapter", "gguf", "gguf-adapter")
     export.add_argument("--format", choices=formats, default="safetensors", dest="format_name")
     export.add_argument("--rank", type=int, metavar="R", help="rank of an adapter (default 1)")
+    export.add_argument("--quantize", metavar="A,B", help="GGUF file types, such as Q4_K_M,Q8_0")
+    export.add_argument("--from-gguf", type=Path, metavar="FILE", help="patch this GGUF instead")
+    export.add_argument("--llama-cpp", type=Path, metavar="DIR", help="a checkout of llama.cpp")
     _add_progress(export)
+
+    push = add("push", "upload an export to the Hub, private unless you say otherwise", _push)
+    push.add_argument("folder", type=Path, metavar="RUN")
+    push.add_argument("repo", metavar="OWNER/NAME")
+    push.add_argument("--format", choices=formats, default="safetensors", dest="format_name")
+    push.add_argument("--trial", type=int, metavar="N", help="default: the selected trial")
+    push.add_argument("--public", action="store_true", help="let everybody see it")
+    _add_progress(push)
 
     evaluate = add("evaluate", "measure any edited model against its base", _evaluate)
     evaluate.add_argument("base", metavar="BASE")
@@ -237,11 +248,41 @@ def _export(arguments: argparse.Namespace) -> int:
             format_name=arguments.format_name,
             trial=arguments.trial,
             select=arguments.select,
-            rank=arguments.rank,
+            options=_export_options(arguments),
             on_event=on_event,
         )
     if not arguments.json_events:
         say(f"trial {artifact.trial} as {artifact.format}: {arguments.to}")
+    return EXIT_DONE
+
+
+def _export_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Settings of the configuration's export section, None where a flag was not given."""
+    types = arguments.quantize
+    base, tools = arguments.from_gguf, arguments.llama_cpp
+    return {
+        "adapter_rank": arguments.rank,
+        "quantize": None if types is None else tuple(filter(None, types.split(","))),
+        "from_gguf": None if base is None else str(base.resolve()),
+        "llama_cpp": None if tools is None else str(tools.resolve()),
+    }
+
+
+def _push(arguments: argparse.Namespace) -> int:
+    from excise.console import Reporter, say
+    from excise.hub import push
+
+    with Reporter(quiet=arguments.quiet, json_events=arguments.json_events) as on_event:
+        address = push(
+            arguments.folder,
+            arguments.repo,
+            format_name=arguments.format_name,
+            trial=arguments.trial,
+            public=arguments.public,
+            on_event=on_event,
+        )
+    if not arguments.json_events:
+        say(f"{'public' if arguments.public else 'private'}: {address}")
     return EXIT_DONE
 
 

@@ -19,6 +19,7 @@ from excise.errors import ConfigError
 
 RowNorms = Literal["none", "pre", "full"]
 MethodName = Literal["directional", "subspace", "ridge", "ara"]
+Format = Literal["safetensors", "adapter", "gguf", "gguf-adapter"]
 
 
 class Section(BaseModel):
@@ -139,10 +140,17 @@ class EngineSection(Section):
 
 
 class ExportSection(Section):
-    """What a run writes when it is done."""
+    """What a run writes when it is done.
 
-    formats: tuple[Literal["safetensors", "adapter"], ...] = ("safetensors",)
+    `quantize` are llama.cpp's file types of GGUF exports, `llama_cpp` a checkout with its tools,
+    `from_gguf` a GGUF of the same model to patch in place of converting.
+    """
+
+    formats: tuple[Format, ...] = ("safetensors",)
     adapter_rank: int = Field(1, ge=1)
+    quantize: tuple[str, ...] = ()
+    llama_cpp: str | None = None
+    from_gguf: str | None = None
 
 
 class Config(Section):

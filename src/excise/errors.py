@@ -11,7 +11,8 @@
     |-- MeasurementError            a measurement is not a number, or cannot be made
     |-- MemoryExhausted             one row at a time does not fit
     |-- StorageError                disk full, or a write that failed
-    `-- ExportError                 the written model is not the measured one
+    |-- ExportError                 the written model is not the measured one
+    `-- HubError                    the Hub cannot be reached, or an upload broke off
 
 A message says what happened, where, and what to do. Programmer errors are `assert`s.
 """
@@ -74,6 +75,10 @@ class StorageError(ExciseError):
 
 class ExportError(ExciseError):
     """An exported model does not reproduce what was measured."""
+
+
+class HubError(ExciseError):
+    """An upload did not come to its end; nothing was committed."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:

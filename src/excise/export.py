@@ -105,34 +105,65 @@ def export_adapter(
         StorageError: the disk is full or a write failed; nothing is left behind.
     """
     check_destination(destination)
+    factors = adapter_factors(edits, writers, rank, on_event)
+    tensors: dict[str, Tensor] = {}
+    for module in factors.modules:
+        tensors[f"base_model.model.{module.name}.lora_A.weight"] = module.a.cpu().contiguous()
+        tensors[f"base_model.model.{module.name}.lora_B.weight"] = module.b.cpu().contiguous()
+    names = [module.name for module in factors.modules]
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    with staged(destination, size) as folder:
+        _save(folder, tensors, _lora_config(base, revision, rank, names))
+        add_files(folder, extra_files or {})
+    details = {
+        "rank": rank,
+        "error": relative_error([module.squares for module in factors.modules]),
+        "errors": {module.name: relative_error([module.squares]) for module in factors.modules},
+        "not_carried": list(factors.not_carried),
+    }
+    size = sum(path.stat().st_size for path in destination.iterdir())
+    return Exported(destination, "adapter", sha256_of(destination), size, details)
+
+
+@dataclass(frozen=True)
+class Factors:
+    """One module of an adapter: B (O, R), A (R, I), and |error|^2 and |difference|^2 of B A."""
+
+    name: str
+    b: Tensor
+    a: Tensor
+    squares: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class AdapterFactors:
+    """All modules, and the names of those whose edit also changes a bias, which no LoRA carries."""
+
+    modules: tuple[Factors, ...]
+    not_carried: tuple[str, ...]
+
+
+def adapter_factors(
+    edits: Mapping[str, Edit], writers: Sequence[Writer], rank: int, on_event: OnEvent = ignore
+) -> AdapterFactors:
+    """The best rank-R approximation of W' - W of each edited matrix.
+
+    Raises:
+        ExportError: there is nothing to edit, or a writer's values are not in memory.
+    """
     if not edits:
         raise ExportError("this candidate edits nothing, and an adapter needs something to adapt")
     chosen = [writer for writer in writers if writer.name in edits]
     assert len(chosen) == len(edits), "an edit of a writer that this model does not have"
-    tensors: dict[str, Tensor] = {}
-    squares: dict[str, tuple[float, float]] = {}  # module -> |error|^2, |difference|^2
+    modules = []
     for writer in track(chosen, "export", len(chosen), on_event):
         delta = weight_difference(writer, edits[writer.name])
         b, a = low_rank(delta, rank)
-        squares[writer.name] = (_square(delta - b @ a), _square(delta))
-        tensors[f"base_model.model.{writer.name}.lora_A.weight"] = a.cpu().contiguous()
-        tensors[f"base_model.model.{writer.name}.lora_B.weight"] = b.cpu().contiguous()
-    not_carried = [writer.name for writer in chosen if _moves_bias(writer, edits[writer.name])]
+        modules.append(Factors(writer.name, b, a, (_square(delta - b @ a), _square(delta))))
+    not_carried = tuple(w.name for w in chosen if _moves_bias(w, edits[w.name]))
     if not_carried:
         on_event(Notice(f"the adapter does not carry the bias edits of {', '.join(not_carried)}"))
-    size = sum(tensor.nbytes for tensor in tensors.values())
-    with staged(destination, size) as folder:
-        _save(folder, tensors, _lora_config(base, revision, rank, list(squares)))
-        add_files(folder, extra_files or {})
-    errors = {name: _relative([pair]) for name, pair in squares.items()}
-    details = {
-        "rank": rank,
-        "error": _relative(list(squares.values())),
-        "errors": errors,
-        "not_carried": not_carried,
-    }
-    size = sum(path.stat().st_size for path in destination.iterdir())
-    return Exported(destination, "adapter", sha256_of(destination), size, details)
+    return AdapterFactors(tuple(modules), not_carried)
 
 
 def weight_difference(writer: Writer, edit: Edit) -> Tensor:
@@ -213,7 +244,7 @@ def _square(x: Tensor) -> float:
     return float(x.double().square().sum())
 
 
-def _relative(squares: list[tuple[float, float]]) -> float:
+def relative_error(squares: list[tuple[float, float]]) -> float:
     """The relative error of these parts together; no change at all is carried exactly."""
     error, size = (sum(part) for part in zip(*squares, strict=True))
     return math.sqrt(error / size) if size else 0.0

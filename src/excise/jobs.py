@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from excise import journal, stage
 from excise.artifacts import Checker, export
@@ -12,6 +13,7 @@ from excise.errors import ConfigError, OutputError, RunStateError
 from excise.events import OnEvent, ignore, phase
 from excise.finish import write_pages
 from excise.front import Objective, Point, choose
+from excise.ggufexport import plan_gguf
 from excise.loading import load
 from excise.panel import Panel
 from excise.planning import from_dict, size
@@ -29,7 +31,7 @@ def export_run(
     format_name: str = "safetensors",
     trial: int | None = None,
     select: str | None = None,
-    rank: int | None = None,
+    options: Mapping[str, Any] | None = None,
     on_event: OnEvent = ignore,
 ) -> ArtifactRecord:
     """Write one trial of a finished run in `to`, measured again; the run's record is added to.
@@ -37,10 +39,10 @@ def export_run(
     Args:
         folder: the run.
         to: a folder that does not exist yet.
-        format_name: "safetensors" or "adapter".
+        format_name: one of `config.Format`.
         trial: which trial; by default the selected one.
         select: a rule instead of a number: knee, drift<=X, rate<=X.
-        rank: of an adapter.
+        options: settings of `config.ExportSection` that are not the run's own.
         on_event: told of progress.
 
     Raises:
@@ -51,9 +53,9 @@ def export_run(
     if to.exists():
         raise OutputError(f"{to} exists: give --to a new folder")
     config = load_config(file=folder / "config.toml")
-    if rank is not None:
-        fields = {"adapter_rank": rank}
-        config = config.model_copy(update={"export": config.export.model_copy(update=fields)})
+    fields = {k: v for k, v in (options or {}).items() if v is not None}
+    config = config.model_copy(update={"export": config.export.model_copy(update=fields)})
+    plan_gguf(config.export, [format_name])
     scoring = stage.scoring(config)
     number = trial if trial is not None else _selected(record, select, scoring.goals())
     chosen = record.trial(number)

@@ -121,6 +121,15 @@ def read_config(folder: Path) -> dict[str, Any]:
     return data
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """A checkpoint's optional JSON file; empty where there is none to read."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors shards of a checkpoint, each checked to open and to be whole.
 

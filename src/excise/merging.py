@@ -341,10 +341,10 @@ def _write_file(source: Path, target: Path, folds: list[_Fold]) -> None:
 
 
 def _fold(place: TensorPlace, edit: Edit, old: io.BufferedReader, new: io.BufferedWriter) -> None:
-    whole = _part(edit, 0, place.shape[0])
+    whole = rows_of_edit(edit, 0, place.shape[0])
     size = _BLOCK if edit.left.shape[1] <= _LOW_RANK else _PRODUCT_BLOCK
     for first, last in place.blocks(size):
-        rows, part = place.read(old, first, last), _part(whole, first, last)
+        rows, part = place.read(old, first, last), rows_of_edit(whole, first, last)
         edited = part.apply_to_weight(rows) if rows.ndim > 1 else part.apply_to_bias(rows)
         stored = edited.to(rows.dtype)
         if not all(map(torch.isfinite, torch.aminmax(stored))):
@@ -373,7 +373,7 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _part(edit: Edit, first: int, last: int) -> Edit:
+def rows_of_edit(edit: Edit, first: int, last: int) -> Edit:
     """The edit of the output rows first <= row < last, on the CPU."""
     scale = None if edit.scale is None else edit.scale[first:last].cpu()
     shift = None if edit.shift is None else edit.shift[first:last].cpu()

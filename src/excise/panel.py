@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
-from excise.engine import Engine
 from excise.evidence import Divergence, Evidence, Request
 from excise.front import Objective, Point, hopeless
 from excise.record import ScoreRecord, Scores
@@ -19,11 +19,24 @@ SCREENED_PROMPTS = 16
 _Clock = Callable[[], float]
 
 
+class Measures(Protocol):
+    """What a panel asks: the engine, or whatever answers requests for one finished model."""
+
+    def measure(
+        self,
+        candidates: Sequence[CandidateEdits],
+        requests: Sequence[Request],
+        only: dict[str, int] | None = None,
+    ) -> list[Evidence]:
+        """As `Engine.measure`."""
+        ...
+
+
 class Panel:
     """Scorers on one engine. `quick` ones need divergence only, and can be had before decoding."""
 
     def __init__(
-        self, engine: Engine, scorers: Sequence[Scorer], context: ScoreContext, *, screen: bool
+        self, engine: Measures, scorers: Sequence[Scorer], context: ScoreContext, *, screen: bool
     ) -> None:
         self._engine = engine
         self._context = context

@@ -17,6 +17,7 @@ from excise.errors import MeasurementError, OutputError, StorageError
 from excise.events import OnEvent
 from excise.finish import final_figures, summary, write_pages
 from excise.front import Objective, Point, choose, pareto, parse_rule
+from excise.ggufexport import plan_gguf
 from excise.loading import Loaded, load
 from excise.methods import Method
 from excise.panel import Panel
@@ -66,6 +67,7 @@ def run(
     scoring = stage.scoring(config)
     goals = scoring.goals()
     parse_rule(config.search.select, goals)
+    plan_gguf(config.export, config.export.formats)
     check_output(out, resume)
     with clock.phase("prompts"):
         sets = load_prompt_sets(config.prompts)

@@ -85,7 +85,7 @@ def _flatten(tree: dict[str, Any], path: str = "") -> dict[str, Any]:
 
 def _public(key: str, value: Any) -> Any:
     """The value as it may be published: the names of files without their folders."""
-    if not key.endswith((".source", ".files", ".markers_file")):
+    if not key.endswith((".source", ".files", ".markers_file", ".llama_cpp", ".from_gguf")):
         return value
     if isinstance(value, list):
         return [public_source(str(item)) for item in value]

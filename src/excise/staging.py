@@ -14,13 +14,15 @@ from pathlib import Path
 
 from excise.errors import OutputError, StorageError
 
+WEIGHTS = (".safetensors", ".gguf")
 _CHUNK = 1 << 24  # bytes copied at a time
 
 
 def sha256_of(folder: Path) -> str:
-    """SHA-256 over the sorted names and hashes of a folder's weight files (*.safetensors)."""
+    """SHA-256 over the sorted names and hashes of a folder's weight files (safetensors and GGUF)."""
     total = hashlib.sha256()
-    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*.safetensors")}
+    found = [path for suffix in WEIGHTS for path in folder.rglob(f"*{suffix}")]
+    files = {path.relative_to(folder).as_posix(): path for path in found}
     for name, path in sorted(files.items()):
         with path.open("rb") as file:
             total.update(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {name}\n".encode())
@@ -49,13 +51,8 @@ def staged(destination: Path, size: int) -> Iterator[Path]:
         StorageError: less than `size` bytes are free, or a write within the context failed.
     """
     destination = destination.resolve()  # a link keeps pointing where it did
-    partial = destination.parent / f".{destination.name}.partial-{uuid.uuid4().hex[:8]}"
-    existing = next(parent for parent in destination.parents if parent.exists())
-    full = StorageError(
-        f"disk full: {destination} needs {size / 1e9:.2f} GB; free some, or export to another disk"
-    )
-    if shutil.disk_usage(existing).free < size:
-        raise full
+    partial = _beside(destination)
+    full = _check_room(destination, size)
     try:
         partial.mkdir(parents=True)
         yield partial
@@ -69,6 +66,42 @@ def staged(destination: Path, size: int) -> Iterator[Path]:
         raise StorageError(f"cannot write {destination}: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def scratch(destination: Path, size: int) -> Iterator[Path]:
+    """An empty folder beside `destination` for what is needed on the way; it is always removed.
+
+    Raises:
+        StorageError: less than `size` bytes are free, or a write within the context failed.
+    """
+    destination = destination.resolve()
+    folder = _beside(destination)
+    full = _check_room(destination, size)
+    try:
+        folder.mkdir(parents=True)
+        yield folder
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise full from error
+        raise StorageError(f"cannot write beside {destination}: {error}") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _beside(destination: Path) -> Path:
+    return destination.parent / f".{destination.name}.partial-{uuid.uuid4().hex[:8]}"
+
+
+def _check_room(destination: Path, size: int) -> StorageError:
+    """The error that a full disk would be; raised at once where it is certain."""
+    existing = next(parent for parent in destination.parents if parent.exists())
+    full = StorageError(
+        f"disk full: {destination} needs {size / 1e9:.2f} GB; free some, or export to another disk"
+    )
+    if shutil.disk_usage(existing).free < size:
+        raise full
+    return full
 
 
 def add_files(folder: Path, files: Mapping[str, str]) -> None:

@@ -1,0 +1,170 @@
+"""Measure GGUF files by running them with llama.cpp: the same scorers as the search's.
+
+A file is measured beside its own unedited counterpart of the same type, so that what quantisation does
+to both is not taken for the edit's doing. Cards and records get the figures of both.
+
+Shapes: T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from excise.divergence import kl
+from excise.errors import ExportError
+from excise.evidence import Divergence, Evidence, Request, Response, Responses
+from excise.stacking import CandidateEdits
+
+_CHUNK = 64  # positions whose distributions are compared at a time
+_REASON = re.compile(r"GGML_ASSERT.*|error.*|.*Error: .*", re.IGNORECASE)
+
+
+def available() -> bool:
+    """Whether llama-cpp-python is installed."""
+    return importlib.util.find_spec("llama_cpp") is not None
+
+
+class GgufModel:
+    """One GGUF file, loaded in a process of its own; `adapter` is a LoRA on top of it.
+
+    Raises:
+        ExportError: llama.cpp cannot load it.
+    """
+
+    def __init__(self, path: Path, longest: int, adapter: Path | None = None) -> None:
+        self._path = path
+        # As many threads as torch has: llama.cpp's own choice is many times slower on a busy machine.
+        numbers = [str(longest), str(torch.get_num_threads())]
+        command = [sys.executable, "-m", "excise.llamaworker", str(path), *numbers]
+        self._complaints = tempfile.TemporaryFile()  # noqa: SIM115 (closed on leaving)
+        self._process = subprocess.Popen(
+            command if adapter is None else [*command, str(adapter)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._complaints,
+        )
+        self._answer()
+
+    def __enter__(self) -> GgufModel:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+        self._complaints.close()
+
+    def read(self, ids: Sequence[int], keep: int) -> Tensor:
+        """Raw logits (keep, V) of the next token after each of the last `keep` of `ids`."""
+        shape = self._ask({"ids": list(ids), "keep": keep})["shape"]
+        assert self._process.stdout is not None
+        raw = self._process.stdout.read(4 * shape[0] * shape[1])
+        if len(raw) != 4 * shape[0] * shape[1]:
+            raise self._stopped()
+        return torch.frombuffer(bytearray(raw), dtype=torch.float32).view(shape)
+
+    def greedy(self, ids: Sequence[int], ends: frozenset[int], limit: int) -> tuple[int, ...]:
+        """Greedy response tokens, an end token included."""
+        asked = {"ids": list(ids), "ends": sorted(ends), "limit": limit}
+        return tuple(self._ask(asked)["tokens"])
+
+    def _ask(self, asked: dict[str, Any]) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(asked).encode() + b"\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise self._stopped() from None
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line.endswith(b"\n"):
+            raise self._stopped()
+        return dict(json.loads(line))
+
+    def _stopped(self) -> ExportError:
+        """Why the process ended, from what it complained of."""
+        code = self._process.wait()
+        self._complaints.seek(0)
+        text = self._complaints.read().decode(errors="replace")
+        reasons = _REASON.findall(text)
+        self.__exit__()
+        reason = reasons[-1].strip()[:200] if reasons else f"exit code {code}"
+        return ExportError(f"llama.cpp cannot run {self._path} ({reason})")
+
+
+class GgufEngine:
+    """Answers scorers' requests for one GGUF: an `Engine` that measures no edits.
+
+    `reference` is another engine on the same prompts, whose model is the original.
+    """
+
+    def __init__(
+        self,
+        model: GgufModel,
+        prompts: dict[str, list[list[int]]],
+        tokenizer: Any,
+        *,
+        ends: frozenset[int],
+        limit: int,
+        reference: GgufEngine | None = None,
+    ) -> None:
+        self._model = model
+        self._prompts = prompts
+        self._tokenizer = tokenizer
+        self._ends = ends
+        self._limit = limit
+        self._reference = reference
+        self._known: dict[str, list[Response]] = {}
+
+    def measure(
+        self,
+        candidates: Sequence[CandidateEdits],
+        requests: Sequence[Request],
+        only: dict[str, int] | None = None,
+    ) -> list[Evidence]:
+        """As `Engine.measure`, for the one candidate without edits."""
+        assert len(candidates) == 1, "a GGUF is one model"
+        assert not only, "nothing is screened here"
+        evidence = Evidence()
+        for request in requests:
+            if isinstance(request, Responses):
+                evidence.responses[request.side] = self.responses(request.side)
+            elif isinstance(request, Divergence):
+                evidence.divergence[request.side] = list(self._diverge(request.side))
+        return [evidence]
+
+    def responses(self, side: str) -> list[Response]:
+        """Whole greedy responses to a side's prompts, made once."""
+        if side not in self._known:
+            self._known[side] = [self._answer(ids) for ids in self._prompts[side]]
+        return self._known[side]
+
+    def _answer(self, ids: list[int]) -> Response:
+        tokens = self._model.greedy(ids, self._ends, self._limit)
+        text = str(self._tokenizer.decode(tokens, skip_special_tokens=True))
+        return Response(tokens, text, tokens[-1] in self._ends)
+
+    def _diverge(self, side: str) -> Iterator[Tensor]:
+        """KL(original || this) at every token of the original's responses, per prompt."""
+        original = self._reference or self
+        for ids, response in zip(self._prompts[side], original.responses(side), strict=True):
+            whole = [*ids, *response.tokens[:-1]]
+            keep = len(response.tokens)
+            before = original._model.read(whole, keep)
+            after = self._model.read(whole, keep)
+            starts = range(0, keep, _CHUNK)
+            parts = [kl(before[at : at + _CHUNK], after[at : at + _CHUNK]) for at in starts]
+            yield torch.cat(parts).double()

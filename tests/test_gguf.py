@@ -1,0 +1,320 @@
+"""GGUF with real llama.cpp: converted, quantised, patched and adapted models give the edited tokens."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf_models
+import numpy as np
+import pytest
+import torch
+from test_merging import apply_in_memory, random_edits
+from transformers import AutoModelForCausalLM
+
+from excise import llamacpp
+from excise.anatomy import Writer, describe
+from excise.config import ExportSection
+from excise.edits import Edit
+from excise.errors import ConfigError, ExportError, ModelError
+from excise.ggml import check_file_type, from_float, to_float
+from excise.ggufexport import export_gguf, export_gguf_adapter, plan_gguf
+from excise.gguffile import read_gguf, read_shards
+from excise.llamarun import GgufModel
+from excise.patching import patch_gguf
+
+PROMPT = [2, 300, 401, 502, 17, 30, 77, 640]
+SHAPES = ("llama", "qwen3", "gemma4")
+
+
+@dataclass
+class Case:
+    """An original model on disk, in memory and as F32 GGUF, and an edit of every writer."""
+
+    folder: Path
+    model: Any
+    gguf: Path
+    edits: dict[str, Edit]
+
+    @property
+    def writers(self) -> tuple[Writer, ...]:
+        return describe(self.model).writers
+
+
+def tokens(model: Any, count: int = 16) -> tuple[int, ...]:
+    out = model.generate(torch.tensor([PROMPT]), max_new_tokens=count, do_sample=False)
+    return tuple(out[0, len(PROMPT) :].tolist())
+
+
+def gguf_tokens(path: Path, count: int = 16, adapter: Path | None = None) -> tuple[int, ...]:
+    with GgufModel(path, 64, adapter) as model:
+        return model.greedy(PROMPT, frozenset(), count)
+
+
+def gguf_logits(path: Path, adapter: Path | None = None) -> torch.Tensor:
+    with GgufModel(path, 64, adapter) as model:
+        return model.read(PROMPT, len(PROMPT))
+
+
+def load(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def edited(case: Case) -> Any:
+    return apply_in_memory(load(case.folder), case.edits)
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
+    """One model of every shape. The Llama one is split into several files, as large ones are."""
+    found = {}
+    tools = llamacpp.find_tools(None, ["Q8_0"])
+    for family in SHAPES:
+        root = tmp_path_factory.mktemp(family)
+        folder = gguf_models.checkpoint(root / "model", family, **gguf_models.WIDE)
+        plain, target = llamacpp.plain_copy(folder, root / "plain"), root / "base-F32.gguf"
+        if family == "llama":
+            command = [sys.executable, str(tools.converter), str(plain), "--outtype", "f32"]
+            command += ["--outfile", str(target), "--split-max-tensors", "9"]
+            subprocess.run(command, check=True, capture_output=True)
+            target = sorted(root.glob("base-F32-00001-of-*.gguf"))[0]
+        else:
+            llamacpp.convert(tools, plain, target, "F32", "Base")
+        model = load(folder)
+        found[family] = Case(folder, model, target, random_edits(describe(model).writers))
+    return found
+
+
+def test_converted_models_give_the_tokens_of_transformers(cases: dict[str, Case]) -> None:
+    for case in cases.values():
+        assert gguf_tokens(case.gguf) == tokens(case.model)
+        keys = read_gguf(case.gguf).keys
+        assert "<|turn>" in keys["tokenizer.chat_template"]
+        assert keys["general.sampling.top_k"] == 40
+        assert keys["general.sampling.temp"] == pytest.approx(0.7)
+
+
+def test_an_edited_model_is_converted_and_quantised(cases: dict[str, Case], tmp_path: Path) -> None:
+    case = cases["gemma4"]
+    section = ExportSection(quantize=("F32", "F16", "q8_0", "Q4_K_M"))
+    plan = plan_gguf(section, ["gguf"])
+    out = tmp_path / "out"
+    done = export_gguf(case.folder, out, case.edits, case.writers, plan, "Tiny-edited")
+    assert [f["type"] for f in done.details["files"]] == ["F16", "F32", "Q4_K_M", "Q8_0"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+    expected = tokens(edited(case))
+    assert expected != tokens(case.model)
+    for kind in ("F32", "F16"):
+        assert gguf_tokens(out / f"Tiny-edited-{kind}.gguf") == expected
+    kinds = {t.type.name for t in read_gguf(out / "Tiny-edited-Q4_K_M.gguf").tensors.values()}
+    assert {"Q4_K", "Q6_K"} <= kinds
+    reference = edited(case)(torch.tensor([PROMPT])).logits[0]
+    for kind, most in (("Q8_0", 0.05), ("Q4_K_M", 0.5)):
+        error = gguf_logits(out / f"Tiny-edited-{kind}.gguf") - reference
+        assert error.norm() < most * reference.norm()
+
+
+@pytest.mark.parametrize("family", SHAPES)
+def test_a_patched_file_is_the_edited_model_and_else_the_base(
+    cases: dict[str, Case], tmp_path: Path, family: str
+) -> None:
+    case = cases[family]
+    shards = read_shards(case.gguf)
+    done = patch_gguf(case.gguf, tmp_path / "out", case.edits, case.writers, case.model)
+    assert len(done.files) == len(shards) > (2 if family == "llama" else 0)
+    assert gguf_tokens(done.files[0]) == tokens(edited(case))
+    changed = set()
+    for before, path in zip(shards, done.files, strict=True):
+        after = read_gguf(path)
+        assert after.tensors == before.tensors
+        old, new = before.path.read_bytes(), path.read_bytes()
+        first = min(t.start for t in before.tensors.values())
+        assert old[:first] == new[:first]
+        spans = before.tensors.values()
+        changed |= {t.name for t in spans if old[t.start : t.stop] != new[t.start : t.stop]}
+    assert changed == set(done.tensors)
+    parts = 1 if family != "llama" else 2  # its biases are edited too
+    assert len(changed) == parts * len(case.writers)
+
+
+@pytest.mark.parametrize(("family", "kind"), [("qwen3", "F16"), ("gemma4", "BF16"), ("qwen3", "Q8_0"),
+                                              ("gemma4", "Q4_K_M"), ("qwen3", "Q4_0")])  # fmt: skip
+def test_patching_and_quantising_commute(
+    cases: dict[str, Case], tmp_path: Path, family: str, kind: str
+) -> None:
+    """Quantised and patched, a file is byte for byte the one that was patched and quantised."""
+    case = cases[family]
+    tools = llamacpp.find_tools(None, [kind, "Q8_0"])
+    llamacpp.quantise(tools, case.gguf, tmp_path / "small.gguf", kind)
+    patched = patch_gguf(
+        tmp_path / "small.gguf", tmp_path / "a", case.edits, case.writers, case.model
+    )
+    other = patch_gguf(case.gguf, tmp_path / "b", case.edits, case.writers, case.model)
+    llamacpp.quantise(tools, other.files[0], tmp_path / "expected.gguf", kind)
+    assert patched.files[0].read_bytes() == (tmp_path / "expected.gguf").read_bytes()
+    if kind == "F16":
+        assert gguf_tokens(patched.files[0]) == tokens(edited(case))
+
+
+def test_without_the_source_the_files_own_values_are_edited(
+    cases: dict[str, Case], tmp_path: Path
+) -> None:
+    case = cases["qwen3"]
+    tools = llamacpp.find_tools(None, ["Q8_0"])
+    llamacpp.quantise(tools, case.gguf, tmp_path / "small.gguf", "Q8_0")
+    model = load(case.folder)
+    writers = describe(model).writers
+    writers[0].module.to("meta")
+    done = patch_gguf(tmp_path / "small.gguf", tmp_path / "out", case.edits, writers, model)
+    base, file = read_gguf(tmp_path / "small.gguf"), read_gguf(done.files[0])
+    old, new = (_values(one, "blk.0.attn_output.weight") for one in (base, file))
+    expected = case.edits[writers[0].name].apply_to_weight(torch.from_numpy(old)).numpy()
+    kind = file.tensors["blk.0.attn_output.weight"].type
+    np.testing.assert_array_equal(new, to_float(from_float(expected, kind), kind))
+
+
+def _values(file: Any, name: str) -> Any:
+    tensor = file.tensors[name]
+    raw = np.frombuffer(file.path.read_bytes()[tensor.start : tensor.stop], dtype=np.uint8)
+    return to_float(raw.reshape(tensor.shape[0], -1), tensor.type)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma4"])
+def test_an_adapter_on_the_base_is_the_edited_model(
+    cases: dict[str, Case], tmp_path: Path, family: str
+) -> None:
+    case = cases[family]
+    arch = {"qwen3": "qwen3", "gemma4": "gemma4"}[family]
+    edits = random_edits(case.writers, rank=2, scale=False)
+    done = export_gguf_adapter(
+        tmp_path / "out", edits, case.writers, architecture=arch, layers=2, rank=2, name="tiny"
+    )
+    assert done.details["error"] < 1e-5
+    model = apply_in_memory(load(case.folder), edits)
+    expected = model(torch.tensor([PROMPT])).logits[0]
+    found = gguf_logits(case.gguf, tmp_path / "out" / "tiny-LoRA-F32.gguf")
+    assert (found - expected).norm() < 0.01 * expected.norm()
+    assert (gguf_logits(case.gguf) - expected).norm() > 0.1 * expected.norm()
+
+
+# -- bad input: one clear line each, nothing half-written -----------------------------------------
+
+
+def refused(case: Case, base: Path, tmp_path: Path, model: Any = None) -> str:
+    model = model or case.model
+    with pytest.raises((ModelError, ExportError)) as error:
+        patch_gguf(base, tmp_path / "out", case.edits, describe(model).writers, model)
+    assert not (tmp_path / "out").exists()
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_a_truncated_file_is_refused(cases: dict[str, Case], tmp_path: Path) -> None:
+    case, path = cases["qwen3"], tmp_path / "cut.gguf"
+    whole = case.gguf.read_bytes()
+    for size in (6, 40, 5000, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        assert "truncated or corrupt" in refused(case, path, tmp_path)
+    path.write_bytes(b"PK" + whole[2:])
+    assert "not a GGUF" in refused(case, path, tmp_path)
+    assert "does not exist" in refused(case, tmp_path / "none.gguf", tmp_path)
+
+
+def test_a_missing_part_is_named(cases: dict[str, Case], tmp_path: Path) -> None:
+    first = cases["llama"].gguf
+    shutil.copy(first, tmp_path)
+    assert "00002-of" in refused(cases["llama"], tmp_path / first.name, tmp_path)
+
+
+def test_another_models_file_is_refused(cases: dict[str, Case], tmp_path: Path) -> None:
+    case = cases["qwen3"]
+    assert "of another model" in refused(case, cases["gemma4"].gguf, tmp_path)
+    other = load(case.folder)
+    other.model.layers[0].mlp.down_proj.weight.data.roll(1, 0)
+    other.model.layers[0].mlp.down_proj.weight.data += 0.05
+    assert "of another model" in refused(case, case.gguf, tmp_path, other)
+    other = load(case.folder)
+    other.model.norm.weight.data *= 1.5
+    assert "output_norm" in refused(case, case.gguf, tmp_path, other)
+    wide = gguf_models.checkpoint(
+        tmp_path / "wide", "qwen3", **gguf_models.WIDE | {"hidden_size": 512}
+    )
+    text = refused(case, case.gguf, tmp_path, load(wide))
+    assert "shape" in text
+
+
+def test_an_unknown_type_is_refused() -> None:
+    assert check_file_type("q4_k_m") == "Q4_K_M"
+    with pytest.raises(ConfigError, match="did you mean Q4_K_M"):
+        check_file_type("Q4_KM")
+    with pytest.raises(ConfigError, match="importance matrix"):
+        check_file_type("IQ2_XXS")
+
+
+def test_a_missing_converter_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"holds no convert_hf_to_gguf"):
+        plan_gguf(ExportSection(llama_cpp=str(tmp_path)), ["gguf"])
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(llamacpp, "_installed_sources", list)
+    with pytest.raises(ConfigError, match="was not found: get https"):
+        plan_gguf(ExportSection(), ["gguf"])
+    assert plan_gguf(ExportSection(), ["gguf-adapter"]).tools is None
+
+
+def test_a_missing_quantiser_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(llamacpp.importlib.util, "find_spec", lambda name: None)
+    (tmp_path / "convert_hf_to_gguf.py").write_text("")
+    with pytest.raises(ConfigError, match=r"Q8_0 needs llama.cpp's quantiser"):
+        llamacpp.find_tools(tmp_path, ["Q8_0"])
+    assert llamacpp.find_tools(tmp_path, ["F16"]).quantizer is None
+    program = tmp_path / "build" / "bin" / "llama-quantize"
+    program.parent.mkdir(parents=True)
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    assert llamacpp.find_tools(tmp_path, ["Q8_0"]).quantizer == (str(program),)
+
+
+def test_options_that_do_not_go_together_are_refused(cases: dict[str, Case]) -> None:
+    path = str(cases["qwen3"].gguf)
+    with pytest.raises(ConfigError, match="keeps the file's own types"):
+        plan_gguf(ExportSection(from_gguf=path, quantize=("Q8_0",)), ["gguf"])
+    with pytest.raises(ConfigError, match="for --format gguf"):
+        plan_gguf(ExportSection(quantize=("Q8_0",)), ["safetensors"])
+
+
+def test_a_failing_tool_leaves_nothing(cases: dict[str, Case], tmp_path: Path) -> None:
+    case = cases["qwen3"]
+    source = tmp_path / "source"
+    shutil.copytree(case.folder, source)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(
+        json.dumps(config | {"architectures": ["NobodyForCausalLM"]})
+    )
+    plan = plan_gguf(ExportSection(quantize=("F32",)), ["gguf"])
+    with pytest.raises(ExportError, match=r"llama.cpp's converter failed .*Nobody"):
+        export_gguf(source, tmp_path / "out", case.edits, case.writers, plan, "x")
+    assert [p.name for p in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_model_that_llama_cpp_cannot_run_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "x.gguf").write_bytes(b"GGUF" + bytes(60))
+    with pytest.raises(ExportError, match=r"llama.cpp cannot run") as error:
+        GgufModel(tmp_path / "x.gguf", 8)
+    assert "\n" not in str(error.value)
+
+
+def test_what_the_converter_reads_holds_no_code(cases: dict[str, Case], tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(cases["qwen3"].folder, source)
+    (source / "modeling.py").write_text("raise SystemExit(3)")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoConfig": "x--y.Z"}}))
+    plain = llamacpp.plain_copy(source, tmp_path / "plain")
+    assert not list(plain.glob("*.py"))
+    assert json.loads((plain / "config.json").read_text()) == config

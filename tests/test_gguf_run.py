@@ -1,0 +1,225 @@
+"""A run's GGUF exports from the command line: measured, on the record, on the card, with a Modelfile."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import gguf_models
+import pytest
+from conftest import job, write_prompts
+from transformers import AutoTokenizer
+
+from excise import llamacpp, llamarun, ollama
+from excise.cli import main
+from excise.record import ArtifactRecord, read_record
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run on a Qwen3-shaped model that llama.cpp's converter knows."""
+    folder = tmp_path_factory.mktemp("gguf")
+    gguf_models.checkpoint(folder / "model", "qwen3", **gguf_models.WIDE)
+    for side in ("target", "contrast"):
+        write_prompts(folder, side)
+    (folder / "markers.txt").write_text("a\n")
+    assert main(job(folder, folder / "run")) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def artifacts(finished: Path) -> dict[str, ArtifactRecord]:
+    """Converted and quantised, then patched, then an adapter on the patched file's base."""
+    run, root = str(finished / "run"), finished
+    common = ["export", run, "--quiet", "--to"]
+    assert main([*common, str(root / "big"), "--format", "gguf", "--quantize", "F32,Q4_K_M"]) == 0
+    tools = llamacpp.find_tools(None)
+    plain = llamacpp.plain_copy(root / "model", root / "plain")
+    llamacpp.convert(tools, plain, root / "base.gguf", "F16", "Base")
+    base = ["--from-gguf", str(root / "base.gguf")]
+    assert main([*common, str(root / "patched"), "--format", "gguf", *base]) == 0
+    assert (
+        main([*common, str(root / "lora"), "--format", "gguf-adapter", "--rank", "4", *base]) == 0
+    )
+    record = read_record(finished / "run")
+    return {Path(a.path).name: a for a in record.artifacts}
+
+
+def test_every_file_is_measured_beside_its_unedited_counterpart(
+    finished: Path, artifacts: dict[str, ArtifactRecord]
+) -> None:
+    record = read_record(finished / "run")
+    for name, kinds in (("big", ["F32", "Q4_K_M"]), ("patched", ["F16"]), ("lora", ["F32"])):
+        files = artifacts[name].details["files"]
+        assert [one["type"] for one in files] == kinds
+        for one in files:
+            assert one["original"]["drift"]["value"] == pytest.approx(0, abs=1e-9)
+            assert one["edited"]["drift"]["value"] > 0
+            assert one["edited"]["behaviour_rate"]["n"] == record.baseline["behaviour_rate"].n
+    # In float32 llama.cpp runs the same model as Transformers, so it measures the same.
+    full = artifacts["big"].details["files"][0]
+    expected = artifacts["big"].expected
+    assert full["edited"]["drift"]["value"] == pytest.approx(expected["drift"].value, rel=1e-3)
+    assert full["edited"]["behaviour_rate"]["value"] == expected["behaviour_rate"].value
+    assert full["original"]["behaviour_rate"]["value"] == record.baseline["behaviour_rate"].value
+
+
+def test_nothing_is_left_on_the_way(finished: Path, artifacts: dict[str, ArtifactRecord]) -> None:
+    assert not [p for p in finished.iterdir() if "partial" in p.name]
+    assert {p.suffix for p in (finished / "big").iterdir()} == {".gguf", ".md", ""}
+
+
+def test_without_llama_cpp_it_is_said_that_nothing_was_measured(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    monkeypatch.setattr(llamarun, "available", lambda: False)
+    to, base = str(tmp_path / "out"), str(finished / "base.gguf")
+    command = ["export", str(finished / "run"), "--to", to, "--format", "gguf", "--from-gguf", base]
+    assert main(command) == 0
+    assert "not measured, for want of llama.cpp" in capfd.readouterr().err
+    assert not read_record(finished / "run").artifacts[-1].measured
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--format", "gguf", "--quantize", "Q9"], "unknown quantisation type 'Q9'"),
+        (["--format", "gguf", "--llama-cpp", "/nowhere"], "holds no convert_hf_to_gguf.py"),
+        (["--format", "gguf", "--from-gguf", "/nowhere.gguf"], "does not exist"),
+        (["--quantize", "Q8_0"], "for --format gguf"),
+    ],
+)
+def test_bad_input_is_said_before_anything_is_written(
+    finished: Path, tmp_path: Path, capfd: Any, flags: list[str], words: str
+) -> None:
+    assert main(["export", str(finished / "run"), "--to", str(tmp_path / "out"), *flags]) == 2
+    said = capfd.readouterr().err.strip()
+    assert words in said
+    assert "\n" not in said
+    assert not list(tmp_path.iterdir())
+
+
+# -- Ollama ----------------------------------------------------------------------------------------
+
+CHATML = (
+    "{%- if messages[0]['role'] == 'system' -%}"
+    "{{- '<|im_start|>system\n' + messages[0]['content'] + '<|im_end|>\n' }}"
+    "{%- else -%}{{- '<|im_start|>system\nBe {{ kind }}.<|im_end|>\n' }}{%- endif -%}"
+    "{%- for m in messages -%}{%- if m.role != 'system' -%}"
+    "{{- '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+    "{%- endif -%}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' }}{%- endif -%}"
+)
+NO_SYSTEM = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}"
+    "{{ raise_exception('no system messages') }}{% endif %}"
+    "[{{ m.role }}] {{ m.content }}[/]{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+MERGED = (
+    "{{ bos_token }}{% set first = messages[0].content if messages[0].role == 'system' else '' %}"
+    "{% for m in messages if m.role != 'system' %}<{{ m.role }}>"
+    "{% if loop.first and first %}{{ first }}\n{% endif %}{{ m.content }}</>{% endfor %}<assistant>"
+)
+
+
+def go(template: str, chat: list[dict[str, str]]) -> str:
+    """What Go makes of the few forms that our templates use; another form is an error."""
+    out: list[str] = []
+    system = next((m["content"] for m in chat if m["role"] == "system"), "")
+    parts = re.split(r"(\{\{.*?\}\})", template)
+
+    def run(at: int, message: dict[str, str], last: bool, live: bool) -> int:
+        """Render from `at` up to this block's `end` or `else`; returns where that stands."""
+        while at < len(parts):
+            part = parts[at]
+            code = part[2:-2].strip() if part.startswith("{{") else None
+            if code is None:
+                out.extend([part] if live else [])
+            elif code == "end" or code.startswith("else"):
+                return at
+            elif code.startswith("range"):
+                ends = {run(at + 1, m, m is chat[-1], live) for m in chat}
+                at = ends.pop()
+            elif code.startswith("if"):
+                at = branch(at, message, last, live)
+            elif live and not code.startswith("$last :="):
+                out.append({".Content": message.get("content", ""), '"{{"': "{{"}[code])
+            at += 1
+        return at
+
+    def branch(at: int, message: dict[str, str], last: bool, live: bool) -> int:
+        taken = False
+        while True:
+            code = parts[at][2:-2].strip().removeprefix("else").strip()
+            if code == "end":
+                return at
+            now = not taken and holds(code.removeprefix("if").strip(), message, last)
+            at = run(at + 1, message, last, live and now)
+            taken = taken or now
+
+    def holds(test: str, message: dict[str, str], last: bool) -> bool:
+        role = message.get("role")
+        equal = re.fullmatch(r'eq \.Role "(\w+)"', test)
+        if equal:
+            return role == equal[1]
+        return {
+            "not .System": not system,
+            "not $last": not last,
+            'and $last (ne .Role "assistant")': last and role != "assistant",
+        }[test]
+
+    run(0, {}, False, True)
+    return "".join(out)
+
+
+@pytest.mark.parametrize("template", [None, CHATML, NO_SYSTEM, MERGED])
+def test_the_template_gives_what_the_tokenizers_own_gives(template: str | None) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(gguf_models.DEMO)
+    tokenizer.chat_template = template or tokenizer.chat_template
+    pieces = ollama.probe(tokenizer)
+    if template is MERGED:
+        assert pieces is None
+        return
+    assert pieces is not None
+    user, more = ({"role": "user", "content": c} for c in ("What is it?", "And {{ that }}?"))
+    answer = {"role": "assistant", "content": "A lantern."}
+    chats = [[user], [user, answer, more]]
+    if template is not NO_SYSTEM:
+        chats += [[{"role": "system", "content": "Be brief."}, *chat] for chat in chats]
+    for chat in chats:
+        expected = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        found = go(ollama.go_template(pieces), chat)
+        assert found == expected.removeprefix(tokenizer.bos_token)
+
+
+def test_the_modelfile_names_files_parameters_and_licence(
+    finished: Path, artifacts: dict[str, ArtifactRecord]
+) -> None:
+    text = (finished / "big" / "Modelfile").read_text()
+    named = re.findall(r"^FROM \./(.*)$", text, re.MULTILINE)
+    assert [(finished / "big" / name).is_file() for name in named] == [True]
+    assert 'TEMPLATE """' in text
+    for line in ("temperature 0.7", "top_p 0.9", "top_k 40", 'stop "<eos>"'):
+        assert f"PARAMETER {line}\n" in text
+    assert (finished / "patched" / "Modelfile").read_text().count("FROM ./edited-base.gguf") == 1
+
+
+def test_a_projector_is_a_second_file_and_quotes_do_not_end_the_licence() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(gguf_models.DEMO)
+    text = ollama.modelfile(
+        "m.gguf", tokenizer, {"do_sample": False}, projector="mmproj-m.gguf", licence='a """ b'
+    )
+    assert "FROM ./m.gguf\nFROM ./mmproj-m.gguf\n" in text
+    assert "PARAMETER temperature 0\n" in text
+    assert text.count('"""') == 4
+
+
+def test_a_converter_that_a_person_has_is_used(finished: Path, tmp_path: Path) -> None:
+    tools = llamacpp.find_tools(llamacpp.find_tools(None).converter.parent, ["Q8_0"])
+    done = subprocess.run(
+        [*(tools.quantizer or ()), "x", "y", "7"], capture_output=True, check=False
+    )
+    assert done.returncode != 0  # no such file: the quantiser itself says so, and nothing else
+    assert not (tmp_path / "y").exists()
