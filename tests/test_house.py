@@ -19,10 +19,10 @@ MODULES = sorted(SOURCE.glob("*.py"))
 
 # Bottom to top, as ARCHITECTURE.md lists them: a module imports only from those before it.
 ORDER = (
-    "errors config events prompts intervals evidence anatomy loading tokens directions "
+    "errors config events prompts intervals evidence anatomy loading dressing tokens directions "
     "capture profiles edits subspace ridge lbfgs ara space directional moments "
     "subspace_method ridge_method ara_method methods stacking kvcache forward decoding "
-    "divergence engine planning scorers front record wording digest markdown caveats recipe "
+    "divergence engine opening planning scorers front record wording digest markdown caveats recipe "
     "search journal panel stage figures card report staging merging export gguffile ggml patching "
     "llamacpp ggufexport llamaworker llamarun ggufcheck ollama artifacts finish "
     "pipeline jobs hub inspecting console cli"
@@ -99,8 +99,8 @@ def test_the_command_line_is_what_the_contract_says():
         for name, sub in actions.items()
     }
     progress = ["--json-events", "--quiet"]
-    prompts = "--behaviour --config --contrast --contrast-eval --direction-size --eval-size "
-    prompts += "--markers --max-new-tokens --method --set --target --target-eval"
+    prompts = "--behaviour --chat-template --config --contrast --contrast-eval --direction-size "
+    prompts += "--eval-size --markers --max-new-tokens --method --set --target --target-eval"
     expected = {
         "demo": ["--out", "--seed", "--trials", *progress],
         "run": [*prompts.split(), "--out", "--seed", "--startup-trials", "--trials", *progress],

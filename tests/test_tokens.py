@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from excise.config import PromptSection
+from excise.dressing import PLAIN_FORMAT, dress
 from excise.errors import ModelError, PromptError
 from excise.prompts import Prompt, PromptSet
-from excise.tokens import PLAIN_FORMAT, Batch, batches, encode, end_tokens, left_pad, pad_token
+from excise.tokens import Batch, batches, encode, end_tokens, left_pad, pad_token
 
 CPU = torch.device("cpu")
 
@@ -46,7 +47,8 @@ def add_bos(tokenizer):
 
 def ids_of(tokenizer, *texts, **section):
     prompts = PromptSet("target", "p.txt", tuple(Prompt(text) for text in texts))
-    return encode(tokenizer, prompts, PromptSection(**section))
+    given = PromptSection(**section)
+    return encode(tokenizer, prompts, given, dress(tokenizer, given))
 
 
 def spoken(tokenizer, ids):
@@ -104,6 +106,7 @@ def test_without_a_template_the_tokenizers_own_bos_comes_once():
     [
         "{{ raise_exception('System role not supported') }}",
         "{% for m in messages %}{{ m.content",
+        "{{ 1 // 0 }}",
         "{{ messages[0]['content'] + 3 }}",
         "{{ nobody.knows.this }}",
     ],
@@ -114,17 +117,6 @@ def test_a_template_that_fails(template):
     with pytest.raises(ModelError, match="chat template cannot render") as error:
         ids_of(tokenizer, "orb", system="be brief")
     assert "\n" not in str(error.value)
-
-
-def test_a_template_that_refuses_only_a_system_role():
-    tokenizer = builders.tokenizer()
-    tokenizer.chat_template = (
-        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
-        + builders.TEMPLATE
-    )
-    assert spoken(tokenizer, ids_of(tokenizer, "orb")[0]) == "<|user|>orb<|assistant|>"
-    with pytest.raises(ModelError, match="no system role"):
-        ids_of(tokenizer, "orb", system="be brief")
 
 
 def test_a_template_that_renders_nothing_is_an_error():

@@ -71,6 +71,7 @@ class Checker:
             max_new_tokens=self.config.scores.max_new_tokens,
             plan=self.engine.plan,
             reference=reference,
+            spoken=self.engine.spoken,
         )
         panel = Panel(engine, self.scoring.every_trial, self.context, screen=False)
         return panel.measure([[]])[0].scores

@@ -21,6 +21,7 @@ from excise.digest import (
     artifact_of,
     behaviour,
     evidence,
+    formatting_notes,
     front_points,
     is_safeguard,
     prompt_sets,
@@ -140,6 +141,7 @@ def model_card(
         _details(record, shown, artifact_format, artifact),
         _edit(record, shown, artifact_format),
         _figures(record, shown),
+        _formatting(record),
         _front(record, shown),
         _export_check(artifact),
         _list_section("Limitations", limitations(record, shown, artifact_format)),
@@ -271,6 +273,11 @@ def _figures(record: Record, trial: TrialRecord) -> str:
             _legend(row.name for row in rows if row.group is None),
         ]
     )
+
+
+def _formatting(record: Record) -> str:
+    notes = formatting_notes(record)
+    return _list_section("How prompts were put to the model", notes) if notes else ""
 
 
 def _row_label(row: Row) -> str:

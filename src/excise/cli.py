@@ -134,6 +134,8 @@ def _add_job(parser: argparse.ArgumentParser, *, search: bool = True) -> None:
         )
     parser.add_argument("--direction-size", type=int, metavar="N", help="rows used for directions")
     parser.add_argument("--eval-size", type=int, metavar="N", help="rows that score; rest: holdout")
+    text = "chat template: a file, or a model that has one"
+    parser.add_argument("--chat-template", metavar="FILE|MODEL", help=text)
     parser.add_argument("--markers", metavar="FILE", help="phrases that show the behaviour")
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="longest response")
     if search:
@@ -168,6 +170,8 @@ def _config(arguments: argparse.Namespace, model: str) -> Any:
     flags |= {key: given[flag] for flag, key in plain.items() if given.get(flag) is not None}
     if given["markers"] is not None:
         flags |= {"scores.markers": [], "scores.markers_file": _absolute(given["markers"])}
+    if given["chat_template"] is not None:
+        flags["prompts.chat_template"] = _absolute(given["chat_template"])
     for name in _PROMPT_FLAGS:
         if given[name] is not None:
             flags[f"prompts.{name}"] = {"source": _absolute(given[name])}

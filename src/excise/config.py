@@ -6,6 +6,7 @@ is an error that names its nearest neighbour. Knows nothing of models, prompts' 
 
 from __future__ import annotations
 
+import datetime
 import difflib
 import tomllib
 from importlib import resources
@@ -51,7 +52,10 @@ class PromptSource(Section):
 
 
 class PromptSection(Section):
-    """Where prompts come from and how they are dressed. Sizes count rows."""
+    """Where prompts come from and how they are dressed. Sizes count rows.
+
+    `response_prefix` is what every response begins with: None finds what most of them share.
+    """
 
     target: PromptSource | None = None
     contrast: PromptSource | None = None
@@ -65,6 +69,10 @@ class PromptSection(Section):
     system: str | None = None
     prefix: str = ""
     suffix: str = ""
+    chat_template: str | None = None
+    thinking: bool = False
+    response_prefix: str | None = None
+    date: datetime.date = datetime.date(2025, 1, 1)
 
 
 class DirectionSection(Section):
@@ -290,6 +298,8 @@ def _anchor(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
     for value in prompts.values() if isinstance(prompts, dict) else ():
         if isinstance(value, dict) and isinstance(value.get("source"), str):
             value["source"] = _beside(value["source"], folder)
+    if isinstance(prompts, dict) and isinstance(prompts.get("chat_template"), str):
+        prompts["chat_template"] = _beside(prompts["chat_template"], folder)
     scores = tree.get("scores")
     if isinstance(scores, dict):
         if isinstance(scores.get("markers_file"), str):

@@ -26,8 +26,14 @@ class ResponseTree:
     Most rows repeat what others said: the same prompt under another candidate, the same phrase.
     """
 
-    def __init__(self, tokenizer: Any, deciders: frozenset[Decided] | None) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        deciders: frozenset[Decided] | None,
+        spoken: tuple[int, ...] = (),
+    ) -> None:
         self._tokenizer = tokenizer
+        self._spoken = spoken
         self._deciders = deciders
         self._children: dict[tuple[int, int], int] = {}
         self._tokens: list[tuple[int, ...]] = [()]
@@ -60,8 +66,8 @@ class ResponseTree:
         return Response(tokens, self.text(tokens), ended)
 
     def text(self, tokens: Sequence[int]) -> str:
-        """Text of response tokens, without special tokens."""
-        return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
+        """Text of response tokens, without special tokens, after what every response begins with."""
+        return str(self._tokenizer.decode([*self._spoken, *tokens], skip_special_tokens=True))
 
 
 def greedy(

@@ -166,6 +166,13 @@ def trial_counts(record: Record) -> dict[str, int]:
     return {word: count for word, count in counts.items() if count}
 
 
+def formatting_notes(record: Record) -> list[str]:
+    """How prompts were put to the model, where that needs saying, a sentence each."""
+    opening = record.formatting.get("opening") or {}
+    notes = [*record.formatting.get("notes", []), opening.get("note", "")]
+    return [str(note) for note in notes if note]
+
+
 def total_seconds(record: Record) -> float:
     """The run's time: its `total` where the record has one, else the sum of its phases."""
     return record.timing.get("total", sum(record.timing.values()))

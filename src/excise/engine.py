@@ -77,8 +77,10 @@ class Engine:
         max_new_tokens: int,
         plan: Plan | None = None,
         reference: Reference | None = None,
+        spoken: Sequence[int] = (),
     ) -> None:
         self.plan = plan or Plan()
+        self.spoken = tuple(spoken)  # the last tokens of every prompt that belong to its response
         self.writers = writers
         self.prompts = prompts
         self.limit = max_new_tokens
@@ -232,7 +234,7 @@ class Engine:
     ) -> list[list[Response]]:
         """Greedy responses: prompts in passes of `plan.rows`, then all of them decode together."""
         if deciders not in self._trees:
-            self._trees[deciders] = ResponseTree(self._loaded.tokenizer, deciders)
+            self._trees[deciders] = ResponseTree(self._loaded.tokenizer, deciders, self.spoken)
         tree, rows = self._trees[deciders], self.prompts[side]
 
         def work(stack: Stack, members: list[int], chunk: list[int]) -> list[list[Response]]:

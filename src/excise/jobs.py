@@ -10,7 +10,7 @@ from excise import journal, stage
 from excise.artifacts import Checker, export
 from excise.config import Config, load_config
 from excise.errors import ConfigError, OutputError, RunStateError
-from excise.events import OnEvent, ignore, phase
+from excise.events import Notice, OnEvent, ignore, phase
 from excise.finish import write_pages
 from excise.front import Objective, Point, choose
 from excise.ggufexport import plan_gguf
@@ -67,6 +67,8 @@ def export_run(
         if known is None:
             raise RunStateError(f"{folder} has no readable directions.safetensors")
         sizing, tokens = from_dict(record.engine), stage.tokenise(loaded, sets, config)
+        opening = stage.read_opening(folder / "directions.safetensors")
+        tokens = stage.open_responses(loaded, tokens, config, scoring.markers, opening)
         place = folder / "method.safetensors"
         method = stage.method_for(loaded, known[0], tokens, config, place, on_event, anew=False)
         both = (sets.target_eval, sets.contrast_eval)
@@ -95,7 +97,10 @@ def evaluate(
     scorers = scoring.every_trial + scoring.final
     with phase("load", on_event):
         base = load(config.model)
-    tokens = stage.tokenise(base, sets, config)
+    bare = stage.tokenise(base, sets, config)
+    tokens = stage.open_responses(base, bare, config, scoring.markers)
+    for note in tokens.notes:
+        on_event(Notice(note))
     parts: list[tuple[str, Part, tuple[PromptSet, PromptSet]]] = [
         ("search", "eval", (sets.target_eval, sets.contrast_eval))
     ]
@@ -120,7 +125,7 @@ def evaluate(
     if (other.anatomy.width, other.model.config.vocab_size) != (width, vocabulary):
         raise ConfigError(f"{edited} is not an edit of {config.model.source}: other shapes")
     rows = []
-    if stage.tokenise(other, sets, config) != tokens:
+    if stage.tokenise(other, sets, config).rows != bare.rows:
         raise ConfigError(f"{edited} turns the prompts into other tokens than its base")
     with phase("measure safetensors", on_event):
         for where, part, both in parts:

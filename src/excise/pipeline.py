@@ -81,6 +81,10 @@ def run(
         if not resume:
             write_text(out / CONFIG, to_toml(config))
         with clock.phase("capture"):
+            known = stage.read_opening(out / DIRECTIONS) if resume else None
+            tokens = stage.open_responses(loaded, tokens, config, scoring.markers, known)
+            for note in tokens.notes:
+                on_event(events.Notice(note))
             method, separation = _prepare(loaded, tokens, config, out, resume, on_event)
         with clock.phase("plan"):
             sizing, search = _open_search(
@@ -109,6 +113,7 @@ def run(
                 "front": [p.number for p in front],
                 "selected": chosen.number,
                 "separation": separation,
+                "formatting": tokens.as_dict(),
                 **figures,
             }
         )
@@ -165,7 +170,7 @@ def _prepare(
         loaded, tokens, config.directions, on_event
     )
     if known is None:
-        stage.save_directions(path, directions, separation)
+        stage.save_directions(path, directions, separation, tokens.opening)
     place, anew = out / CAPTURED, known is None
     method = stage.method_for(loaded, directions, tokens, config, place, on_event, anew=anew)
     return method, separation
@@ -186,7 +191,7 @@ def _open_search(
     known = None if fresh else journal.open_study(out)
     stored = None if known is None else known.user_attrs["sizing"]
     sizing = _sizing(loaded, tokens, config) if stored is None else from_dict(stored)
-    mine = stage.identity(loaded, sets, config, sizing)
+    mine = stage.identity(loaded, sets, tokens, config, sizing)
     if known is None:
         ways = [s.goal for s in scoring.objectives]
         study = journal.create_study(out, ways, mine, sizing.as_dict())

@@ -25,11 +25,12 @@ _FLAGS = {
     "prompts.contrast_eval.source": "--contrast-eval",
     "prompts.direction_size": "--direction-size",
     "prompts.eval_size": "--eval-size",
+    "prompts.chat_template": "--chat-template",
     "scores.markers_file": "--markers",
     "scores.max_new_tokens": "--max-new-tokens",
 }
 # The card never holds text that is put to the model.
-_WITHHELD = ("prompts.system", "prompts.prefix", "prompts.suffix")
+_WITHHELD = ("prompts.system", "prompts.prefix", "prompts.suffix", "prompts.response_prefix")
 _ALWAYS = ("search.trials", "seed")
 # Said in a place of their own, or not part of what was measured.
 _ELSEWHERE = ("model.source", "behaviour")
@@ -85,7 +86,8 @@ def _flatten(tree: dict[str, Any], path: str = "") -> dict[str, Any]:
 
 def _public(key: str, value: Any) -> Any:
     """The value as it may be published: the names of files without their folders."""
-    if not key.endswith((".source", ".files", ".markers_file", ".llama_cpp", ".from_gguf")):
+    paths = (".source", ".files", ".markers_file", ".chat_template", ".llama_cpp", ".from_gguf")
+    if not key.endswith(paths):
         return value
     if isinstance(value, list):
         return [public_source(str(item)) for item in value]

@@ -125,6 +125,7 @@ class Record(Part):
     seed: int
     config: dict[str, Any]
     prompts: dict[str, PromptRecord]
+    formatting: dict[str, Any] = {}  # how prompts are put to the model: `stage.Tokens.as_dict`
     objectives: list[str]
     goals: list[Literal["minimize", "maximize"]]
     baseline: Scores

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,12 +18,14 @@ from excise.anatomy import Writer
 from excise.capture import Pass, geometric_median, mean, projections, residual_pass
 from excise.config import Config, DirectionSection
 from excise.directions import Directions, auc, from_means
+from excise.dressing import Dressing, dress
 from excise.engine import Engine, Plan, Reference
 from excise.errors import ConfigError, StorageError
 from excise.events import OnEvent, track
 from excise.front import Objective
 from excise.loading import Loaded, read_config, weight_files
 from excise.methods import KINDS, Bench, Method
+from excise.opening import Opening, find_opening, from_dict, given_opening
 from excise.planning import Sizing
 from excise.prompts import PromptSet, PromptSets
 from excise.record import Separation
@@ -36,10 +38,39 @@ from excise.scorers import (
 )
 from excise.tokens import batches, encode, end_tokens, pad_token
 
-# Token ids of the prompts, by role.
-Tokens = dict[str, list[list[int]]]
-
 _CAPTURE_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Tokens(Mapping[str, list[list[int]]]):
+    """Token ids of the prompts, by role, and how they came to be."""
+
+    rows: dict[str, list[list[int]]]
+    dressing: Dressing
+    opening: Opening = field(default_factory=Opening)
+
+    def __getitem__(self, role: str) -> list[list[int]]:
+        return self.rows[role]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def opened(self, opening: Opening) -> Tokens:
+        """The same with `opening` at the end of every prompt."""
+        rows = {role: [[*row, *opening.ids] for row in rows] for role, rows in self.rows.items()}
+        return replace(self, rows=rows, opening=opening)
+
+    def as_dict(self) -> dict[str, Any]:
+        """How prompts are put to the model, for the study and the record."""
+        return {**self.dressing.as_dict(), "opening": self.opening.as_dict()}
+
+    @property
+    def notes(self) -> list[str]:
+        """The same in sentences."""
+        return [note for note in (*self.dressing.notes, self.opening.note) if note]
 
 
 @dataclass(frozen=True)
@@ -108,7 +139,24 @@ def tokenise(loaded: Loaded, sets: PromptSets, config: Config) -> Tokens:
     Raises:
         ModelError: the chat template cannot render a prompt.
     """
-    return {s.role: encode(loaded.tokenizer, s, config.prompts) for s in sets.all() if len(s)}
+    section = config.prompts
+    dressing = dress(loaded.tokenizer, section)
+    rows = {s.role: encode(loaded.tokenizer, s, section, dressing) for s in sets.all() if len(s)}
+    return Tokens(rows, dressing)
+
+
+def open_responses(
+    loaded: Loaded, tokens: Tokens, config: Config, markers: Markers, known: Opening | None = None
+) -> Tokens:
+    """`tokens` with what every response begins with: `known`, the configuration's, or found now."""
+    given, opening = config.prompts.response_prefix, known
+    if opening is None and given is not None:
+        opening = given_opening(loaded.tokenizer, given)
+    if opening is None:
+        prompts = {side: tokens[side] for side in ("target", "contrast")}
+        thinking = config.prompts.thinking
+        opening = find_opening(loaded, prompts, thinking=thinking, shows=markers.found)
+    return tokens.opened(opening)
 
 
 def engine_for(
@@ -122,8 +170,15 @@ def engine_for(
 ) -> Engine:
     """An engine that measures on the search prompts (`eval`) or on the holdout's."""
     prompts = {side: tokens[f"{side}_{part}"] for side in ("target", "contrast")}
-    limit = config.scores.max_new_tokens
-    return Engine(loaded, writers, prompts, max_new_tokens=limit, plan=plan, reference=reference)
+    return Engine(
+        loaded,
+        writers,
+        prompts,
+        max_new_tokens=config.scores.max_new_tokens,
+        plan=plan,
+        reference=reference,
+        spoken=tokens.opening.spoken,
+    )
 
 
 def find_directions(
@@ -213,7 +268,9 @@ def _responses(loaded: Loaded, tokens: Tokens, config: Config) -> list[Sequence[
     return [response.tokens for response in engine.original("contrast").responses]
 
 
-def identity(loaded: Loaded, sets: PromptSets, config: Config, sizing: Sizing) -> dict[str, Any]:
+def identity(
+    loaded: Loaded, sets: PromptSets, tokens: Tokens, config: Config, sizing: Sizing
+) -> dict[str, Any]:
     """What a study's trials belong to; two runs may share trials only if all of it is equal."""
     return {
         "model": fingerprint(loaded.folder),
@@ -224,7 +281,10 @@ def identity(loaded: Loaded, sets: PromptSets, config: Config, sizing: Sizing) -
         "directions": config.directions.model_dump(mode="json"),
         "edit": config.edit.model_dump(mode="json"),
         "scores": config.scores.model_dump(mode="json", exclude={"final"}),
-        "template": config.prompts.model_dump(mode="json", include={"system", "prefix", "suffix"}),
+        "template": {
+            **config.prompts.model_dump(mode="json", include={"system", "prefix", "suffix"}),
+            **tokens.as_dict(),
+        },
         "batch": sizing.batch,
     }
 
@@ -239,14 +299,20 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def save_directions(path: Path, directions: Directions, separation: Separation) -> None:
-    """Write `directions.safetensors`: unit (L, D), contrast (L, D), auc (L)."""
+def save_directions(
+    path: Path, directions: Directions, separation: Separation, opening: Opening
+) -> None:
+    """Write `directions.safetensors`: unit (L, D), contrast (L, D), auc (L).
+
+    Its metadata hold the opening of the responses that the residuals were captured at.
+    """
     tensors = {
         "unit": directions.unit.contiguous(),
         "contrast": directions.contrast.contiguous(),
         "auc": torch.tensor(separation.auc, dtype=torch.float64),
     }
     metadata = {"format": "pt", "projected": str(directions.projected).lower()}
+    metadata["opening"] = json.dumps(opening.as_dict())
     _save_tensors(path, tensors, metadata)
 
 
@@ -276,4 +342,13 @@ def read_directions(path: Path) -> tuple[Directions, Separation] | None:
             found = Directions(file.get_tensor("unit"), file.get_tensor("contrast"), projected)
             return found, Separation(auc=file.get_tensor("auc").tolist())
     except (OSError, SafetensorError):
+        return None
+
+
+def read_opening(path: Path) -> Opening | None:
+    """What `save_directions` was given; None where there is nothing to trust."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return from_dict(json.loads((file.metadata() or {})["opening"]))
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError):
         return None

@@ -13,11 +13,9 @@ import torch
 from torch import Tensor
 
 from excise.config import PromptSection
+from excise.dressing import Dressing
 from excise.errors import ModelError, PromptError
 from excise.prompts import PromptSet
-
-# What a model without a chat template is given: documented in the README.
-PLAIN_FORMAT = "Question: {prompt}\nAnswer:"
 
 
 @dataclass(frozen=True)
@@ -45,37 +43,23 @@ class Batch:
         return self.part(0, n), self.part(n, len(self.rows))
 
 
-def encode(tokenizer: Any, prompts: PromptSet, section: PromptSection) -> list[list[int]]:
-    """Token ids of every prompt, as the model expects it, up to where its response begins.
+def encode(
+    tokenizer: Any, prompts: PromptSet, section: PromptSection, dressing: Dressing
+) -> list[list[int]]:
+    """Token ids of every prompt, as the model expects it, up to where its answer begins.
 
     Raises:
-        ModelError: the chat template fails, or refuses a system role.
+        ModelError: the chat template cannot render a prompt.
+        PromptError: a prompt has no tokens.
     """
     texts = [f"{section.prefix}{prompt.text}{section.suffix}" for prompt in prompts.prompts]
-    rendered = [_render(tokenizer, text, section.system) for text in texts]
+    rendered = [dressing.render(tokenizer, text) for text in texts]
     # The template writes its own <bos>; adding another would change every position.
-    special = not getattr(tokenizer, "chat_template", None)
+    special = dressing.template is None
     ids = tokenizer(rendered, add_special_tokens=special)["input_ids"]
     if any(not row for row in ids):
         raise PromptError(f"a prompt of {prompts.source} has no tokens")
     return [list(map(int, row)) for row in ids]
-
-
-def _render(tokenizer: Any, text: str, system: str | None) -> str:
-    if not getattr(tokenizer, "chat_template", None):
-        plain = PLAIN_FORMAT.format(prompt=text)
-        return plain if system is None else f"{system}\n\n{plain}"
-    from jinja2 import TemplateError
-
-    messages = [{"role": "user", "content": text}]
-    if system is not None:
-        messages.insert(0, {"role": "system", "content": system})
-    try:
-        return str(
-            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        )
-    except (TemplateError, ValueError, TypeError) as error:
-        raise ModelError(f"the tokenizer's chat template cannot render a prompt: {error}") from None
 
 
 def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
