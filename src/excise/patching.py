@@ -181,12 +181,15 @@ def _check_norms(
     model: nn.Module,
 ) -> None:
     """Norms are stored in float32, so they tell a model from its siblings whatever the other types."""
+    pairs = []
     for name, parameter in model.named_parameters():
         found = tensors.get(gguf_name(names, name) or "") if parameter.dim() == 1 else None
         if found is None or "norm" not in name or parameter.is_meta or found.type.name != "F32":
             continue
         if found.shape != tuple(parameter.shape):
             raise ModelError(_shape(path, found, name, tuple(parameter.shape)))
+        pairs.append((name, parameter, found))
+    for name, parameter, found in pairs:
         with shards[where[found.name]].path.open("rb") as file:
             stored = torch.from_numpy(_read(file, found, 0, 1)[0].copy())
         ours = parameter.detach().float().cpu()
