@@ -22,10 +22,10 @@ ORDER = (
     "errors config events prompts intervals evidence anatomy loading dressing tokens directions "
     "capture profiles edits subspace ridge lbfgs ara space directional moments "
     "subspace_method ridge_method ara_method methods stacking kvcache forward decoding "
-    "divergence engine opening planning scorers front record wording digest markdown caveats recipe "
-    "search journal panel stage figures card report staging merging export gguffile ggml patching "
-    "llamacpp ggufexport llamaworker llamarun ggufcheck ollama artifacts finish "
-    "pipeline jobs hub inspecting console cli"
+    "divergence engine opening planning refining scorers front record wording digest markdown "
+    "caveats recipe search journal panel stage figures card report staging merging export "
+    "gguffile ggml patching llamacpp ggufexport llamaworker llamarun ggufcheck ollama artifacts "
+    "finish pipeline jobs hub inspecting console cli"
 ).split()
 
 PURE = "directions profiles edits subspace ridge lbfgs ara space front intervals".split()
@@ -100,10 +100,19 @@ def test_the_command_line_is_what_the_contract_says():
     }
     progress = ["--json-events", "--quiet"]
     prompts = "--behaviour --chat-template --config --contrast --contrast-eval --direction-size "
-    prompts += "--eval-size --markers --max-new-tokens --method --set --target --target-eval"
+    prompts += "--eval-size --markers --max-new-tokens --method --set --strengthen --target "
+    prompts += "--target-eval"
     expected = {
         "demo": ["--out", "--seed", "--trials", *progress],
-        "run": [*prompts.split(), "--out", "--seed", "--startup-trials", "--trials", *progress],
+        "run": [
+            *prompts.split(),
+            "--out",
+            "--refine",
+            "--seed",
+            "--startup-trials",
+            "--trials",
+            *progress,
+        ],
         "resume": ["--trials", *progress],
         "front": ["--json"],
         "export": [

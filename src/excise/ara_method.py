@@ -166,6 +166,11 @@ def check(config: Config, prompts: int, _anatomy: Anatomy) -> None:
     Raises:
         ConfigError: it cannot.
     """
+    if config.goal == "strengthen":
+        raise ConfigError(
+            "ara moves outputs to contrast outputs and cannot strengthen a behaviour: "
+            "use --method directional, subspace or ridge"
+        )
     wanted = config.ara.neighbours
     if wanted is not None and wanted > prompts:
         raise ConfigError(

@@ -27,6 +27,7 @@ from excise.digest import (
     prompt_sets,
     score_names,
     side_by_side,
+    strengthened,
     trial_counts,
 )
 from excise.errors import InputError
@@ -157,7 +158,7 @@ def _metadata(record: Record, artifact_format: str) -> str:
     shape = FORMATS[artifact_format]
     base = wording.hub_id(record.model.source)
     tags = ["excise", "model-editing"]
-    if is_safeguard(record):
+    if is_safeguard(record) and not strengthened(record):
         tags.append("abliteration")
     if artifact_format.startswith("gguf"):
         tags.append("gguf")
@@ -177,10 +178,11 @@ def _introduction(record: Record, trial: TrialRecord) -> str:
     prompts = evidence(record, trial)
     unseen = "that the search never saw" if prompts.name == "holdout" else "used by the search"
     effect = wording.assess(prompts.after, prompts.before)
+    way, done = ("in", "strengthened") if strengthened(record) else ("out", "removed")
     return (
         f"# {plain(_short_name(record))}, edited: {plain(behaviour(record))}\n\n"
-        f"This model is {name} with one behaviour, **{plain(behaviour(record))}**, edited out: "
-        "that behaviour was removed on purpose, by changing weights directly and without further "
+        f"This model is {name} with one behaviour, **{plain(behaviour(record))}**, edited {way}: "
+        f"that behaviour was {done} on purpose, by changing weights directly and without further "
         f"training. On prompts {unseen}, the edit {effect}{_headline(prompts)}. It was "
         f"found and measured with Excise{_version(record)}."
     )

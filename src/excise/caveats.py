@@ -13,6 +13,7 @@ from excise.digest import (
     is_safeguard,
     score_names,
     setting,
+    strengthened,
     trial_counts,
 )
 from excise.record import Record, ScoreRecord, TrialRecord
@@ -137,12 +138,13 @@ def _unmeasured(prompts: PromptSet) -> list[str]:
 def responsible_use(record: Record) -> list[str]:
     """Paragraphs for whoever deploys the model; firmer where the behaviour was a safeguard."""
     what = behaviour(record)
+    done = "strengthened" if strengthened(record) else "removed"
     lines = [
-        f"A behaviour of the original model, {what}, was removed on purpose. Measure this model on "
+        f"A behaviour of the original model, {what}, was {done} on purpose. Measure this model on "
         "prompts of your own before you deploy it: the figures above hold for the prompts that "
         "they were measured on."
     ]
-    if is_safeguard(record):
+    if is_safeguard(record) and not strengthened(record):
         lines += [
             "The removed behaviour reads like one of the original model's safeguards. This model "
             "will answer requests that the original declines, and that includes requests for "

@@ -127,6 +127,7 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_job(parser: argparse.ArgumentParser, *, search: bool = True) -> None:
     parser.add_argument("--behaviour", metavar="NAME|FILE.toml", help="demo, refusal, or your own")
     parser.add_argument("--method", choices=METHODS, help="how edits are made")
+    parser.add_argument("--strengthen", action="store_true", help="edit the behaviour in, not out")
     texts = ("give the directions: evoke it", "give the directions: do not", "score", "score")
     for name, text in zip(_PROMPT_FLAGS, texts, strict=True):
         parser.add_argument(
@@ -141,6 +142,7 @@ def _add_job(parser: argparse.ArgumentParser, *, search: bool = True) -> None:
     if search:
         parser.add_argument("--trials", type=int, metavar="N", help="trials in all")
         parser.add_argument("--startup-trials", type=int, metavar="N", help="random ones first")
+        parser.add_argument("--refine", type=int, metavar="N", help="trials refined by gradient")
         parser.add_argument("--seed", type=int, metavar="N")
     parser.add_argument("--config", type=Path, metavar="FILE", help="TOML with any setting")
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c", dest="sets")
@@ -166,8 +168,11 @@ def _config(arguments: argparse.Namespace, model: str) -> Any:
         "max_new_tokens": "scores.max_new_tokens",
         "trials": "search.trials",
         "startup_trials": "search.startup_trials",
+        "refine": "search.refine",
     }
     flags |= {key: given[flag] for flag, key in plain.items() if given.get(flag) is not None}
+    if given["strengthen"]:
+        flags["goal"] = "strengthen"
     if given["markers"] is not None:
         flags |= {"scores.markers": [], "scores.markers_file": _absolute(given["markers"])}
     if given["chat_template"] is not None:

@@ -129,13 +129,17 @@ class ScoreSection(Section):
 
 
 class SearchSection(Section):
-    """The optimiser. `batch` is C, the candidates asked and measured together; 0 chooses it."""
+    """The optimiser. `batch` is C, the candidates asked and measured together; 0 chooses it.
+
+    `refine` trials more start from the front and descend by gradient.
+    """
 
     trials: int = Field(200, ge=1)
     startup_trials: int = Field(60, ge=1)
     batch: int = Field(0, ge=0)
     ei_candidates: int = Field(128, ge=1)
     screen: bool = True
+    refine: int = Field(0, ge=0)
     select: str = "knee"
 
 
@@ -167,6 +171,7 @@ class Config(Section):
     behaviour: str = "custom"
     description: str = ""
     method: MethodName = "directional"
+    goal: Literal["remove", "strengthen"] = "remove"
     seed: int = Field(0, ge=0)
     model: ModelSection = ModelSection()
     prompts: PromptSection = PromptSection()

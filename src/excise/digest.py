@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from excise.profiles import Profile
 from excise.record import ArtifactRecord, Record, ScoreRecord, Scores, TrialRecord
 from excise.space import Candidate, from_params
 from excise.wording import assess
@@ -141,14 +140,19 @@ def shape(record: Record, trial: TrialRecord) -> Shape | None:
     if record.method != "directional" or "direction_scope" not in trial.params:
         return None
     candidate: Candidate = from_params(trial.params)
-    profiles: dict[str, Profile] = candidate.profiles
-    strengths = {name: p.strengths(record.model.layers) for name, p in profiles.items()}
+    layers = range(record.model.layers)
+    strengths = {n: [candidate.strength(n, layer) for layer in layers] for n in candidate.profiles}
     return Shape(candidate.index, strengths)
 
 
 def behaviour(record: Record) -> str:
     """The edited behaviour in words: its description, else its name."""
     return record.description.strip() or record.behaviour
+
+
+def strengthened(record: Record) -> bool:
+    """Whether the run edited the behaviour in rather than out."""
+    return bool(setting(record, "goal", default="remove") == "strengthen")
 
 
 def is_safeguard(record: Record) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from optuna.distributions import BaseDistribution
+from torch import Tensor
 
 from excise.anatomy import Writer
 from excise.config import EditSection
@@ -16,17 +17,26 @@ from excise.space import Candidate, distributions, from_params
 
 
 class DirectionalMethod:
-    """Prepared once per run; a candidate's edits are a function of the candidate alone."""
+    """Prepared once per run; a candidate's edits are a function of the candidate alone.
+
+    `strengthen` adds the direction in place of removing it: strengths count as negative.
+    """
 
     name = "directional"
     notes: tuple[str, ...] = ()
 
     def __init__(
-        self, writers: Sequence[Writer], directions: Directions, section: EditSection
+        self,
+        writers: Sequence[Writer],
+        directions: Directions,
+        section: EditSection,
+        *,
+        strengthen: bool = False,
     ) -> None:
         self.writers = writers
-        self._layers = directions.unit.shape[0]
-        self._groups: list[tuple[str, list[int], GroupStats]] = []
+        self.layers = directions.unit.shape[0]
+        self.sign = -1.0 if strengthen else 1.0
+        self._groups: list[tuple[list[int], GroupStats]] = []
         shapes = dict.fromkeys((w.component, tuple(w.module.weight.shape)) for w in writers)
         for component, shape in shapes:
             members = [
@@ -43,12 +53,12 @@ class DirectionalMethod:
                 gains=[w.gain if section.post_norms else None for w in chosen],
                 biases=[w.module.bias for w in chosen],
             )
-            self._groups.append((component, members, stats))
+            self._groups.append((members, stats))
 
     def space(self) -> dict[str, BaseDistribution]:
         """The search space: see `space.distributions`."""
         components = tuple(dict.fromkeys(writer.component for writer in self.writers))
-        return distributions(components, self._layers)
+        return distributions(components, self.layers)
 
     def candidate(self, params: Mapping[str, Any]) -> Candidate:
         """The candidate that these parameters name."""
@@ -56,14 +66,21 @@ class DirectionalMethod:
 
     def edits(self, candidate: Candidate) -> list[Edit | None]:
         """One edit per writer; None where the candidate's strength is zero."""
+        strengths = [candidate.strength(w.component, w.layer) for w in self.writers]
+        edits = self.graded(candidate.index, torch.tensor(strengths, dtype=torch.float64))
+        return [edit if strength else None for edit, strength in zip(edits, strengths, strict=True)]
+
+    def graded(self, index: float | None, strengths: Tensor) -> list[Edit | None]:
+        """Edits at `strengths` (W), one per writer, through which gradients flow to the strengths.
+
+        None for groups of writers in which no strength differs from zero.
+        """
         out: list[Edit | None] = [None] * len(self.writers)
-        for component, members, stats in self._groups:
-            layers = [self.writers[number].layer for number in members]
-            strengths = [candidate.strength(component, layer) for layer in layers]
-            if not any(strengths):
+        for members, stats in self._groups:
+            some = self.sign * strengths[members]
+            if not strengths.requires_grad and not bool(some.any()):
                 continue
-            group = build(stats, candidate.index, torch.tensor(strengths, dtype=torch.float64))
-            for g, (number, strength) in enumerate(zip(members, strengths, strict=True)):
-                if strength:
-                    out[number] = group.one(g)
+            group = build(stats, index, some)
+            for g, number in enumerate(members):
+                out[number] = group.one(g)
         return out

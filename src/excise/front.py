@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from excise.errors import ConfigError
 
-_LIMIT = re.compile(r"\s*([a-z_][\w.]*)\s*<=\s*([0-9.eE+-]+)\s*$")
+_LIMIT = re.compile(r"\s*([a-z_][\w.]*)\s*([<>]=)\s*([0-9.eE+-]+)\s*$")
 _SHORT = {"rate": "behaviour_rate"}
 
 
@@ -67,6 +67,8 @@ def hopeless(
 def choose(rule: str, front: Sequence[Point], objectives: Sequence[Objective]) -> Point | None:
     """The point that `rule` picks: `knee`, or the best under a limit (`drift<=X`, `rate<=X`).
 
+    The limit of an objective that is maximised is a least value: `rate>=X`.
+
     Under a limit on one objective the best of the others wins; None when no point keeps the limit.
 
     Raises:
@@ -78,11 +80,16 @@ def choose(rule: str, front: Sequence[Point], objectives: Sequence[Objective]) -
     if limits is None:
         return knee(front, objectives)
     at, limit = limits
-    kept = [p for p in front if p.values[at] <= limit]
+    sign = objectives[at].sign
+    kept = [p for p in front if sign * p.values[at] <= sign * limit]
     others = [i for i in range(len(objectives)) if i != at]
     return min(
         kept,
-        key=lambda p: ([objectives[i].sign * p.values[i] for i in others], p.values[at], p.number),
+        key=lambda p: (
+            [objectives[i].sign * p.values[i] for i in others],
+            sign * p.values[at],
+            p.number,
+        ),
         default=None,
     )
 
@@ -102,10 +109,16 @@ def parse_rule(rule: str, objectives: Sequence[Objective]) -> tuple[int, float] 
     name = _SHORT.get(match[1], match[1])
     if name not in names:
         raise ConfigError(f"cannot select by {match[1]!r}: the objectives are {', '.join(names)}")
+    at = names.index(name)
+    fitting = "<=" if objectives[at].sign > 0 else ">="
+    if match[2] != fitting:
+        raise ConfigError(
+            f"cannot select by {rule!r}: a limit on {match[1]} is {match[1]}{fitting}X"
+        )
     try:
-        return names.index(name), float(match[2])
+        return at, float(match[3])
     except ValueError:
-        raise ConfigError(f"cannot select by {rule!r}: {match[2]!r} is not a number") from None
+        raise ConfigError(f"cannot select by {rule!r}: {match[3]!r} is not a number") from None
 
 
 def knee(front: Sequence[Point], objectives: Sequence[Objective]) -> Point:

@@ -68,6 +68,11 @@ class Bench:
         """The writers that are edited."""
         return self.loaded.anatomy.select(self.config.edit.components)
 
+    @property
+    def strengthen(self) -> bool:
+        """Whether the behaviour is edited in rather than out."""
+        return self.config.goal == "strengthen"
+
 
 Tensors = Mapping[str, Tensor]
 
@@ -114,12 +119,18 @@ def _subspace_capture(bench: Bench) -> dict[str, Tensor]:
 
 def _subspace(bench: Bench, captured: Tensors) -> Method:
     return subspace_method.SubspaceMethod(
-        bench.writers, bench.directions, captured, bench.config.edit
+        bench.writers,
+        bench.directions,
+        captured,
+        bench.config.edit,
+        strengthen=bench.strengthen,
     )
 
 
 def _directional(bench: Bench, _captured: Tensors) -> Method:
-    return DirectionalMethod(bench.writers, bench.directions, bench.config.edit)
+    return DirectionalMethod(
+        bench.writers, bench.directions, bench.config.edit, strengthen=bench.strengthen
+    )
 
 
 KINDS: dict[str, Kind] = {

@@ -24,6 +24,7 @@ from excise.panel import Panel
 from excise.planning import Sizing, from_dict, size
 from excise.prompts import PromptSets, load_prompt_sets
 from excise.record import Record, Separation, write_record, write_text
+from excise.refining import refined, refiner_for
 from excise.search import Measure, Measured, Search
 
 CONFIG = "config.toml"
@@ -98,6 +99,17 @@ def run(
             baseline = panel.measure([[None] * len(method.writers)])[0].scores
         with clock.phase("search", config.search.trials):
             search.run(config.search.trials, measurer(method, panel, goals), on_event)
+        if config.search.refine:
+            with clock.phase("refine", config.search.refine):
+
+                def propose(points: list[Point]) -> list[dict[str, Any]]:
+                    refiner = refiner_for(
+                        loaded, method, tokens, config, scoring.markers.shown, tokens.opening.spoken
+                    )
+                    starts = [search.records()[p.number].params for p in pareto(points, goals)]
+                    return refined(refiner, method, starts, config.search.refine)
+
+                search.refine(propose, measurer(method, panel, goals), on_event)
         front = pareto(search.points(), goals)
         chosen = choose(config.search.select, front, goals)
         if chosen is None:

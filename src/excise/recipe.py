@@ -18,6 +18,7 @@ _FLAGS = {
     "method": "--method",
     "search.trials": "--trials",
     "search.startup_trials": "--startup-trials",
+    "search.refine": "--refine",
     "seed": "--seed",
     "prompts.target.source": "--target",
     "prompts.contrast.source": "--contrast",

@@ -130,6 +130,7 @@ class RidgeMethod:
     ) -> None:
         self.writers = writers
         self._layers = layers
+        self._strengthen = config.goal == "strengthen"
         self._most = config.ridge.neighbours or MOST_NEIGHBOURS
         self._groups: list[tuple[list[int], RidgeStats]] = []
         shapes: dict[tuple[int, ...], list[int]] = {}
@@ -169,7 +170,7 @@ class RidgeMethod:
             int(params["last_layer"]),
             RidgePoint(
                 strength=float(params["strength"]),
-                overshoot=1.0 + over,
+                overshoot=-over if self._strengthen else 1.0 + over,
                 neighbours=int(params["neighbours"]),
                 damping=float(params["damping"]),
                 first=float(params["first_token"]),

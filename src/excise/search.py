@@ -24,6 +24,7 @@ from excise.errors import StorageError
 from excise.events import OnEvent, Progress, TrialMeasured
 from excise.front import Objective, Point, pareto
 from excise.record import ScoreRecord, TrialRecord
+from excise.space import refined_distribution
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,9 @@ class Search:
         try:
             stops = self._stops(trials)
             for start, stop in batches(stops, self._batch):
+                if any(s <= start < s + len(e["params"]) for s, e in self._refined()):
+                    self._add_refined(start, stop, measure, on_event)
+                    continue
                 states = [t.state for t in self._trials()[start:stop]]
                 if len(states) == stop - start and all(s.is_finished() for s in states):
                     continue
@@ -76,6 +80,65 @@ class Search:
                 on_event(Progress("search", stop, stops[-1]))
         except OSError as error:
             raise StorageError(f"cannot write the study: {error.strerror or error}") from None
+
+    def refine(
+        self,
+        propose: Callable[[list[Point]], list[dict[str, Any]]],
+        measure: Measure,
+        on_event: OnEvent,
+    ) -> None:
+        """Add trials of the parameters that `propose` makes of the points so far, once per total.
+
+        They are stored before they are measured, so that a resume measures the same ones.
+        """
+        asked = self._section.trials
+        if not any(entry["asked"] == asked for _, entry in self._refined()):
+            stops: list[int] = list(self.study.user_attrs["stops"])
+            found = propose(self.points(stops[-1]))
+            if not found:
+                return
+            try:
+                known = [{"start": s, **entry} for s, entry in self._refined()]
+                entry = {"start": stops[-1], "asked": asked, "params": found}
+                self.study.set_user_attr("refined", [*known, entry])
+                self.study.set_user_attr("stops", [*stops, stops[-1] + len(found)])
+            except OSError as error:
+                raise StorageError(f"cannot write the study: {error.strerror or error}") from None
+        self.run(asked, measure, on_event)
+
+    def _refined(self) -> list[tuple[int, dict[str, Any]]]:
+        """Refined parts of the study: number of the first trial, and what is stored of the part."""
+        entries = self.study.user_attrs.get("refined", [])
+        return [(int(e["start"]), {k: v for k, v in e.items() if k != "start"}) for e in entries]
+
+    def _add_refined(self, start: int, stop: int, measure: Measure, on_event: OnEvent) -> None:
+        """Measure trials start <= number < stop, which a part of refined parameters holds."""
+        first, entry = next(
+            p for p in self._refined() if p[0] <= start < p[0] + len(p[1]["params"])
+        )
+        params = entry["params"][start - first : stop - first]
+        there = len(self._trials())
+        if there >= stop:
+            return
+        results = measure(params, self.points(start))
+        for number, one, result in zip(range(start, stop), params, results, strict=True):
+            if number >= there:  # a kill may have struck between two of them
+                self.study.add_trial(self._frozen(one, result))
+        front = {p.number for p in pareto(self.points(), self.objectives)}
+        for number, result in zip(range(start, stop), results, strict=True):
+            values = {name: score.value for name, score in result.scores.items()}
+            on_event(TrialMeasured(number, values, result.screened, number in front))
+
+    def _frozen(self, params: dict[str, Any], result: Measured) -> FrozenTrial:
+        more = {name: refined_distribution() for name in params if name not in self._space}
+        values = self._values(result)
+        return optuna.trial.create_trial(
+            params=params,
+            distributions={**self._space, **more},
+            values=values,
+            state=TrialState.FAIL if values is None else TrialState.COMPLETE,
+            user_attrs={"measured": _stored(result, values)},
+        )
 
     def records(self) -> list[TrialRecord]:
         """Every trial so far, as the record states it."""
@@ -136,21 +199,29 @@ class Search:
     def _tell(self, trial: Trial, result: Measured) -> None:
         if isinstance(trial, _Finished):
             return
+        values = self._values(result)
+        trial.set_user_attr("measured", _stored(result, values))
+        if values is None:
+            self.study.tell(trial, state=TrialState.FAIL)
+        else:
+            self.study.tell(trial, values)
+
+    def _values(self, result: Measured) -> list[float] | None:
+        """The objectives of a result; None where one is missing or not finite."""
         values = [result.scores[o.name].value for o in self.objectives if o.name in result.scores]
         good = len(values) == len(self.objectives) and all(map(math.isfinite, values))
-        trial.set_user_attr(
-            "measured",
-            {
-                "scores": {k: v.model_dump(exclude_none=True) for k, v in result.scores.items()},
-                "seconds": result.seconds,
-                "screened": result.screened,
-                "reason": result.reason if good or result.reason else "a score is not finite",
-            },
-        )
-        if good:
-            self.study.tell(trial, values)
-        else:
-            self.study.tell(trial, state=TrialState.FAIL)
+        return values if good else None
+
+
+def _stored(result: Measured, values: list[float] | None) -> dict[str, Any]:
+    """What a trial keeps of its measurement."""
+    good = values is not None
+    return {
+        "scores": {k: v.model_dump(exclude_none=True) for k, v in result.scores.items()},
+        "seconds": result.seconds,
+        "screened": result.screened,
+        "reason": result.reason if good or result.reason else "a score is not finite",
+    }
 
 
 class _Finished(Trial):

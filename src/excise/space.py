@@ -17,17 +17,24 @@ from excise.profiles import Profile
 _MAX_WEIGHT = {"attn.o_proj": (0.8, 1.5)}
 _OTHER_MAX_WEIGHT = (-0.25, 1.5)
 _SCOPES = ("global", "per layer")
+MOST_REFINED = 2.0
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One point of the space. `index` None means that every layer uses its own direction."""
+    """One point of the space. `index` None means that every layer uses its own direction.
+
+    `refined` holds strengths layer by layer, component -> (L), in place of the profiles'.
+    """
 
     index: float | None
     profiles: dict[str, Profile]
+    refined: dict[str, tuple[float, ...]] | None = None
 
     def strength(self, component: str, layer: int) -> float:
         """Strength of the edit of `component` at `layer`."""
+        if self.refined is not None:
+            return self.refined[component][layer]
         return self.profiles[component].strength(layer)
 
 
@@ -52,7 +59,9 @@ def distributions(components: tuple[str, ...], layers: int) -> dict[str, BaseDis
 def from_params(params: Mapping[str, Any]) -> Candidate:
     """The candidate that these parameters name."""
     components = dict.fromkeys(key.rpartition(".")[0] for key in params if "." in key)
+    refined = {name: _refined(params, name) for name in components}
     return Candidate(
+        refined=refined if all(refined.values()) else None,
         index=float(params["direction_index"]) if params["direction_scope"] == "global" else None,
         profiles={
             name: Profile(
@@ -64,3 +73,20 @@ def from_params(params: Mapping[str, Any]) -> Candidate:
             for name in components
         },
     )
+
+
+def layer_key(component: str, layer: int) -> str:
+    """The parameter that holds a refined strength."""
+    return f"{component}.layer_{layer}"
+
+
+def refined_distribution() -> BaseDistribution:
+    """What a refined strength may be."""
+    return FloatDistribution(0.0, MOST_REFINED)
+
+
+def _refined(params: Mapping[str, Any], component: str) -> tuple[float, ...]:
+    layers: list[float] = []
+    while (key := layer_key(component, len(layers))) in params:
+        layers.append(float(params[key]))
+    return tuple(layers)

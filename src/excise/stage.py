@@ -29,6 +29,7 @@ from excise.opening import Opening, find_opening, from_dict, given_opening
 from excise.planning import Sizing
 from excise.prompts import PromptSet, PromptSets
 from excise.record import Separation
+from excise.refining import direction_engine
 from excise.scorers import (
     Markers,
     ScoreContext,
@@ -125,12 +126,22 @@ def scoring(config: Config) -> Scoring:
     report = dict.fromkeys((*always, *section.report))
     names = [name for name in report if name not in section.objectives]
     files = section.files
+    objectives = find_scorers(section.objectives, files)
+    if config.goal == "strengthen":
+        objectives = [_wanted(scorer) for scorer in objectives]
     return Scoring(
-        tuple(find_scorers(section.objectives, files)),
+        tuple(objectives),
         tuple(find_scorers(names)),
         tuple(find_scorers(section.final)),
         read_markers(section.markers, section.markers_file),
     )
+
+
+def _wanted(scorer: Scorer) -> Scorer:
+    """The behaviour rate as an objective of a run that edits the behaviour in."""
+    if scorer.name != "behaviour_rate":
+        return scorer
+    return replace(scorer, goal="maximize", best=1.0)
 
 
 def tokenise(loaded: Loaded, sets: PromptSets, config: Config) -> Tokens:
@@ -217,6 +228,11 @@ def check_method(loaded: Loaded, sets: PromptSets, config: Config) -> None:
     Raises:
         ConfigError: it cannot.
     """
+    if config.search.refine and config.method != "directional":
+        raise ConfigError(
+            f"search.refine moves the strengths of directions, and method {config.method} has none: "
+            "use --method directional with --refine"
+        )
     prompts = min(len(sets.target), len(sets.contrast))
     KINDS[config.method].check(config, prompts, loaded.anatomy)
 
@@ -260,11 +276,7 @@ def method_for(
 
 def _responses(loaded: Loaded, tokens: Tokens, config: Config) -> list[Sequence[int]]:
     """The model's own responses to the contrast prompts that give the directions."""
-    prompts = {"contrast": tokens["contrast"]}
-    rows = config.engine.rows or Plan().rows
-    engine = Engine(
-        loaded, (), prompts, max_new_tokens=config.scores.max_new_tokens, plan=Plan(rows=rows)
-    )
+    engine = direction_engine(loaded, {"contrast": tokens["contrast"]}, config)
     return [response.tokens for response in engine.original("contrast").responses]
 
 
@@ -276,6 +288,7 @@ def identity(
         "model": fingerprint(loaded.folder),
         "prompts": {s.role: s.sha256 for s in sets.all()},
         "method": config.method,
+        "goal": config.goal,
         config.method: config.model_dump(mode="json").get(config.method),
         "seed": config.seed,
         "directions": config.directions.model_dump(mode="json"),

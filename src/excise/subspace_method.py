@@ -57,12 +57,15 @@ class SubspaceMethod:
         directions: Directions,
         captured: Mapping[str, Tensor],
         section: EditSection,
+        *,
+        strengthen: bool = False,
     ) -> None:
         self.writers = writers
         self._directions = directions
         self._rows = captured["rows"]  # (L, K, D)
         self._section = section
-        self._single = DirectionalMethod(writers, directions, section)
+        self._single = DirectionalMethod(writers, directions, section, strengthen=strengthen)
+        self._sign = -1.0 if strengthen else 1.0
 
     def space(self) -> dict[str, BaseDistribution]:
         """The directional space, the rank, and the strength of each direction beside the first's."""
@@ -82,7 +85,7 @@ class SubspaceMethod:
         out: list[Edit | None] = []
         found: dict[tuple[int, int | None], Tensor] = {}
         for writer in self.writers:
-            strength = candidate.main.strength(writer.component, writer.layer)
+            strength = self._sign * candidate.main.strength(writer.component, writer.layer)
             if not strength:
                 out.append(None)
                 continue

@@ -1,0 +1,224 @@
+"""Gradient refinement: from front points, strengths layer by layer are moved downhill.
+
+The loss is drift + mu x the log-likelihood of the behaviour's own responses (its negative where the
+behaviour is strengthened), with the closed form of the edit in the graph. Works on the direction prompts:
+the search prompts only judge what comes of it. Knows the engine's original responses; knows no study.
+
+Shapes: W writers, B rows, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from excise.config import Config
+from excise.directional import DirectionalMethod
+from excise.edits import Edit
+from excise.engine import Engine, Plan
+from excise.errors import MeasurementError
+from excise.loading import Loaded
+from excise.methods import Method
+from excise.space import MOST_REFINED, Candidate, layer_key
+from excise.tokens import Batch, end_tokens, left_pad, pad_token
+
+STEPS = 16
+_RATE = 0.04  # Adam's; strengths are about one
+# How much the behaviour counts against drift: refined points take these in turn.
+WEIGHTS = (3e-4, 1e-3, 3e-3, 1e-2)
+# A response less likely than e^-8 is gone; to make it rarer still is worth nothing.
+_FLOOR = -8.0
+PROMPTS = 32
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Prompts and responses, side by side in one batch each, and where the responses stand.
+
+    Attributes:
+        batch: left-padded prompts with their responses but for the last token.
+        answers: (B, T) the token that each position should predict, -1 where no response stands.
+    """
+
+    batch: Batch
+    answers: Tensor
+
+
+def texts(
+    loaded: Loaded, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
+) -> Texts:
+    """One batch of prompts and the responses to them."""
+    rows = [[*p, *r[:-1]] for p, r in zip(prompts, responses, strict=True)]
+    pad = pad_token(loaded.tokenizer, end_tokens(loaded.model, loaded.tokenizer))
+    batch = left_pad(rows, range(len(rows)), pad, loaded.device)
+    answers = torch.full_like(batch.ids, -1)
+    for row, response in zip(answers, responses, strict=True):
+        row[-len(response) :] = torch.tensor(response)
+    return Texts(batch, answers)
+
+
+def direction_engine(
+    loaded: Loaded, prompts: dict[str, list[list[int]]], config: Config, spoken: str = ""
+) -> Engine:
+    """An engine on direction prompts, for the original model's responses to them."""
+    plan = Plan(rows=config.engine.rows or Plan().rows)
+    limit = config.scores.max_new_tokens
+    return Engine(loaded, (), prompts, max_new_tokens=limit, plan=plan, spoken=spoken)
+
+
+class Refiner:
+    """Descends from one candidate at a time; what it finds is a function of candidate and weight."""
+
+    def __init__(
+        self, loaded: Loaded, method: DirectionalMethod, target: Texts, contrast: Texts
+    ) -> None:
+        self._loaded = loaded
+        self._method = method
+        self._target = target
+        self._contrast = contrast
+        with torch.no_grad():
+            self._original = self._logits(contrast)
+
+    def refine(self, candidate: Candidate, weight: float) -> dict[str, float]:
+        """The parameters of the strengths that descending from `candidate` ends at.
+
+        Raises:
+            MeasurementError: the loss is not finite.
+        """
+        writers = self._method.writers
+        start = [candidate.strength(w.component, w.layer) for w in writers]
+        strengths = torch.tensor(start, dtype=torch.float64, requires_grad=True)
+        optimiser = torch.optim.Adam([strengths], lr=_RATE)
+        best, least = strengths.detach().clone(), float("inf")
+        for step in range(STEPS + 1):
+            loss = self.loss(candidate.index, strengths, weight)
+            value = float(loss.detach())
+            if not value == value or abs(value) == float("inf"):
+                raise MeasurementError("refinement: the loss is not finite")
+            if value < least:
+                best, least = strengths.detach().clone(), value
+            if step == STEPS:
+                break
+            optimiser.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimiser.step()
+            with torch.no_grad():
+                strengths.clamp_(0.0, MOST_REFINED)
+        found = {w: 0.0 for w in _every_layer(self._method)}
+        for writer, strength in zip(writers, best.tolist(), strict=True):
+            found[layer_key(writer.component, writer.layer)] = round(strength, 6)
+        return found
+
+    def loss(self, index: float | None, strengths: Tensor, weight: float) -> Tensor:
+        """drift + weight x log-likelihood, differentiable in the strengths (W)."""
+        edits = self._method.graded(index, strengths)
+        with _edited(self._method, edits):
+            drift = _kl(self._original, self._logits(self._contrast)).mean()
+            logits = self._logits(self._target)
+        answers = self._target.answers
+        chosen = logits.log_softmax(-1).gather(1, answers[answers >= 0][:, None])[:, 0]
+        sums = torch.zeros(len(answers), device=chosen.device).index_add(
+            0, (answers >= 0).nonzero()[:, 0], chosen
+        )
+        floor = torch.tensor(_FLOOR, device=sums.device)
+        likelihood = torch.logaddexp(sums, floor).mean()
+        return drift + self._method.sign * weight * likelihood
+
+    def _logits(self, text: Texts) -> Tensor:
+        """Logits (tokens, V) in float32 at the positions that predict a response's tokens."""
+        batch = text.batch
+        output: Any = self._loaded.model(
+            input_ids=batch.ids,
+            attention_mask=batch.mask,
+            position_ids=batch.positions,
+            use_cache=False,
+        )
+        logits: Tensor = output.logits[text.answers >= 0].float()
+        return logits
+
+
+def refiner_for(
+    loaded: Loaded,
+    method: Method,
+    tokens: Mapping[str, list[list[int]]],
+    config: Config,
+    shows: Callable[[str], bool],
+    spoken: str = "",
+) -> Refiner:
+    """What refines candidates, on the first direction prompts and the original's responses to them.
+
+    Raises:
+        MeasurementError: no response of the original shows the behaviour.
+    """
+    assert isinstance(method, DirectionalMethod)
+    prompts = {side: tokens[side][:PROMPTS] for side in ("target", "contrast")}
+    engine = direction_engine(loaded, prompts, config, spoken)
+    found = {side: engine.original(side).responses for side in prompts}
+    shown = [n for n, r in enumerate(found["target"]) if r.tokens and shows(r.text)]
+    if not shown:
+        raise MeasurementError(
+            f"refinement: none of the original's first {len(prompts['target'])} responses shows the "
+            "behaviour, so there is nothing whose likelihood could change"
+        )
+    target = texts(
+        loaded,
+        [prompts["target"][n] for n in shown],
+        [found["target"][n].tokens for n in shown],
+    )
+    contrast = texts(loaded, prompts["contrast"], [r.tokens for r in found["contrast"]])
+    return Refiner(loaded, method, target, contrast)
+
+
+def refined(
+    refiner: Refiner, method: Method, params: Sequence[dict[str, Any]], count: int
+) -> list[dict[str, Any]]:
+    """`count` refined parameter sets from those of the front, best first; the better half of it.
+
+    Points take turns, and so do the weights of the behaviour.
+    """
+    starts = params[: -(-len(params) // 2)]
+    out = []
+    for number in range(count if starts else 0):
+        at = number * len(starts) // count
+        strengths = refiner.refine(method.candidate(starts[at]), WEIGHTS[number % len(WEIGHTS)])
+        out.append({**starts[at], **strengths})
+    return out
+
+
+def _kl(original: Tensor, edited: Tensor) -> Tensor:
+    """`divergence.kl` without writing in place, for gradients to flow through."""
+    log_p = original.log_softmax(-1)
+    d = edited.log_softmax(-1) - log_p
+    return (log_p.exp() * (torch.expm1(d) - d)).sum(-1)
+
+
+def _every_layer(method: DirectionalMethod) -> list[str]:
+    components = dict.fromkeys(w.component for w in method.writers)
+    return [layer_key(name, layer) for name in components for layer in range(method.layers)]
+
+
+@contextmanager
+def _edited(method: DirectionalMethod, edits: Sequence[Edit | None]) -> Iterator[None]:
+    """Within this context the writers' outputs are edited, and gradients flow through the edits."""
+
+    def hook(edit: Edit) -> Any:
+        def apply(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            return edit.apply_to_output(args[0], output)
+
+        return apply
+
+    handles = [
+        writer.module.register_forward_hook(hook(edit))
+        for writer, edit in zip(method.writers, edits, strict=True)
+        if edit is not None
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
