@@ -37,7 +37,7 @@ LEAST = 1e-5  # drifts below this are as good as none
 
 # Settings of a study beyond its method's name. Refinement is part of the 200 trials, not on top.
 VARIANTS: dict[str, dict[str, Any]] = {
-    "refine": {"search.refine": 32},
+    "refine": {"search.refine": 16},
     "prototypes": {"subspace.kind": "prototypes"},
     "direction": {"ridge.combine": True},
     "profile": {"ridge.profile": True},
@@ -107,12 +107,14 @@ def values(scores: Scores) -> dict[str, float]:
 def on_holdout(record: Record, out: Path, config: Config) -> list[Scores]:
     """Every trial of the front on the holdout prompts."""
     loaded, sets = load(config.model), load_prompt_sets(config.prompts)
-    tokens = stage.tokenise(loaded, sets, config)
+    scoring = stage.scoring(config)
+    opening = stage.read_opening(out / "directions.safetensors")
+    bare = stage.tokenise(loaded, sets, config)
+    tokens = stage.open_responses(loaded, bare, config, scoring.markers, opening)
     known = stage.read_directions(out / "directions.safetensors")
     assert known is not None
     place = out / "method.safetensors"
     method = stage.method_for(loaded, known[0], tokens, config, place, events.ignore, anew=False)
-    scoring = stage.scoring(config)
     plan = from_dict(record.engine).plan
     engine = stage.engine_for(loaded, method.writers, tokens, "holdout", config, plan)
     context = scoring.context(sets.target_holdout, sets.contrast_holdout)

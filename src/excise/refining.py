@@ -63,7 +63,7 @@ def texts(
 
 
 def direction_engine(
-    loaded: Loaded, prompts: dict[str, list[list[int]]], config: Config, spoken: str = ""
+    loaded: Loaded, prompts: dict[str, list[list[int]]], config: Config, spoken: Sequence[int] = ()
 ) -> Engine:
     """An engine on direction prompts, for the original model's responses to them."""
     plan = Plan(rows=config.engine.rows or Plan().rows)
@@ -148,7 +148,7 @@ def refiner_for(
     tokens: Mapping[str, list[list[int]]],
     config: Config,
     shows: Callable[[str], bool],
-    spoken: str = "",
+    spoken: Sequence[int] = (),
 ) -> Refiner:
     """What refines candidates, on the first direction prompts and the original's responses to them.
 

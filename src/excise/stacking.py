@@ -25,6 +25,8 @@ CandidateEdits = Sequence[Edit | None]
 
 # Edits gathered per row are kept between decode steps while all of them fit in this many bytes.
 _GATHER_BYTES = 256 * 2**20
+# Above this rank a copy of the edit for every row costs more than a product per candidate.
+_GATHER_RANK = 4
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,19 @@ class _Part:
         """Bytes that one row's edit takes once gathered."""
         tensors = (self.left, self.right, self.scale, self.shift)
         return sum(t[0].numel() * t.element_size() for t in tensors if t is not None)
+
+    def one(self, candidate: int) -> _Part:
+        """The edit of one candidate, for one block."""
+        return self.between(candidate, candidate + 1)
+
+    def between(self, low: int, high: int) -> _Part:
+        """The edits of the candidates low <= c < high, one per block."""
+        return _Part(
+            self.left[low:high],
+            self.right[low:high],
+            None if self.scale is None else self.scale[low:high],
+            None if self.shift is None else self.shift[low:high],
+        )
 
     def take(self, rows: Tensor) -> _Part:
         """The edits of these candidates, one per row."""
@@ -66,6 +81,7 @@ class Stack:
         self._gathered: dict[int, _Part] = {}
         self._rows: Tensor | None = None
         self._blocks: tuple[int, int] | None = None
+        self._segments: list[tuple[int, int, int]] = []
         self._keep = False
 
     @property
@@ -81,6 +97,11 @@ class Stack:
         count, extra = divmod(len(rows), last - first + 1)
         even = not extra and all(r == first + b // count for b, r in enumerate(rows))
         self._blocks = (first, last + 1) if even else None
+        # (candidate, first row, end) of each candidate's rows.
+        ends = [n for n in range(1, len(rows)) if rows[n] != rows[n - 1]] + [len(rows)]
+        self._segments = [
+            (rows[start], start, stop) for start, stop in zip([0, *ends], ends, strict=False)
+        ]
         self._keep = len(rows) * sum(p.row_bytes for p in self._parts.values()) <= _GATHER_BYTES
 
     @contextmanager
@@ -109,16 +130,25 @@ class Stack:
         if self._blocks is not None:
             low, high = self._blocks
             n = high - low
-            part = _Part(
-                part.left[low:high],
-                part.right[low:high],
-                None if part.scale is None else part.scale[low:high],
-                None if part.shift is None else part.shift[low:high],
-            )
             return edit_output(
-                part, x.reshape(n, -1, x.shape[-1]), y.reshape(n, -1, y.shape[-1])
+                part.between(low, high),
+                x.reshape(n, -1, x.shape[-1]),
+                y.reshape(n, -1, y.shape[-1]),
             ).view(y.shape)
+        if part.left.shape[1] > _GATHER_RANK:
+            return self._by_candidate(part, x, y)
         return edit_output(self._gather(index, part, x.device), x, y)
+
+    def _by_candidate(self, part: _Part, x: Tensor, y: Tensor) -> Tensor:
+        """One product per candidate, over the rows that it has in this pass."""
+        out = torch.empty_like(y)
+        for candidate, start, stop in self._segments:
+            out[start:stop] = edit_output(
+                part.one(candidate),
+                x[start:stop].reshape(1, -1, x.shape[-1]),
+                y[start:stop].reshape(1, -1, y.shape[-1]),
+            ).view_as(out[start:stop])
+        return out
 
     def _gather(self, index: int, part: _Part, device: torch.device) -> _Part:
         found = self._gathered.get(index)
