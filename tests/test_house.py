@@ -19,16 +19,16 @@ MODULES = sorted(SOURCE.glob("*.py"))
 
 # Bottom to top, as ARCHITECTURE.md lists them: a module imports only from those before it.
 ORDER = (
-    "errors config events prompts intervals evidence anatomy loading dressing tokens directions "
+    "errors config events prompts intervals evidence anatomy loading dressing tokens directions geometry "
     "capture profiles edits subspace ridge lbfgs ara space directional moments "
     "subspace_method ridge_method ara_method methods stacking kvcache forward decoding "
     "divergence engine opening planning refining scorers front record wording digest markdown "
-    "caveats recipe search journal panel stage figures card report staging merging export "
+    "caveats recipe search journal panel stage figures geometry_page card report staging merging export "
     "gguffile ggml patching llamacpp ggufexport llamaworker llamarun ggufcheck ollama artifacts "
     "finish pipeline jobs hub inspecting console cli"
 ).split()
 
-PURE = "directions profiles edits subspace ridge lbfgs ara space front intervals".split()
+PURE = "directions geometry profiles edits subspace ridge lbfgs ara space front intervals".split()
 
 
 def imported(path: Path) -> set[str]:
@@ -123,6 +123,7 @@ def test_the_command_line_is_what_the_contract_says():
         "push": ["--format", "--public", "--trial", *progress],
         "evaluate": [*prompts.split(), "--json", *progress],
         "inspect": ["--json"],
+        "geometry": ["--json", *progress],
         "report": [],
     }
     assert flags == {k: sorted([*v, "--debug", "--help"]) for k, v in expected.items()}

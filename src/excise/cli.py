@@ -119,6 +119,11 @@ def build_parser() -> argparse.ArgumentParser:
     inspect.add_argument("model", metavar="MODEL", help="folder or Hub id")
     inspect.add_argument("--json", action="store_true", help="for programs")
 
+    geometry = add("geometry", "where a run's residuals lie, layer by layer", _geometry)
+    geometry.add_argument("folder", type=Path, metavar="DIR")
+    geometry.add_argument("--json", action="store_true", help="for programs")
+    _add_progress(geometry)
+
     report = add("report", "write a run's report.html and cards again", _report)
     report.add_argument("folder", type=Path, metavar="DIR")
     return parser
@@ -326,6 +331,20 @@ def _inspect(arguments: argparse.Namespace) -> int:
         console.show_json(found)
     else:
         console.show(inspection_table(found))
+    return EXIT_DONE
+
+
+def _geometry(arguments: argparse.Namespace) -> int:
+    from excise import console
+    from excise.jobs import GEOMETRY, survey
+
+    with console.Reporter(quiet=arguments.quiet, json_events=arguments.json_events) as on_event:
+        layers = survey(arguments.folder, on_event)
+    if arguments.json:
+        console.show_json({"layers": layers})
+    elif not arguments.json_events:
+        console.show(console.geometry_table(layers))
+        console.say(str(arguments.folder / GEOMETRY))
     return EXIT_DONE
 
 

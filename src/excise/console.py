@@ -282,6 +282,29 @@ def comparison_table(rows: list[tuple[str, Scores, Scores]]) -> Table:
     return table
 
 
+_GEOMETRY = {
+    "layer": "layer",
+    "target_norm": "target norm",
+    "contrast_norm": "contrast norm",
+    "difference_norm": "difference",
+    "cosine": "cosine",
+    "silhouette": "silhouette",
+    "auc": "AUC",
+    "effective_rank": "rank",
+}
+
+
+def geometry_table(layers: list[dict[str, float]]) -> Table:
+    """What `excise geometry` found, a row per layer."""
+    table = _table()
+    for heading in _GEOMETRY.values():
+        table.add_column(heading, justify="right")
+    for row in layers:
+        values = (row[key] for key in _GEOMETRY if key != "layer")
+        table.add_row(f"{row['layer']:.0f}", *(wording.significant(value) for value in values))
+    return table
+
+
 def show(table: Table) -> None:
     """A table on standard output."""
     Console().print(table)

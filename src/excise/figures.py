@@ -218,6 +218,38 @@ def separation_figure(auc: Sequence[float], index: float | None) -> go.Figure:
     return figure
 
 
+_GEOMETRY = {
+    "geometry-norms": {
+        "target_norm": "target, mean norm",
+        "contrast_norm": "contrast, mean norm",
+        "difference_norm": "difference of means",
+    },
+    "geometry-apart": {"cosine": "cosine of the means", "silhouette": "silhouette", "auc": "AUC"},
+    "geometry-rank": {"effective_rank": "effective rank of the difference"},
+}
+
+
+def geometry_figures(layers: Sequence[dict[str, float]]) -> dict[str, go.Figure]:
+    """What `excise geometry` found, by layer: norms, how far the two sets are apart, rank."""
+    out = {}
+    for name, lines in _GEOMETRY.items() if layers else ():
+        out[name] = figure = _figure()
+        for number, (key, label) in enumerate(lines.items()):
+            figure.add_trace(
+                go.Scatter(
+                    name=label,
+                    mode="lines+markers",
+                    x=[row["layer"] for row in layers],
+                    y=[row[key] for row in layers],
+                    line={"color": _color(number), "width": 2},
+                    marker={"size": 6},
+                    hovertemplate="after layer %{x}: %{y:.3g}",
+                )
+            )
+        _layer_axis(figure, len(layers))
+    return out
+
+
 def importance_figure(importance: dict[str, dict[str, float]]) -> go.Figure:
     """How much of each objective's variation each parameter explains."""
     shares = {name: max(t.get(name, 0.0) for t in importance.values())

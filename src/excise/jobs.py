@@ -1,4 +1,4 @@
-"""Jobs on what a run left behind, and on models that others edited: export and evaluate."""
+"""Jobs on what a run left behind, and on models that others edited: export, survey, evaluate."""
 
 from __future__ import annotations
 
@@ -13,15 +13,18 @@ from excise.errors import ConfigError, OutputError, RunStateError
 from excise.events import Notice, OnEvent, ignore, phase
 from excise.finish import write_pages
 from excise.front import Objective, Point, choose
+from excise.geometry import describe_layers, project
+from excise.geometry_page import projection_page
 from excise.ggufexport import plan_gguf
 from excise.loading import load
 from excise.panel import Panel
 from excise.planning import from_dict, size
 from excise.prompts import PromptSet, load_prompt_sets
-from excise.record import ArtifactRecord, Record, Scores, read_record, write_record
+from excise.record import ArtifactRecord, Record, Scores, read_record, write_record, write_text
 from excise.search import points
 
 Part = Literal["eval", "holdout"]
+GEOMETRY = "geometry.html"
 
 
 def export_run(
@@ -81,6 +84,38 @@ def export_run(
         write_record(folder, record)
         write_pages(folder, record)
     return record.artifacts[-1]
+
+
+def survey(folder: Path, on_event: OnEvent = ignore) -> list[dict[str, float]]:
+    """The geometry of a run's residuals by layer, put into its record and report.
+
+    Also writes `geometry.html`, the residuals on their principal axes.
+
+    Raises:
+        RunStateError: no such run, or its prompts have changed.
+        MeasurementError: residuals are not finite.
+    """
+    record = read_record(folder)
+    config = load_config(file=folder / "config.toml")
+    with journal.hold(folder):
+        with phase("load", on_event):
+            sets, loaded = load_prompt_sets(config.prompts), load(config.model)
+        _check_unchanged(record, sets.all())
+        bare = stage.tokenise(loaded, sets, config)
+        opening = stage.read_opening(folder / "directions.safetensors")
+        markers = stage.scoring(config).markers
+        tokens = stage.open_responses(loaded, bare, config, markers, opening)
+        target, contrast = (
+            stage.residuals(loaded, side, tokens[side], config.directions.winsor, on_event)
+            for side in ("target", "contrast")
+        )
+        layers = [layer.as_dict() for layer in describe_layers(target, contrast)]
+        record = record.model_copy(update={"geometry": layers})
+        title = f"{record.model.model_type}: residuals at the last prompt token"
+        write_text(folder / GEOMETRY, projection_page(*project(target, contrast), title))
+        write_record(folder, record)
+        write_pages(folder, record)
+    return layers
 
 
 def evaluate(

@@ -140,6 +140,7 @@ class Record(Part):
     coverage: CoverageRecord
     engine: dict[str, Any]
     separation: Separation | None = None
+    geometry: list[dict[str, float]] = []
     importance: dict[str, dict[str, float]] = {}
     samples: list[Sample] = []
     timing: dict[str, float]

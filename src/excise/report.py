@@ -125,6 +125,7 @@ def _content_hash(script: str) -> str:
 def _figures(record: Record, chosen: TrialRecord | None) -> dict[str, go.Figure | None]:
     profile = shape(record, chosen) if chosen is not None else None
     auc = record.separation.auc if record.separation else []
+    geometry = figures.geometry_figures(record.geometry)
     return {
         "front": figures.front_figure(record),
         "profile": figures.profile_figure(profile) if profile else None,
@@ -134,6 +135,7 @@ def _figures(record: Record, chosen: TrialRecord | None) -> dict[str, go.Figure 
         "importance": figures.importance_figure(record.importance)
         if any(record.importance.values())
         else None,
+        **geometry,
     }
 
 

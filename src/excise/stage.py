@@ -20,7 +20,7 @@ from excise.config import Config, DirectionSection
 from excise.directions import Directions, auc, from_means
 from excise.dressing import Dressing, dress
 from excise.engine import Engine, Plan, Reference
-from excise.errors import ConfigError, StorageError
+from excise.errors import ConfigError, MeasurementError, StorageError
 from excise.events import OnEvent, track
 from excise.front import Objective
 from excise.loading import Loaded, read_config, weight_files
@@ -211,6 +211,23 @@ def find_directions(
     layers = directions.unit.shape[0]
     values = [auc(along["target"][:, i], along["contrast"][:, i]) for i in range(layers)]
     return directions, Separation(auc=values)
+
+
+def residuals(
+    loaded: Loaded, side: str, ids: list[list[int]], winsor: float | None, on_event: OnEvent
+) -> Tensor:
+    """Residuals (P, L, D) of one side's prompts after each layer, in prompt order, on the CPU.
+
+    Raises:
+        MeasurementError: they are not finite.
+    """
+    parts = [(batch.rows, x[:, 1:].float().cpu()) for batch, x in
+             _pass(loaded, side, ids, winsor, on_event)()]  # fmt: skip
+    order = torch.cat([rows for rows, _ in parts]).argsort()
+    found = torch.cat([x for _, x in parts])[order]
+    if not bool(torch.isfinite(found).all()):
+        raise MeasurementError("residuals are not finite: try --set model.dtype=float32")
+    return found
 
 
 def _pass(
