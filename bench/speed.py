@@ -67,7 +67,9 @@ class Job:
         return Panel(engine, self.scoring.every_trial, context, screen=screen)
 
     def space(self) -> dict[str, Any]:
-        return distributions(self.config.edit.components, len(self.loaded.anatomy.layers))
+        return distributions(
+            self.loaded.anatomy.chosen(self.config.edit.components), len(self.loaded.anatomy.layers)
+        )
 
     def candidates(self, count: int, seed: int = 5) -> list[dict[str, Any]]:
         optuna.logging.set_verbosity(optuna.logging.ERROR)

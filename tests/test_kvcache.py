@@ -111,7 +111,7 @@ def test_lower_layers_are_shared_and_upper_ones_stay_empty():
     source, into = (roomy_cache(model.config, 12) for _ in range(2))
     ids = torch.tensor(builders.token_ids(2, 6, 9, 9))
     model(ids, past_key_values=source)
-    share_lower_layers(source, into, 4, 3)
+    share_lower_layers(source, into, 4, 3, 2)
     lengths = [layer.get_seq_length() for layer in into.layers]
     assert lengths[:4] == [9] * 4
     assert not any(lengths[4:])

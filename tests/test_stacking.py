@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import builders
 import pytest
 import torch
 from torch import nn
 
 from excise import stacking
+from excise.anatomy import Writer
 from excise.edits import Edit
 from excise.stacking import Stack
 
@@ -27,7 +26,7 @@ def writers(count=2, *, bias=True):
     """Some writers with random weights, at layers 3, 4, ..."""
     torch.manual_seed(0)
     modules = [nn.Linear(I, O, bias=bias) for _ in range(count)]
-    return [SimpleNamespace(module=m, layer=3 + n) for n, m in enumerate(modules)]
+    return [Writer("w", 3 + n, f"w{n}", m, None) for n, m in enumerate(modules)]
 
 
 def edit(seed, rank=1, *, scale=True, shift=True):

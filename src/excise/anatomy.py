@@ -28,6 +28,8 @@ class WriterRow(BaseModel):
     module: str
     post_norms: tuple[str, ...] = ()
     optional: bool = False  # some models of the family, or some layers, do not have it
+    default: bool = True  # edited where edit.components names nothing
+    experts: bool = False  # fused: one matrix per expert, in one tensor
 
 
 class ArchitectureRow(BaseModel):
@@ -39,24 +41,54 @@ class ArchitectureRow(BaseModel):
     layers: str
     gain: Literal["weight", "1+weight"] = "weight"
     shared_kv: str | None = None  # config attribute: per layer None, "store" or "reuse"
-    unknown: tuple[str, ...] = ()  # parts of a layer that write and that no row can edit yet
+    skip: bool = (
+        True  # layers below the first edited one may be left out when their output is known
+    )
+    padding_leaks: str | None = None  # config attribute: where true, padding changes what follows
+    returns: Literal["tensor", "tuple"] = "tensor"  # what a layer gives
+    stream: str | None = None  # config attribute: which of several residual streams layers read
+    passes: tuple[str, ...] = ()  # modules whose output is added to the residual without a matrix
     writers: tuple[WriterRow, ...]
 
 
 @dataclass(frozen=True)
 class Writer:
-    """A matrix whose output is added to the residual. Weight (O, I), O = D."""
+    """A matrix whose output is added to the residual. Weight (O, I), O = D.
+
+    `module` holds it: a Linear, a Conv1D (transposed), or all experts of a layer in one 3-D tensor,
+    of which this writer is the one numbered `expert`.
+    """
 
     component: str
     layer: int
-    name: str  # module path in the model
-    module: nn.Linear
+    name: str  # module path in the model; of an expert, as if each had a module of its own
+    module: Any
     gain: Tensor | None  # (O,) float32: product of the post-norms' gains, None without post-norm
+    expert: int | None = None
+    transposed: bool = False  # stored (I, O), or (E, I, O)
 
     @property
     def key(self) -> str:
         """Its name in tables and records."""
-        return f"{self.component}@{self.layer}"
+        expert = "" if self.expert is None else f".{self.expert}"
+        return f"{self.component}@{self.layer}{expert}"
+
+    @property
+    def weight(self) -> Tensor:
+        """The matrix (O, I): a view of the module's own parameter."""
+        weight: Tensor = (
+            self.module.weight if self.expert is None else self.module.down_proj[self.expert]
+        )
+        return weight.mT if self.transposed else weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias (O,), or None: a view as well."""
+        if self.expert is None:
+            bias: Tensor | None = getattr(self.module, "bias", None)
+            return bias
+        fused: Tensor | None = getattr(self.module, "down_proj_bias", None)
+        return None if fused is None else fused[self.expert]
 
 
 @dataclass(frozen=True)
@@ -77,14 +109,25 @@ class Anatomy:
     writers: tuple[Writer, ...]  # all that the row names and the model has
     width: int
     skippable: int  # layers below this one may be skipped when their output is known
+    defaults: tuple[str, ...] = ()  # components that are edited where none is named
+    padding: bool = True  # whether its layers ignore left padding
+    returns_tuple: bool = False  # whether a layer gives a tuple that begins with the hidden states
+    stream: int | None = None  # of a stack of residual streams, the one that layers read
+    passes: tuple[tuple[nn.Module, ...], ...] = ()  # per layer: what else is added, no matrix
+    notes: tuple[str, ...] = ()  # what else there is to say of what is not edited
+    tower: bool = False  # the language model of a multimodal model
 
     @property
     def components(self) -> tuple[str, ...]:
         """Names of the components, in the row's order."""
         return tuple(dict.fromkeys(writer.component for writer in self.writers))
 
-    def select(self, components: tuple[str, ...]) -> tuple[Writer, ...]:
-        """The writers of these components.
+    def residual(self, hidden: Tensor) -> Tensor:
+        """The residual (B, T, D) that layers read, of what is passed between them."""
+        return hidden if self.stream is None else hidden[self.stream]
+
+    def chosen(self, components: tuple[str, ...] = ()) -> tuple[str, ...]:
+        """These components; where none is named, the family's defaults.
 
         Raises:
             ConfigError: a component that this model does not have.
@@ -95,15 +138,23 @@ class Anatomy:
                     f"edit.components: {self.model_type} has no component {name!r}; "
                     f"it has {', '.join(self.components)}"
                 )
-        return tuple(writer for writer in self.writers if writer.component in components)
+        return components or self.defaults
 
-    def coverage(self, components: tuple[str, ...]) -> Coverage:
-        """What an edit of `components` touches, and what else writes to the residual."""
-        edited, other = [], ["embedding: not a writer of a layer"]
+    def select(self, components: tuple[str, ...] = ()) -> tuple[Writer, ...]:
+        """The writers of `chosen(components)`."""
+        names = self.chosen(components)
+        return tuple(writer for writer in self.writers if writer.component in names)
+
+    def coverage(self, components: tuple[str, ...] = ()) -> Coverage:
+        """What an edit of `chosen(components)` touches, and what else writes to the residual."""
+        names = self.chosen(components)
+        edited, other = [], ["embedding: not a writer of a layer", *self.notes]
         for name in self.components:
             rows = [w for w in self.writers if w.component == name]
             line = f"{name}: {len(rows)} matrices, layers {_spans([w.layer for w in rows])}"
-            if name in components:
+            experts = len({w.expert for w in rows} - {None})
+            line += f", {experts} experts each" if experts else ""
+            if name in names:
                 edited.append(line)
             else:
                 other.append(f"{line} (name it in edit.components to edit it)")
@@ -129,70 +180,160 @@ def row_for(model_type: str) -> ArchitectureRow:
     """
     row = architectures().get(model_type)
     if row is None:
-        known = ", ".join(sorted(architectures()))
         raise UnknownArchitecture(
-            f"model type {model_type!r}: no data row says where its writers are (known: {known}); "
-            "ARCHITECTURE.md shows how to add one"
+            f"model type {model_type!r}: no data row says where its writers are; docs/families.md "
+            "lists the known families, ARCHITECTURE.md shows how to add one"
         )
     return row
 
 
 def describe(model: nn.Module) -> Anatomy:
-    """Find the layers and writers of a loaded causal LM.
+    """Find the layers and writers of a loaded causal LM, or of a multimodal model's language model.
 
     Raises:
         UnknownArchitecture: no row, or the model lacks what its row names.
     """
-    config: Any = model.config
+    whole: Any = model.config
+    config = whole.get_text_config()
     row = row_for(config.model_type)
-    layers = tuple(_get(model, row.layers, config.model_type))
-    for name in row.unknown:
-        if any(getattr(layer, name, None) is not None for layer in layers):
-            raise UnknownArchitecture(
-                f"model type {config.model_type!r}: its layers have {name}, which write to the "
-                "residual and which no data row describes yet: they would be left unedited"
-            )
+    prefix, backbone = text_backbone(model, row)
+    path = f"{prefix}{row.layers.removeprefix(row.backbone)}"
+    layers = tuple(_get(model, path, config.model_type))
     writers = [
         writer
         for index, layer in enumerate(layers)
         for spec in row.writers
-        if (writer := _writer(row, spec, index, layer, config.model_type)) is not None
+        for writer in _writers(row, spec, index, layer, f"{path}.{index}", config.model_type)
     ]
+    _check_unshared(writers, config.model_type)
+    found = dict.fromkeys(w.component for w in writers)
+    notes = [f"{name}: added to the residual without a matrix" for name in row.passes]
+    if whole is not config:
+        notes.append("vision and audio towers and projectors: not part of the language model")
     return Anatomy(
         model_type=config.model_type,
-        backbone=_get(model, row.backbone, config.model_type),
+        backbone=backbone,
         layers=layers,
         writers=tuple(writers),
         width=int(config.hidden_size),
         skippable=_skippable(row, config, len(layers)),
+        defaults=tuple(s.component for s in row.writers if s.default and s.component in found),
+        padding=row.padding_leaks is None or not getattr(config, row.padding_leaks, False),
+        returns_tuple=row.returns == "tuple",
+        stream=None if row.stream is None else int(getattr(config, row.stream)),
+        passes=tuple(
+            tuple(_get(layer, name, config.model_type) for name in row.passes) for layer in layers
+        ),
+        notes=tuple(notes),
+        tower=whole is not config,
     )
 
 
-def _writer(
-    row: ArchitectureRow, spec: WriterRow, index: int, layer: nn.Module, model_type: str
-) -> Writer | None:
-    first = spec.module.split(".")[0]
-    if spec.optional and getattr(layer, first, None) is None:
-        return None
+def text_backbone(model: nn.Module, row: ArchitectureRow) -> tuple[str, nn.Module]:
+    """Path and module of the language model below its head, also inside a multimodal model.
+
+    Raises:
+        UnknownArchitecture: it is not found.
+    """
+    whole: Any = model.config
+    text = whole.get_text_config()
+    if whole is text:
+        return row.backbone, _get(model, row.backbone, text.model_type)
+    inner = row.layers.removeprefix(f"{row.backbone}.")
+    for path, module in model.named_modules():
+        config = getattr(module, "config", None)
+        if config is text and isinstance(getattr(module, inner, None), nn.ModuleList):
+            return path, module
+    raise UnknownArchitecture(
+        f"model type {whole.model_type!r}: no module of it runs the {text.model_type!r} layers"
+    )
+
+
+def _writers(
+    row: ArchitectureRow,
+    spec: WriterRow,
+    index: int,
+    layer: nn.Module,
+    path: str,
+    model_type: str,
+) -> list[Writer]:
+    """The writers of one row at one layer: none, one, or one per expert."""
+    if spec.optional and _missing(layer, spec.module):
+        return []
     module = _get(layer, spec.module, model_type)
-    if not isinstance(module, nn.Linear):
-        raise UnknownArchitecture(
-            f"{model_type}, layer {index}: {spec.module} is a {type(module).__name__}, not a Linear"
-        )
-    norms = [_get(layer, name, model_type) for name in spec.post_norms]
+    gain = _gain(row, spec, layer, model_type)
+    name = f"{path}.{spec.module}"
+    where = f"{model_type}, layer {index}: {spec.module}"
+    if spec.experts:
+        fused = getattr(module, "down_proj", None)
+        if not isinstance(fused, nn.Parameter) or fused.dim() != 3:
+            raise UnknownArchitecture(f"{where} is a {type(module).__name__}, not fused experts")
+        return [
+            Writer(
+                spec.component,
+                index,
+                f"{name}.{expert}.down_proj",
+                module,
+                gain,
+                expert,
+                transposed=experts_transposed(module),
+            )
+            for expert in range(fused.shape[0])
+        ]
+    conv = type(module).__name__ == "Conv1D"
+    if not isinstance(module, nn.Linear) and not conv:
+        raise UnknownArchitecture(f"{where} is a {type(module).__name__}, not a Linear")
+    return [Writer(spec.component, index, name, module, gain, transposed=conv)]
+
+
+def experts_transposed(module: nn.Module) -> bool:
+    """Whether fused experts store their matrices as (E, I, O), as gpt-oss and Llama 4 do."""
+    # Transformers' own interface states it; Llama 4 stands outside that interface.
+    return bool(getattr(module, "is_transposed", type(module).__name__ == "Llama4TextExperts"))
+
+
+def _gain(
+    row: ArchitectureRow, spec: WriterRow, layer: nn.Module, model_type: str
+) -> Tensor | None:
     gain: Tensor | None = None
-    for norm in norms:
+    for name in spec.post_norms:
+        if _missing(layer, name):  # a norm that only some layers have, such as those with experts
+            continue
+        norm = _get(layer, name, model_type)
+        if isinstance(norm, nn.Identity):  # of models that leave the norm out
+            continue
         weight = norm.weight.detach().float() + (1.0 if row.gain == "1+weight" else 0.0)
         gain = weight if gain is None else gain * weight
-    return Writer(spec.component, index, f"{row.layers}.{index}.{spec.module}", module, gain)
+    return gain
+
+
+def _check_unshared(writers: list[Writer], model_type: str) -> None:
+    owners: dict[tuple[int, int | None], Writer] = {}
+    for writer in writers:
+        parameter = writer.module.weight if writer.expert is None else writer.module.down_proj
+        other = owners.setdefault((id(parameter), writer.expert), writer)
+        if other is not writer:
+            raise UnknownArchitecture(
+                f"model type {model_type!r}: {other.name} and {writer.name} are one matrix, so an "
+                "edit of one layer would change another"
+            )
 
 
 def _skippable(row: ArchitectureRow, config: Any, layers: int) -> int:
+    if not row.skip or row.stream is not None:
+        return 0
     if row.shared_kv is None:
         return layers
     modes = getattr(config, row.shared_kv)
     stores = [index for index, mode in enumerate(modes) if mode == "store"]
     return min(stores, default=layers)
+
+
+def _missing(root: nn.Module, path: str) -> bool:
+    try:
+        return root.get_submodule(path) is None
+    except AttributeError:
+        return True
 
 
 def _get(root: nn.Module, path: str, model_type: str) -> Any:
@@ -207,7 +348,7 @@ def _get(root: nn.Module, path: str, model_type: str) -> Any:
 def _spans(numbers: list[int]) -> str:
     """[0, 1, 2, 5] -> '0-2, 5'."""
     spans: list[list[int]] = []
-    for number in sorted(numbers):
+    for number in sorted(set(numbers)):
         if spans and spans[-1][1] == number - 1:
             spans[-1][1] = number
         else:

@@ -17,7 +17,7 @@ from excise.edits import Edit
 from excise.errors import ConfigError
 from excise.events import OnEvent
 from excise.loading import Loaded
-from excise.moments import few_prompts, last_rows, stacked_biases
+from excise.moments import few_prompts, last_rows, refuse_experts, stacked_biases
 from excise.ridge import basis_for
 
 MOST_NEIGHBOURS = 15
@@ -70,7 +70,7 @@ class AraMethod:
             rows = [captured[f"{writer.name}/{side}"] for side in ("target", "contrast")]
             bases[number] = basis = _basis(torch.cat(rows))
             span = rows[0].shape[1] if basis is None else len(basis)
-            key = (*writer.module.weight.shape, *map(len, rows), span)
+            key = (*writer.weight.shape, *map(len, rows), span)
             shapes.setdefault(key, []).append(number)
         for members in shapes.values():
             stats = _stats([writers[n] for n in members], [bases[n] for n in members], captured,
@@ -144,14 +144,14 @@ def _stats(
     *,
     keep_norms: bool,
 ) -> AraStats:
-    device = writers[0].module.weight.device
+    device = writers[0].weight.device
     target, contrast = (
         torch.stack([captured[f"{w.name}/{side}"] for w in writers]).to(device)
         for side in ("target", "contrast")
     )
     some = [basis for basis in bases if basis is not None]
     return prepare(
-        torch.stack([w.module.weight.float() for w in writers]),
+        torch.stack([w.weight.float() for w in writers]),
         target,
         contrast,
         torch.stack(some).to(device) if some else None,
@@ -160,7 +160,7 @@ def _stats(
     )
 
 
-def check(config: Config, prompts: int, _anatomy: Anatomy) -> None:
+def check(config: Config, prompts: int, anatomy: Anatomy) -> None:
     """Whether arbitrary-rank ablation can be set up as configured.
 
     Raises:
@@ -171,6 +171,7 @@ def check(config: Config, prompts: int, _anatomy: Anatomy) -> None:
             "ara moves outputs to contrast outputs and cannot strengthen a behaviour: "
             "use --method directional, subspace or ridge"
         )
+    refuse_experts("ara", anatomy.select(config.edit.components))
     wanted = config.ara.neighbours
     if wanted is not None and wanted > prompts:
         raise ConfigError(

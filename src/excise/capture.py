@@ -32,11 +32,11 @@ def last_token_residuals(anatomy: Anatomy) -> Iterator[list[Tensor]]:
 
     def before_first(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]
-        rows.append(hidden[:, -1].detach())
+        rows.append(anatomy.residual(hidden)[:, -1].detach().clone())
 
     def after(_module: nn.Module, _args: Any, output: Any) -> None:
         hidden = output[0] if isinstance(output, tuple) else output
-        rows.append(hidden[:, -1].detach().clone())
+        rows.append(anatomy.residual(hidden)[:, -1].detach().clone())
 
     hooks = [anatomy.layers[0].register_forward_pre_hook(before_first, with_kwargs=True)]
     hooks += [layer.register_forward_hook(after) for layer in anatomy.layers]

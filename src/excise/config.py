@@ -84,9 +84,9 @@ class DirectionSection(Section):
 
 
 class EditSection(Section):
-    """Which writers are edited, and how."""
+    """Which writers are edited, and how. No components named: the family's own choice."""
 
-    components: tuple[str, ...] = ("attn.o_proj", "mlp.down_proj")
+    components: tuple[str, ...] = ()
     row_norms: RowNorms = "full"
     post_norms: bool = True
 

@@ -34,24 +34,25 @@ class DirectionalMethod:
         strengthen: bool = False,
     ) -> None:
         self.writers = writers
+        self.directions = directions
         self.layers = directions.unit.shape[0]
         self.sign = -1.0 if strengthen else 1.0
         self._groups: list[tuple[list[int], GroupStats]] = []
-        shapes = dict.fromkeys((w.component, tuple(w.module.weight.shape)) for w in writers)
+        shapes = dict.fromkeys((w.component, tuple(w.weight.shape)) for w in writers)
         for component, shape in shapes:
             members = [
                 number
                 for number, w in enumerate(writers)
-                if w.component == component and tuple(w.module.weight.shape) == shape
+                if w.component == component and tuple(w.weight.shape) == shape
             ]
             chosen = [writers[number] for number in members]
             stats = prepare(
-                [w.module.weight for w in chosen],
+                [w.weight for w in chosen],
                 [w.layer for w in chosen],
                 directions,
                 row_norms=section.row_norms,
                 gains=[w.gain if section.post_norms else None for w in chosen],
-                biases=[w.module.bias for w in chosen],
+                biases=[w.bias for w in chosen],
             )
             self._groups.append((members, stats))
 

@@ -74,16 +74,18 @@ class GroupStats:
 
     Attributes:
         layers: (G,) the writers' layers.
-        basis: (G, L+1, O).
+        shared: (G,) which of the U bases is the writer's: experts of a layer have one together.
+        basis: (U, L+1, O).
         images: (G, L+1, I) basis @ W^, or basis @ W for row norms "none".
         returns: (G, L+1, O) images @ W^^T.
-        gram: (G, L+1, L+1) float64 Gram matrices of the basis.
+        gram: (U, L+1, L+1) float64 Gram matrices of the bases.
         image_gram: (G, L+1, L+1) float64 Gram matrices of the images.
         norms: (G, O) row norms of W.
         bias: (G, O), or None.
     """
 
     layers: Tensor
+    shared: Tensor
     basis: Tensor
     images: Tensor
     returns: Tensor
@@ -121,11 +123,17 @@ def prepare(
     biases: list[Tensor | None] | None = None,
 ) -> GroupStats:
     """Statistics of G writers of one shape: `weights` (O, I) each, `gains` and `biases` (O,) or None."""
-    parts = [
-        _prepare_one(weight, layer, directions, row_norms, gains[g] if gains else None)
-        for g, (weight, layer) in enumerate(zip(weights, layers, strict=True))
-    ]
-    basis, images, returns, norms = (torch.stack(part) for part in zip(*parts, strict=True))
+    bases: dict[tuple[int, int], Tensor] = {}
+    shared, parts = [], []
+    for g, (weight, layer) in enumerate(zip(weights, layers, strict=True)):
+        gain = gains[g] if gains else None
+        key = (layer, id(gain))
+        if key not in bases:
+            bases[key] = _basis(weight, layer, directions, gain)
+        shared.append(list(bases).index(key))
+        parts.append(_prepare_one(weight, bases[key], row_norms))
+    basis = torch.stack(list(bases.values()))
+    images, returns, norms = (torch.stack(part) for part in zip(*parts, strict=True))
     bias = None
     if biases and any(b is not None for b in biases):
         bias = torch.stack(
@@ -136,6 +144,7 @@ def prepare(
         )
     return GroupStats(
         layers=torch.tensor(layers),
+        shared=torch.tensor(shared),
         basis=basis,
         images=images,
         returns=returns,
@@ -148,17 +157,21 @@ def prepare(
     )
 
 
+def _basis(weight: Tensor, layer: int, directions: Directions, gain: Tensor | None) -> Tensor:
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    rows = torch.cat([directions.unit, directions.contrast[layer][None]])  # (L+1, O)
+    rows = rows.to(weight.device, dtype)
+    return rows if gain is None else rows * gain.to(rows)
+
+
 def _prepare_one(
-    weight: Tensor, layer: int, directions: Directions, row_norms: RowNorms, gain: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    w = weight if weight.dtype == torch.float64 else weight.float()
-    basis = torch.cat([directions.unit, directions.contrast[layer][None]]).to(w)  # (L+1, O)
-    if gain is not None:
-        basis = basis * gain.to(w)
+    weight: Tensor, basis: Tensor, row_norms: RowNorms
+) -> tuple[Tensor, Tensor, Tensor]:
+    w = weight.to(basis)
     norms = w.norm(dim=1)
     unit = w if row_norms == "none" else w / norms.clamp_min(_SMALLEST)[:, None]
     images = basis @ unit
-    return basis, images, images @ unit.T, norms
+    return images, images @ unit.T, norms
 
 
 def _gram(rows: Tensor) -> Tensor:
@@ -169,9 +182,11 @@ def build(stats: GroupStats, index: float | None, strengths: Tensor) -> GroupEdi
     """The edits that remove `strengths` (G,) of the direction at `index` (None: each layer's own)."""
     coefficients = _coefficients(stats, index)  # (G, L+1) float64, at most three per row
     c = coefficients[:, None, :]
-    size = (c @ stats.gram @ c.mT).flatten().clamp_min(_SMALLEST).to(stats.basis)  # (G,) |g*v|^2
-    raw_u = _mix(stats.basis, stats, index, coefficients)  # (G, O), |raw_u|^2 = size
-    raw_a = _mix(stats.images, stats, index, coefficients)  # (G, I)
+    gram = stats.gram[stats.shared]
+    size = (c @ gram @ c.mT).flatten().clamp_min(_SMALLEST).to(stats.basis)  # (G,) |g*v|^2
+    raw_u = _mix(stats.basis, stats.shared, stats, index, coefficients)  # (G, O), |.|^2 = size
+    own = torch.arange(len(stats.layers))
+    raw_a = _mix(stats.images, own, stats, index, coefficients)  # (G, I)
     lam = strengths.to(stats.basis)
     if stats.row_norms == "none":
         left = (lam / size)[:, None] * raw_u
@@ -179,7 +194,7 @@ def build(stats: GroupStats, index: float | None, strengths: Tensor) -> GroupEdi
     left = (lam / size)[:, None] * (stats.norms * raw_u)
     if stats.row_norms == "pre":
         return GroupEdits(left, raw_a, None, _bias_shift(stats, raw_u, size, lam, None))
-    raw_p = _mix(stats.returns, stats, index, coefficients)  # (G, O)
+    raw_p = _mix(stats.returns, own, stats, index, coefficients)  # (G, O)
     a_squared = (c @ stats.image_gram @ c.mT).flatten().to(size)  # (G,) times size
     square = 1.0 - (2.0 * lam / size)[:, None] * raw_u * raw_p
     square = square + (lam * lam * a_squared / (size * size))[:, None] * raw_u * raw_u
@@ -200,7 +215,7 @@ def _bias_shift(
 
 def _coefficients(stats: GroupStats, index: float | None) -> Tensor:
     """Each writer's direction as weights over its basis (G, L+1)."""
-    writers, rows = stats.basis.shape[0], stats.basis.shape[1]
+    writers, rows = len(stats.layers), stats.basis.shape[1]
     out = torch.zeros(writers, rows, dtype=torch.float64)
     for g, layer in enumerate(stats.layers.tolist()):
         for row, weight in mixture(layer if index is None else index, rows - 1):
@@ -215,15 +230,17 @@ def _coefficients(stats: GroupStats, index: float | None) -> Tensor:
     return out
 
 
-def _mix(rows: Tensor, stats: GroupStats, index: float | None, coefficients: Tensor) -> Tensor:
-    """coefficients @ rows, touching only the rows that count: (G, L+1, X) -> (G, X)."""
+def _mix(
+    rows: Tensor, which: Tensor, stats: GroupStats, index: float | None, coefficients: Tensor
+) -> Tensor:
+    """coefficients @ rows[which], touching only the rows that count: (U, L+1, X) -> (G, X)."""
     if index is None:
-        out = rows[torch.arange(rows.shape[0]), stats.layers]
+        out = rows[which, stats.layers]
     else:
         (low, _), *high = mixture(index, rows.shape[1] - 1)
-        out = rows[:, low]
+        out = rows[which, low]
         if high:
-            out = torch.lerp(out, rows[:, high[0][0]], high[0][1])
+            out = torch.lerp(out, rows[which, high[0][0]], high[0][1])
     if stats.directions.projected:
-        out = out + coefficients[:, -1:].to(rows) * rows[:, -1]
+        out = out + coefficients[:, -1:].to(rows) * rows[which, -1]
     return out

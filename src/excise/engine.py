@@ -25,7 +25,7 @@ from excise.forward import Forward, repeat_batch
 from excise.kvcache import can_join, join, share_lower_layers
 from excise.loading import Loaded
 from excise.stacking import CandidateEdits, Stack
-from excise.tokens import Batch, end_tokens, left_pad, pad_token
+from excise.tokens import Batch, end_tokens, left_pad, pad_token, same_length
 
 R = TypeVar("R")
 
@@ -193,7 +193,12 @@ class Engine:
         """
         found: dict[tuple[int, int], R] = {}
         order = sorted(numbers, key=lambda n: (-lengths[n], n))
-        waiting = _chunks(list(range(stack.size)), order, getattr(self.plan, limit))
+        padding = self._loaded.anatomy.padding
+        waiting = [
+            chunk
+            for group in ([order] if padding else same_length(order, lengths))
+            for chunk in _chunks(list(range(stack.size)), group, getattr(self.plan, limit))
+        ]
         with stack.applied():
             while waiting:
                 members, chunk = waiting.pop(0)
@@ -334,7 +339,7 @@ class Engine:
         with start:
             states = self._forward.hidden(*repeat_batch(batch, times), cache, keep)
         if lower is not None:
-            share_lower_layers(lower, cache, layer, times)
+            share_lower_layers(lower, cache, layer, times, len(batch.rows))
         return states, cache
 
 

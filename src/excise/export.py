@@ -172,9 +172,9 @@ def weight_difference(writer: Writer, edit: Edit) -> Tensor:
     Raises:
         ExportError: the weight is offloaded.
     """
-    if writer.module.weight.is_meta:
+    if writer.weight.is_meta:
         raise ExportError(f"{writer.name} is offloaded: an adapter is made from values in memory")
-    w = writer.module.weight.detach().float()
+    w = writer.weight.detach().float()
     left, right = edit.left.to(w), edit.right.to(w)
     if edit.scale is None:
         return -(left @ right)
@@ -207,7 +207,7 @@ def low_rank(delta: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def _moves_bias(writer: Writer, edit: Edit) -> bool:
-    bias = writer.module.bias
+    bias = writer.bias
     if bias is None:
         return edit.shift is not None and bool(edit.shift.any())
     before = bias.detach().float()

@@ -70,12 +70,12 @@ class Forward:
         cache = None if capacity is None else self.cache(capacity)
         caught: list[Tensor] = []
 
-        def catch(hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
+        def catch(hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Any:
             caught.append(hidden_states)
-            return hidden_states
+            return self._as_layer(hidden_states)
 
         upper = self.anatomy.layers[layer:]
-        steps: dict[nn.Module, Callable[..., Any]] = dict.fromkeys(upper, _pass_through)
+        steps: dict[nn.Module, Callable[..., Any]] = dict.fromkeys(upper, self._pass_through)
         steps[upper[0]] = catch
         with replaced_forward(steps):
             # Every position is needed here, so the backbone must not trim before `layer`.
@@ -86,14 +86,17 @@ class Forward:
     def starting_at(self, layer: int, hidden: Tensor) -> Iterator[None]:
         """Within this context a pass skips the layers below `layer` and goes on from `hidden`."""
         lower = self.anatomy.layers[:layer]
-        steps: dict[nn.Module, Callable[..., Any]] = dict.fromkeys(lower, _pass_through)
-        steps[lower[-1]] = lambda *_a, **_k: hidden
+        steps: dict[nn.Module, Callable[..., Any]] = dict.fromkeys(lower, self._pass_through)
+        steps[lower[-1]] = lambda *_a, **_k: self._as_layer(hidden)
         with replaced_forward(steps):
             yield
 
+    def _pass_through(self, hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Any:
+        return self._as_layer(hidden_states)
 
-def _pass_through(hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
-    return hidden_states
+    def _as_layer(self, hidden: Tensor) -> Any:
+        """Hidden states in the form that this family's layers give them."""
+        return (hidden,) if self.anatomy.returns_tuple else hidden
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from excise.config import EditSection, ModelSection
+from excise.config import ModelSection
 from excise.loading import load
 
 
@@ -20,8 +20,7 @@ def inspect_model(source: str) -> dict[str, Any]:
     """
     loaded = load(ModelSection(source=source))
     anatomy = loaded.anatomy
-    defaults = EditSection().components
-    coverage = anatomy.coverage(tuple(c for c in defaults if c in anatomy.components))
+    coverage = anatomy.coverage()
     return {
         "model": source,
         "model_type": anatomy.model_type,
@@ -34,8 +33,8 @@ def inspect_model(source: str) -> dict[str, Any]:
                 "component": w.component,
                 "layer": w.layer,
                 "module": w.name,
-                "shape": list(w.module.weight.shape),
-                "bias": w.module.bias is not None,
+                "shape": list(w.weight.shape),
+                "bias": w.bias is not None,
                 "post_norm": w.gain is not None,
             }
             for w in anatomy.writers

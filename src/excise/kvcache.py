@@ -15,6 +15,7 @@ from transformers.cache_utils import (
     DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
 )
 
 
@@ -81,7 +82,10 @@ def select_rows(cache: DynamicCache, rows: list[int]) -> None:
     """Keep only these rows of every layer."""
     indices = torch.tensor(rows)
     for layer in cache.layers:
-        layer.batch_select_indices(indices)
+        if isinstance(layer, LinearAttentionCacheLayerMixin):
+            layer.reorder_cache(indices)  # its name for the same; it covers keys and values too
+        else:
+            layer.batch_select_indices(indices)
 
 
 def can_join(cache: DynamicCache) -> bool:
@@ -117,8 +121,17 @@ def join(parts: list[DynamicCache], empty: DynamicCache, groups: int, width: int
     return empty
 
 
-def share_lower_layers(source: DynamicCache, into: DynamicCache, layers: int, times: int) -> None:
+def share_lower_layers(
+    source: DynamicCache, into: DynamicCache, layers: int, times: int, rows: int
+) -> None:
     """Fill the first `layers` layers of `into` with those of `source`, rows repeated."""
-    for ours, theirs in zip(into.layers[:layers], source.layers[:layers], strict=False):
-        if isinstance(ours, RoomyLayer) and isinstance(theirs, RoomyLayer) and theirs.length:
-            ours.copy_repeated(theirs, times)
+    for number, theirs in enumerate(source.layers[:layers]):
+        ours = into.layers[number]
+        if isinstance(theirs, DummyLayer):
+            continue
+        if isinstance(ours, RoomyLayer) and isinstance(theirs, RoomyLayer):
+            if theirs.length:
+                ours.copy_repeated(theirs, times)
+        else:  # states of other kinds: their rows are repeated where they stand, and handed over
+            theirs.reorder_cache(torch.arange(rows).repeat(times))
+            into.layers[number] = theirs

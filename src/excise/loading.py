@@ -215,7 +215,6 @@ def _load_model(section: ModelSection, folder: Path, dtype: torch.dtype) -> nn.M
             device_map=device_map,
             use_safetensors=True,
             trust_remote_code=section.trust_remote_code,
-            attn_implementation="sdpa",
             ignore_mismatched_sizes=True,  # so that we can name them ourselves, below
             output_loading_info=True,
         )

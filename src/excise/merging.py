@@ -5,40 +5,28 @@ edited tensors are written anew: every header, offset, other tensor and other fi
 was, and memory does not grow with the model. The copy stands beside its destination until it is
 complete, then takes its name.
 
-Which tensor a writer was loaded from is proven by its values, never taken from its name: loaders
-rename, so names only say where to look first. Fused experts and quantised sources are not known
-here: no single tensor holds their writers' values, and that is an `ExportError`.
+Which tensor a writer was loaded from is proven by its values (`matching`). An expert's matrix is
+edited where it stands: in a tensor of its own, or in its slice of one that holds all experts.
 """
 
 from __future__ import annotations
 
 import io
-import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import takewhile
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from excise.anatomy import Writer
 from excise.edits import Edit
 from excise.errors import ExportError
 from excise.events import Notice, OnEvent, ignore, track
-from excise.loading import weight_files
+from excise.matching import TensorPlace, WriterPlace, find_tensors, list_tensors, threads
 from excise.staging import add_files, check_destination, copy_bytes, staged
 
-# What can be edited where it stands; 8 bit and packed formats would need a reading of their own.
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
 # Other forms of the unedited weights (the first four are pickles, which also can run code): none of
 # them is what was measured, and a runner might prefer one of them.
 _STALE = (".bin", ".pt", ".pth", ".ckpt", ".bin.index.json", ".gguf", ".onnx", ".h5", ".msgpack")
@@ -47,56 +35,6 @@ _LOW_RANK = 16  # an edit of at most this rank costs a few operations per elemen
 _BLOCK = 1 << 17  # elements computed at a time: they stay in the processor's cache
 _PRODUCT_BLOCK = 1 << 20  # the same for higher ranks, whose products need more rows at a time
 _WORKERS = 2  # files in work at a time: one is copied while another's tensors are computed
-
-
-@dataclass(frozen=True)
-class TensorPlace:
-    """Where one tensor of a checkpoint is stored.
-
-    Attributes:
-        file: relative to the checkpoint's folder.
-        key: its name there.
-        dtype: as safetensors writes it, such as "BF16".
-        start, stop: its bytes in the file.
-    """
-
-    file: Path
-    key: str
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    stop: int
-
-    def read(self, file: io.BufferedReader, first: int, last: int) -> Tensor:
-        """Rows first <= row < last in the stored dtype, from the open `file`."""
-        rows = torch.empty((last - first, *self.shape[1:]), dtype=_DTYPES[self.dtype])
-        file.seek(self._offset(first))
-        if file.readinto(_bytes(rows)) != rows.nbytes:
-            raise ExportError(f"{self.file} ends inside tensor {self.key}: download it again")
-        return rows
-
-    def write(self, file: io.BufferedWriter, first: int, rows: Tensor) -> None:
-        """Store `rows`, which are of this tensor's dtype, from row `first` on."""
-        assert rows.dtype == _DTYPES[self.dtype]
-        file.seek(self._offset(first))
-        file.write(_bytes(rows))
-
-    def blocks(self, elements: int) -> Iterator[tuple[int, int]]:
-        """Spans of rows with about this many elements; together they are all rows."""
-        step = max(1, elements * self.shape[0] // torch.Size(self.shape).numel())
-        for first in range(0, self.shape[0], step):
-            yield first, min(first + step, self.shape[0])
-
-    def _offset(self, row: int) -> int:
-        return self.start + row * ((self.stop - self.start) // self.shape[0])
-
-
-@dataclass(frozen=True)
-class WriterPlace:
-    """The tensors that a writer's weight (O, I) and bias (O,) were loaded from."""
-
-    weight: TensorPlace
-    bias: TensorPlace | None = None
 
 
 @dataclass(frozen=True)
@@ -147,47 +85,6 @@ def merge_checkpoint(
     return write_checkpoint(source, destination, edits, places, on_event, extra_files)
 
 
-def find_tensors(source: Path, writers: Sequence[Writer]) -> dict[str, WriterPlace]:
-    """Writer name -> the tensors of the checkpoint that hold its values.
-
-    A tensor is a writer's when it has its shape and, cast to the loaded dtype, equals it in every
-    element. Of several that do, the one whose name ends most like the module's is taken.
-
-    Raises:
-        ExportError: no tensor does, two do equally well, or one would belong to two writers.
-    """
-    tensors = list_tensors(source)
-    found: dict[str, WriterPlace] = {}
-    owners: dict[TensorPlace, str] = {}
-    for writer in writers:
-        with _threads(1):
-            weight = _find(source, tensors, f"{writer.name}.weight", writer.module.weight)
-            bias: TensorPlace | None = None
-            if writer.module.bias is not None:
-                bias = _find(source, tensors, f"{writer.name}.bias", writer.module.bias)
-        for place in (weight, bias):
-            if place is not None and owners.setdefault(place, writer.name) != writer.name:
-                raise ExportError(
-                    f"{owners[place]} and {writer.name} are both loaded from {place.key}, so they "
-                    "cannot be edited apart: leave one of them out of edit.components"
-                )
-        found[writer.name] = WriterPlace(weight, bias)
-    return found
-
-
-def list_tensors(source: Path) -> list[TensorPlace]:
-    """Every tensor of the checkpoint in the folder `source`.
-
-    Raises:
-        ModelError: the checkpoint is not whole.
-    """
-    files = weight_files(source)
-    if not (source / "model.safetensors.index.json").is_file():
-        # Without an index this one is what loaders take, whatever else lies beside it.
-        files = [file for file in files if file.name == "model.safetensors"] or files
-    return [place for file in files for place in _read_header(source, file)]
-
-
 def write_checkpoint(
     source: Path,
     destination: Path,
@@ -211,8 +108,8 @@ def write_checkpoint(
         on_event(Notice(f"not part of the checkpoint, so copied unedited: {', '.join(other)}"))
     size = sum((source / file).stat().st_size for file in files)
     size += sum(len(text.encode()) for text in extra.values())
-    threads = _threads(_threads_each(edits.values()))
-    with staged(destination, size) as folder, threads, ThreadPoolExecutor(_WORKERS) as pool:
+    each = threads(_threads_each(edits.values()))
+    with staged(destination, size) as folder, each, ThreadPoolExecutor(_WORKERS) as pool:
         jobs = [
             pool.submit(_write_file, source / file, folder / file, folds.get(file, []))
             for file in files
@@ -223,66 +120,8 @@ def write_checkpoint(
         finally:
             pool.shutdown(cancel_futures=True)
         add_files(folder, extra)
-    tensors = sorted(place.key for found in folds.values() for place, _ in found)
+    tensors = sorted({place.key for found in folds.values() for place, _ in found})
     return Merge(destination, tuple(tensors), left_out, other, size)
-
-
-def _read_header(source: Path, file: Path) -> list[TensorPlace]:
-    """The tensors of one shard; `weight_files` has checked that it is a whole safetensors file."""
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(length))
-    header.pop("__metadata__", None)
-    places = []
-    for key, entry in header.items():
-        start, stop = (8 + length + offset for offset in entry["data_offsets"])
-        shape = tuple(entry["shape"])
-        places.append(
-            TensorPlace(file.relative_to(source), key, entry["dtype"], shape, start, stop)
-        )
-    return places
-
-
-def _find(source: Path, tensors: list[TensorPlace], name: str, values: Tensor) -> TensorPlace:
-    if values.is_meta:
-        raise ExportError(f"{name} is offloaded: its values must be in memory to be recognised")
-    by_likeness: dict[int, list[TensorPlace]] = {}
-    for place in tensors:
-        if place.shape == tuple(values.shape) and place.dtype in _DTYPES:
-            by_likeness.setdefault(_common_end(place.key, name), []).append(place)
-    for likeness in sorted(by_likeness, reverse=True):
-        equal = [place for place in by_likeness[likeness] if _holds(source, place, values)]
-        if len(equal) > 1:
-            raise ExportError(
-                f"{equal[0].key} and {equal[1].key} of {source} both hold the values of {name} and "
-                "are named equally like it: remove the one that the model does not use"
-            )
-        if equal:
-            return equal[0]
-    near = max(tensors, key=lambda place: _common_end(place.key, name))
-    raise ExportError(
-        f"no tensor of {source} holds the values of {name} {tuple(values.shape)} (nearest name: "
-        f"{near.key}, {near.dtype} {near.shape}): export from the unquantised checkpoint that the "
-        "model was loaded from, or leave this component out of edit.components"
-    )
-
-
-def _common_end(a: str, b: str) -> int:
-    """How many dotted parts two names share, counted from the end."""
-    pairs = zip(reversed(a.split(".")), reversed(b.split(".")), strict=False)
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-
-
-def _holds(source: Path, place: TensorPlace, values: Tensor) -> bool:
-    """Whether the stored tensor, cast to the dtype of `values`, equals it: a few rows, then all."""
-    end = place.shape[0]
-    probes = [(row, row + 1) for row in (0, end // 2, end - 1)]
-    with (source / place.file).open("rb") as file:
-        return all(
-            torch.equal(place.read(file, a, b).to(values.dtype), values[a:b].detach().cpu())
-            for spans in (probes, place.blocks(_BLOCK))
-            for a, b in spans
-        )
 
 
 _Fold = tuple[TensorPlace, Edit]
@@ -341,12 +180,16 @@ def _write_file(source: Path, target: Path, folds: list[_Fold]) -> None:
 
 
 def _fold(place: TensorPlace, edit: Edit, old: io.BufferedReader, new: io.BufferedWriter) -> None:
-    whole = rows_of_edit(edit, 0, place.shape[0])
+    whole = rows_of_edit(edit, 0, len(edit.left))
     size = _BLOCK if edit.left.shape[1] <= _LOW_RANK else _PRODUCT_BLOCK
     for first, last in place.blocks(size):
-        rows, part = place.read(old, first, last), rows_of_edit(whole, first, last)
-        edited = part.apply_to_weight(rows) if rows.ndim > 1 else part.apply_to_bias(rows)
-        stored = edited.to(rows.dtype)
+        rows = place.read(old, first, last)
+        if place.transposed:
+            edited = _columns(whole, first, last).apply_to_weight(rows.mT).mT
+        else:
+            part = rows_of_edit(whole, first, last)
+            edited = part.apply_to_weight(rows) if rows.ndim > 1 else part.apply_to_bias(rows)
+        stored = edited.to(rows.dtype).contiguous()
         if not all(map(torch.isfinite, torch.aminmax(stored))):
             raise ExportError(f"the edited {place.key} holds values that {place.dtype} cannot")
         place.write(new, first, stored)
@@ -362,17 +205,6 @@ def _threads_each(edits: Iterable[Edit]) -> int:
     return 1 if rank <= _LOW_RANK else max(1, torch.get_num_threads() // _WORKERS)
 
 
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """Compute with `count` threads here, and in threads that start within."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def rows_of_edit(edit: Edit, first: int, last: int) -> Edit:
     """The edit of the output rows first <= row < last, on the CPU."""
     scale = None if edit.scale is None else edit.scale[first:last].cpu()
@@ -380,5 +212,6 @@ def rows_of_edit(edit: Edit, first: int, last: int) -> Edit:
     return Edit(edit.left[first:last].cpu(), edit.right.cpu(), scale, shift)
 
 
-def _bytes(tensor: Tensor) -> memoryview:
-    return tensor.view(-1).view(torch.uint8).numpy().data
+def _columns(edit: Edit, first: int, last: int) -> Edit:
+    """The edit of the input columns first <= column < last."""
+    return Edit(edit.left, edit.right[:, first:last], edit.scale, edit.shift)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from excise.anatomy import Writer
-from excise.errors import MeasurementError, MemoryExhausted, is_out_of_memory
+from excise.errors import ConfigError, MeasurementError, MemoryExhausted, is_out_of_memory
 from excise.events import OnEvent, track
 from excise.loading import Loaded
 from excise.tokens import Batch, batches, end_tokens, pad_token
@@ -32,6 +32,20 @@ class LastRows:
 
     inputs: Tensor
     outputs: Tensor
+
+
+def refuse_experts(method: str, writers: Sequence[Writer]) -> None:
+    """Fused experts' inputs are not captured, so methods that need them cannot edit experts.
+
+    Raises:
+        ConfigError: one of the writers is a fused expert.
+    """
+    names = dict.fromkeys(w.component for w in writers if w.expert is not None)
+    if names:
+        raise ConfigError(
+            f"method {method} needs what goes into every writer, and that is not captured for fused "
+            f"experts: leave {', '.join(names)} out of edit.components, or use --method directional"
+        )
 
 
 # Called with a writer's number, its inputs and outputs (B, T, .) of a batch, and the batch.
@@ -66,7 +80,7 @@ def _pass(
 ) -> None:
     """Run all rows through the model; `see` is shown every writer's inputs and outputs."""
     pad = pad_token(loaded.tokenizer, end_tokens(loaded.model, loaded.tokenizer))
-    chunks = batches(rows, _ROWS, pad, loaded.device)
+    chunks = batches(rows, _ROWS, pad, loaded.device, padding=loaded.anatomy.padding)
     for batch in track(chunks, name, len(chunks), on_event):
         _run(loaded, writers, batch, see)
 
@@ -74,9 +88,13 @@ def _pass(
 def _run(loaded: Loaded, writers: Sequence[Writer], batch: Batch, see: _See) -> None:
     """One batch, in halves where memory is short: nothing is shown before the pass is through."""
     seen: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def by_row(states: Tensor) -> Tensor:  # shared experts see all tokens in one row
+        return states.reshape(*batch.ids.shape, states.shape[-1])
+
     try:
         with (
-            _watched(writers, lambda n, x, y: seen.__setitem__(n, (x, y))),
+            _watched(writers, lambda n, x, y: seen.__setitem__(n, (by_row(x), by_row(y)))),
             torch.inference_mode(),
         ):
             loaded.anatomy.backbone(
@@ -176,13 +194,13 @@ def token_moments(
         on_event: told of progress.
     """
     sizes = [
-        basis.shape[0] if basis is not None else writer.module.weight.shape[1]
+        basis.shape[0] if basis is not None else writer.weight.shape[1]
         for writer, basis in zip(writers, bases, strict=True)
     ]
     out = [
         TokenMoments(
-            None if basis is None else basis.to(writer.module.weight.device, torch.float32),
-            torch.zeros(q, q, dtype=torch.float64, device=writer.module.weight.device),
+            None if basis is None else basis.to(writer.weight.device, torch.float32),
+            torch.zeros(q, q, dtype=torch.float64, device=writer.weight.device),
         )
         for writer, basis, q in zip(writers, bases, sizes, strict=True)
     ]
@@ -212,7 +230,7 @@ def token_sketches(
     draws, sums = [], []
     for number, writer in enumerate(writers):
         generator = torch.Generator().manual_seed(number)
-        weight = writer.module.weight
+        weight = writer.weight
         draws.append(torch.randn(weight.shape[1], size, generator=generator).to(weight.device))
         sums.append(torch.zeros(size, weight.shape[1], device=weight.device))
 
@@ -253,7 +271,7 @@ def few_prompts(
 
 def stacked_biases(writers: Sequence[Writer]) -> Tensor | None:
     """The writers' biases (G, O) in float32, zeros for those without; None where none has one."""
-    if all(w.module.bias is None for w in writers):
+    if all(w.bias is None for w in writers):
         return None
-    zeros = torch.zeros(writers[0].module.weight.shape[0], device=writers[0].module.weight.device)
-    return torch.stack([zeros if w.module.bias is None else w.module.bias.float() for w in writers])
+    zeros = torch.zeros(writers[0].weight.shape[0], device=writers[0].weight.device)
+    return torch.stack([zeros if w.bias is None else w.bias.float() for w in writers])

@@ -131,9 +131,9 @@ def find_folds(
         edit = edits.get(writer.name)
         if edit is None:
             continue
-        parts = [("weight", writer.module.weight)]
-        if writer.module.bias is not None:
-            parts.append(("bias", writer.module.bias))
+        parts = [("weight", writer.weight)]
+        if writer.bias is not None:
+            parts.append(("bias", writer.bias))
         elif edit.shift is not None and bool(edit.shift.any()):
             raise ExportError(f"the edit of {writer.name} needs a bias, and {path} has none there")
         for part, values in parts:

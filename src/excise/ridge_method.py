@@ -20,6 +20,7 @@ from excise.moments import (
     LastRows,
     few_prompts,
     last_rows,
+    refuse_experts,
     stacked_biases,
     token_moments,
     token_sketches,
@@ -72,7 +73,7 @@ def capture(
             "target": seen,
             "outputs": x.outputs,
             "contrast": xc.outputs,
-            "diagonal": torch.tensor(moments.square / count / writer.module.weight.shape[1]),
+            "diagonal": torch.tensor(moments.square / count / writer.weight.shape[1]),
         }
         if basis is not None:
             parts["basis"] = basis
@@ -93,7 +94,7 @@ def _bases(
 
     Target rows come first, then contrast rows, then where most of the tokens lie.
     """
-    large = [n for n, w in enumerate(writers) if w.module.weight.shape[1] > size]
+    large = [n for n, w in enumerate(writers) if w.weight.shape[1] > size]
     bases: list[Tensor | None] = [None] * len(writers)
     if not large:
         return bases
@@ -141,7 +142,7 @@ class RidgeMethod:
             parts = [
                 captured[f"{writer.name}/{what}"] for what in ("target", "outputs", "contrast")
             ]
-            key = (*writer.module.weight.shape, *(s for p in parts for s in p.shape))
+            key = (*writer.weight.shape, *(s for p in parts for s in p.shape))
             shapes.setdefault(key, []).append(number)
         restore = config.edit.row_norms == "full"
         for members in shapes.values():
@@ -199,12 +200,12 @@ class RidgeMethod:
 def _stats(
     writers: Sequence[Writer], captured: Mapping[str, Tensor], most: int, restore: bool
 ) -> RidgeStats:
-    device = writers[0].module.weight.device
+    device = writers[0].weight.device
 
     def stack(what: str) -> Tensor:
         return torch.stack([captured[f"{w.name}/{what}"] for w in writers]).to(device)
 
-    weights = torch.stack([w.module.weight.float() for w in writers])
+    weights = torch.stack([w.weight.float() for w in writers])
     basis = stack("basis") if f"{writers[0].name}/basis" in captured else None
     outputs, contrast = stack("outputs"), stack("contrast")
     return RidgeStats(
@@ -223,12 +224,13 @@ def _stats(
     )
 
 
-def check(config: Config, prompts: int, _anatomy: Anatomy) -> None:
+def check(config: Config, prompts: int, anatomy: Anatomy) -> None:
     """Whether ridge ablation can be set up as configured, with this many contrast prompts.
 
     Raises:
         ConfigError: it cannot.
     """
+    refuse_experts("ridge", anatomy.select(config.edit.components))
     wanted = config.ridge.neighbours
     if wanted is not None and wanted > prompts:
         raise ConfigError(

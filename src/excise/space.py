@@ -13,8 +13,10 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 
 from excise.profiles import Profile
 
-# Attention mediates refusal-like behaviours most; MLP strengths below zero mean "leave alone".
-_MAX_WEIGHT = {"attn.o_proj": (0.8, 1.5)}
+# Attention mediates refusal-like behaviours most, and what stands in its place in hybrid models is
+# searched alike; MLP strengths below zero mean "leave alone".
+_MIXERS = ("attn.o_proj", "linear_attn.out_proj", "mamba.out_proj", "conv.out_proj")
+_MAX_WEIGHT = dict.fromkeys(_MIXERS, (0.8, 1.5))
 _OTHER_MAX_WEIGHT = (-0.25, 1.5)
 _SCOPES = ("global", "per layer")
 MOST_REFINED = 2.0

@@ -1,8 +1,9 @@
 """Many candidates' edits on one untouched model, in one batch.
 
 Rows of a batch belong to candidates; a hook on every edited writer gives each row its own
-candidate's output, y' = s * (y - left (right . x)) + shift. The weights are never written, so
-leaving the context restores the model exactly, whatever ended it.
+candidate's output, y' = s * (y - left (right . x)) + shift. Fused experts compute their tokens in
+`experts`, with each token's own candidate's edit at each of its experts. The weights are never
+written, so leaving the context restores the model exactly, whatever ended it.
 
 Shapes: B rows, C candidates, T tokens, O and I a writer's out and in features, R rank.
 """
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from excise.anatomy import Writer
 from excise.edits import Edit
+from excise.experts import ExpertEdits, edited_forward, stack_experts
 
 # One candidate: an edit per writer of the anatomy, None where it leaves the writer alone.
 CandidateEdits = Sequence[Edit | None]
@@ -73,10 +75,26 @@ class Stack:
     def __init__(self, writers: Sequence[Writer], candidates: Sequence[CandidateEdits]) -> None:
         self.size = len(candidates)
         self._writers = writers
-        self._parts = {
-            index: _stack(writer.module, [edits[index] for edits in candidates])
-            for index, writer in enumerate(writers)
+        touched = [
+            index
+            for index in range(len(writers))
             if any(edits[index] is not None for edits in candidates)
+        ]
+        self._first = min((writers[index].layer for index in touched), default=1 << 30)
+        self._parts = {
+            index: _stack(writers[index].weight, [edits[index] for edits in candidates])
+            for index in touched
+            if writers[index].expert is None
+        }
+        fused: dict[nn.Module, dict[int, list[Edit | None]]] = {}
+        for index in touched:
+            expert = writers[index].expert
+            if expert is not None:
+                experts = fused.setdefault(writers[index].module, {})
+                experts[expert] = [edits[index] for edits in candidates]
+        self._experts: dict[nn.Module, ExpertEdits] = {
+            module: stack_experts(module, experts, len(candidates))
+            for module, experts in fused.items()
         }
         self._gathered: dict[int, _Part] = {}
         self._rows: Tensor | None = None
@@ -87,7 +105,7 @@ class Stack:
     @property
     def first_layer(self) -> int:
         """The lowest layer that any candidate edits; a large number when none does."""
-        return min((self._writers[index].layer for index in self._parts), default=1 << 30)
+        return self._first
 
     def select(self, rows: Sequence[int]) -> None:
         """Row b of the following passes carries candidate rows[b]; rows are sorted by candidate."""
@@ -108,16 +126,33 @@ class Stack:
     def applied(self) -> Iterator[None]:
         """Within this context the writers' outputs are the candidates'."""
         hooks = {self._writers[index].module: self._hook(index) for index in self._parts}
+        # Where weights are offloaded, `forward` fetches them and calls what it found there.
+        names = {m: "_old_forward" if hasattr(m, "_hf_hook") else "forward" for m in self._experts}
+        before = {module: module.__dict__.get(name) for module, name in names.items()}
         try:
             for module, hook in hooks.items():
                 module.register_forward_hook(hook)
+            for module, name in names.items():
+                module.__dict__[name] = self._expert_forward(module)
             yield
         finally:
+            for module, name in names.items():
+                if before[module] is None:
+                    module.__dict__.pop(name, None)
+                else:
+                    module.__dict__[name] = before[module]
             # Found by identity, not by handle: an interrupt may strike before a handle is kept.
             for module, hook in hooks.items():
                 for key in [k for k, h in module._forward_hooks.items() if h is hook]:
                     del module._forward_hooks[key]
             self._gathered.clear()
+
+    def _expert_forward(self, module: nn.Module) -> Any:
+        def forward(*args: Tensor, **kwargs: Tensor) -> Tensor:
+            assert self._rows is not None
+            return edited_forward(module, self._experts[module], self._rows, *args, **kwargs)
+
+        return forward
 
     def _hook(self, index: int) -> Any:
         def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -135,9 +170,11 @@ class Stack:
                 x.reshape(n, -1, x.shape[-1]),
                 y.reshape(n, -1, y.shape[-1]),
             ).view(y.shape)
+        rows = len(part.left) if self._rows is None else len(self._rows)
+        by_row = (x.reshape(rows, -1, x.shape[-1]), y.reshape(rows, -1, y.shape[-1]))
         if part.left.shape[1] > _GATHER_RANK:
-            return self._by_candidate(part, x, y)
-        return edit_output(self._gather(index, part, x.device), x, y)
+            return self._by_candidate(part, *by_row).view(y.shape)
+        return edit_output(self._gather(index, part, x.device), *by_row).view(y.shape)
 
     def _by_candidate(self, part: _Part, x: Tensor, y: Tensor) -> Tensor:
         """One product per candidate, over the rows that it has in this pass."""
@@ -172,8 +209,7 @@ def edit_output(part: _Part, x: Tensor, y: Tensor) -> Tensor:
     return out if part.shift is None else out.add_(part.shift[:, None])
 
 
-def _stack(module: nn.Linear, edits: Sequence[Edit | None]) -> _Part:
-    weight = module.weight
+def _stack(weight: Tensor, edits: Sequence[Edit | None]) -> _Part:
     rank = max(edit.left.shape[1] for edit in edits if edit is not None)
     c, (o, i) = len(edits), weight.shape
     left = weight.new_zeros(c, rank, o)

@@ -234,7 +234,8 @@ def _pass(
     loaded: Loaded, side: str, ids: list[list[int]], winsor: float | None, on_event: OnEvent
 ) -> Pass:
     pad = pad_token(loaded.tokenizer, end_tokens(loaded.model, loaded.tokenizer))
-    chunks = batches(ids, _CAPTURE_ROWS, pad, loaded.device)
+    padding = loaded.anatomy.padding
+    chunks = batches(ids, _CAPTURE_ROWS, pad, loaded.device, padding=padding)
     run = residual_pass(loaded.anatomy, chunks, winsor)
     return lambda: track(run(), f"capture {side}", len(chunks), on_event)
 

@@ -96,8 +96,8 @@ class SubspaceMethod:
             strengths = [strength, *(strength * share for share in candidate.shares)]
             out.append(
                 remove(
-                    writer.module.weight,
-                    writer.module.bias,
+                    writer.weight,
+                    writer.bias,
                     found[key],
                     strengths,
                     self._section.row_norms,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -78,14 +79,31 @@ def pad_token(tokenizer: Any, ends: frozenset[int]) -> int:
 
 
 def batches(
-    rows: Sequence[Sequence[int]], size: int, pad: int, device: torch.device
+    rows: Sequence[Sequence[int]],
+    size: int,
+    pad: int,
+    device: torch.device,
+    *,
+    padding: bool = True,
 ) -> list[Batch]:
-    """Batches of at most `size` rows; rows of like length share one, longest first."""
-    order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i))
+    """Batches of at most `size` rows; rows of like length share one, longest first.
+
+    Without `padding`, only rows of the same length do.
+    """
+    lengths = [len(row) for row in rows]
+    order = sorted(range(len(rows)), key=lambda i: (-lengths[i], i))
     return [
-        left_pad([rows[i] for i in chunk], chunk, pad, device)
-        for chunk in (order[start : start + size] for start in range(0, len(order), size))
+        left_pad(
+            [rows[i] for i in group[start : start + size]], group[start : start + size], pad, device
+        )
+        for group in ([order] if padding else same_length(order, lengths))
+        for start in range(0, len(group), size)
     ]
+
+
+def same_length(order: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
+    """Split numbers that are sorted by their lengths into runs of equal length."""
+    return [list(run) for _, run in groupby(order, key=lambda number: lengths[number])]
 
 
 def left_pad(

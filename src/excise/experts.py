@@ -1,0 +1,152 @@
+"""Fused experts, computed with each token's own edit at each of its experts.
+
+The experts of a layer are one module with 3-D weights: (E, O, I), or (E, I, O) as in gpt-oss and
+Llama 4. Their own code sums over experts, so an edit of one expert's output must happen inside:
+`edited_forward` repeats the computation of Transformers' `use_experts_implementation` modules (and of
+Llama 4's, which routes by zeros) with y' = s * (y - left (right . h)) + shift per pair of a token and
+an expert, before the routing weights. Equal to merging the edits into the weights.
+
+Shapes: N tokens, K experts per token, S = N K pairs, C candidates, E experts, B rows, R rank,
+D residual width, O and I out and in features of an expert's down-projection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from excise.anatomy import experts_transposed
+from excise.edits import Edit
+
+# Edits are gathered for as many pairs at a time as fit in this many bytes.
+_GATHER_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class ExpertEdits:
+    """All candidates' edits of one module's experts; row c * E + e is candidate c's of expert e."""
+
+    left: Tensor  # (C*E, R, O)
+    right: Tensor  # (C*E, I, R)
+    scale: Tensor | None  # (C*E, O)
+    shift: Tensor | None  # (C*E, O)
+    experts: int
+
+    def apply(self, which: Tensor, inner: Tensor, y: Tensor) -> Tensor:
+        """Edited outputs (S, O) of inputs `inner` (S, I) and outputs `y`, in place of `y`."""
+        per_pair = self.left[0].numel() + self.right[0].numel() + 2 * y.shape[-1]
+        step = max(1, _GATHER_BYTES // (per_pair * y.element_size()))
+        for start in range(0, len(y), step):
+            part = slice(start, start + step)
+            rows = which[part]
+            coefficients = torch.bmm(inner[part][:, None], self.right[rows])  # (S, 1, R)
+            y[part] -= torch.bmm(coefficients, self.left[rows])[:, 0]
+            if self.scale is not None:
+                y[part] *= self.scale[rows]
+            if self.shift is not None:
+                y[part] += self.shift[rows]
+        return y
+
+
+def stack_experts(
+    module: Any, edits: Mapping[int, Sequence[Edit | None]], candidates: int
+) -> ExpertEdits:
+    """The edits of C candidates, given by expert, in the module's dtype and on its device."""
+    weight: Tensor = module.down_proj
+    experts = weight.shape[0]
+    o, i = (
+        weight.shape[1:] if not experts_transposed(module) else (weight.shape[2], weight.shape[1])
+    )
+    some = [edit for row in edits.values() for edit in row if edit is not None]
+    rank = max(edit.left.shape[1] for edit in some)
+    shape = (candidates, experts)
+    left = weight.new_zeros(*shape, rank, o)
+    right = weight.new_zeros(*shape, i, rank)
+    scale = weight.new_ones(*shape, o) if any(e.scale is not None for e in some) else None
+    shift = weight.new_zeros(*shape, o) if any(e.shift is not None for e in some) else None
+    for expert, row in edits.items():
+        for candidate, edit in enumerate(row):
+            if edit is None:
+                continue
+            at, r = (candidate, expert), edit.left.shape[1]
+            left[at][:r] = edit.left.T
+            right[at][:, :r] = edit.right.T
+            if scale is not None and edit.scale is not None:
+                scale[at] = edit.scale
+            if shift is not None and edit.shift is not None:
+                shift[at] = edit.shift
+    return ExpertEdits(
+        left.flatten(0, 1),
+        right.flatten(0, 1),
+        None if scale is None else scale.flatten(0, 1),
+        None if shift is None else shift.flatten(0, 1),
+        experts,
+    )
+
+
+def edited_forward(
+    module: Any, edits: ExpertEdits, rows: Tensor, hidden_states: Tensor, *routing: Any, **more: Any
+) -> Tensor:
+    """The module's forward, with row b's tokens edited as candidate rows[b] has it.
+
+    `routing` are the experts (N, K) and their weights (N, K) of every token; Llama 4 has none.
+    """
+    x = hidden_states.reshape(-1, hidden_states.shape[-1])
+    if not routing and not more:
+        return _every_expert(module, edits, rows, x).view(hidden_states.shape)
+    index, weights = routing if routing else (more["top_k_index"], more["top_k_weights"])
+    n, k = index.shape
+    assert len(x) == n, "one routing per token"
+    assert n % len(rows) == 0, "tokens are not whole rows"
+    order = index.flatten().argsort(stable=True)
+    expert, token = index.flatten()[order], order // k
+    ends = torch.bincount(expert, minlength=edits.experts).cumsum(0).tolist()
+    inner = _inner(module, x[token], expert, ends)
+    y = _linear(module, "down_proj", inner, expert, ends)
+    candidate = rows.to(x.device).repeat_interleave(n // len(rows))[token]
+    y = edits.apply(candidate * edits.experts + expert, inner, y)
+    y = y * weights.flatten()[order][:, None]
+    out = torch.empty_like(y)
+    out[order] = y
+    total = out.view(n, k, -1).sum(1).to(hidden_states.dtype)
+    return total.view(*hidden_states.shape[:-1], total.shape[-1])
+
+
+def _inner(module: Any, x: Tensor, expert: Tensor, ends: list[int]) -> Tensor:
+    """What goes into the down-projections: (S, I), pairs sorted by expert."""
+    if module.has_gate:
+        gated: Tensor = module._apply_gate(_linear(module, "gate_up_proj", x, expert, ends))
+        return gated
+    activated: Tensor = module.act_fn(_linear(module, "up_proj", x, expert, ends))
+    return activated
+
+
+def _linear(module: Any, name: str, x: Tensor, expert: Tensor, ends: list[int]) -> Tensor:
+    """Each pair through its expert's matrix; `ends` are where each expert's pairs stop."""
+    weight: Tensor = getattr(module, name)  # (E, out, in), or (E, in, out) where transposed
+    matrices = weight if module.is_transposed else weight.mT
+    out = x.new_empty(len(x), matrices.shape[-1])
+    start = 0
+    for number, end in enumerate(ends):
+        if end > start:
+            torch.mm(x[start:end], matrices[number], out=out[start:end])
+        start = end
+    if module.has_bias:
+        out += getattr(module, f"{name}_bias")[expert]
+    return out
+
+
+def _every_expert(module: Any, edits: ExpertEdits, rows: Tensor, x: Tensor) -> Tensor:
+    """Llama 4: all tokens for all experts (E N, D), those that are not routed being zero."""
+    experts = edits.experts
+    gate, up = torch.bmm(x.view(experts, -1, x.shape[-1]), module.gate_up_proj).chunk(2, dim=-1)
+    inner = up * module.act_fn(gate)  # (E, N, I)
+    y = torch.bmm(inner, module.down_proj)
+    n = y.shape[1]
+    candidate = rows.to(x.device).repeat_interleave(n // len(rows)).repeat(experts)
+    expert = torch.arange(experts, device=x.device).repeat_interleave(n)
+    return edits.apply(candidate * experts + expert, inner.flatten(0, 1), y.flatten(0, 1))
