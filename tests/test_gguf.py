@@ -233,7 +233,7 @@ def test_a_missing_part_is_named(cases: dict[str, Case], tmp_path: Path) -> None
 
 def test_another_models_file_is_refused(cases: dict[str, Case], tmp_path: Path) -> None:
     case = cases["qwen3"]
-    assert "of another model" in refused(case, cases["gemma4"].gguf, tmp_path)
+    assert "not a GGUF of this model" in refused(case, cases["gemma4"].gguf, tmp_path)
     other = load(case.folder)
     other.model.layers[0].mlp.down_proj.weight.data.roll(1, 0)
     other.model.layers[0].mlp.down_proj.weight.data += 0.05
