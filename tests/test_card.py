@@ -236,10 +236,11 @@ def test_a_built_in_behaviour_is_named_and_its_settings_are_not_repeated() -> No
 @pytest.mark.parametrize("artifact_format", FORMATS)
 def test_loading_code_is_for_the_format_and_parses(artifact_format: str) -> None:
     text = section(model_card(make_record(), artifact_format=artifact_format), "How to load it")
-    block = re.search(r"```(\w+)\n(.*?)\n```", text, re.DOTALL)
-    assert block is not None
-    if block[1] == "python":
-        ast.parse(block[2])
+    blocks = re.findall(r"```(\w+)\n(.*?)\n```", text, re.DOTALL)
+    assert blocks
+    for language, body in blocks:
+        if language == "python":
+            ast.parse(body)
     assert ("PeftModel" in text) == (artifact_format == "adapter")
 
 

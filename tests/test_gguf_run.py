@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from transformers import AutoTokenizer
 
 from excise import llamacpp, llamarun, ollama
 from excise.cli import main
-from excise.record import ArtifactRecord, read_record
+from excise.record import ArtifactRecord, ScoreRecord, read_record
+from excise.wording import measured
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +101,42 @@ def test_bad_input_is_said_before_anything_is_written(
     assert words in said
     assert "\n" not in said
     assert not list(tmp_path.iterdir())
+
+
+# -- the card --------------------------------------------------------------------------------------
+
+
+def python_block(card: Path) -> str:
+    return re.findall(r"```python\n(.*?)\n```", card.read_text(), re.DOTALL)[0]
+
+
+def test_the_card_lists_the_files_with_their_figures(
+    finished: Path, artifacts: dict[str, ArtifactRecord]
+) -> None:
+    card = (finished / "big" / "README.md").read_text()
+    table = card.split("\n## Files\n")[1].split("\n## ")[0]
+    for one in artifacts["big"].details["files"]:
+        row = next(line for line in table.splitlines() if one["file"] in line)
+        drift = ScoreRecord.model_validate(one["edited"]["drift"])
+        assert measured("drift", drift) in row
+        assert f"`{one['type']}`" in row
+    assert "Recommended sampling" in card
+    assert "top-k: `40`" in card
+    assert "llama.cpp project" in card
+
+
+@pytest.mark.parametrize("name", ["model", "big", "lora"])
+def test_the_cards_code_runs(
+    finished: Path, artifacts: dict[str, ArtifactRecord], name: str
+) -> None:
+    folder = finished / "run" / "model" if name == "model" else finished / name
+    code = python_block(folder / "README.md").replace("path/or/hub-id/of/this/model", str(folder))
+    code = code.replace("BASE.gguf", str(finished / "base.gguf")).replace("n_ctx=4096", "n_ctx=256")
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
 
 
 # -- Ollama ----------------------------------------------------------------------------------------

@@ -6,10 +6,7 @@ response and no local path, whatever the record holds.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Literal
 
 from huggingface_hub import ModelCardData
 
@@ -34,6 +31,7 @@ from excise.errors import InputError
 from excise.markdown import bullets, code, fence, plain, table
 from excise.recipe import command, withheld
 from excise.record import ArtifactRecord, Record, ScoreRecord, TrialRecord
+from excise.usage import FORMATS, credits_section, files_section, loading, sampling_section
 
 _ROLES = {
     "target": "evoke the behaviour; give the directions",
@@ -50,84 +48,22 @@ _DETAILS = {
 }
 
 
-@dataclass(frozen=True)
-class _Format:
-    """How one artifact format is announced and loaded."""
-
-    relation: Literal["finetune", "adapter"]
-    library: str | None
-    words: str
-    rest: str
-    language: str
-    loading: str
-
-
-_LOAD_MODEL = """\
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model_id = "path/or/hub-id/of/this/model"
-tokenizer = AutoTokenizer.from_pretrained(model_id)
-model = AutoModelForCausalLM.from_pretrained(model_id, dtype="auto", device_map="auto")
-"""
-_LOAD_ADAPTER = """\
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-base_id = {base}
-adapter_id = "path/or/hub-id/of/this/adapter"
-tokenizer = AutoTokenizer.from_pretrained(base_id)
-base = AutoModelForCausalLM.from_pretrained(base_id, dtype="auto", device_map="auto")
-model = PeftModel.from_pretrained(base, adapter_id)
-"""
-_GENERATE = """
-messages = [{"role": "user", "content": "Hello!"}]
-inputs = tokenizer.apply_chat_template(
-    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-).to(model.device)
-output = model.generate(**inputs, max_new_tokens=100)
-print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
-"""
-
-FORMATS = {
-    "safetensors": _Format(
-        relation="finetune",
-        library="transformers",
-        words="whole model, safetensors",
-        rest="Every other tensor and file is a copy of the original's.",
-        language="python",
-        loading=_LOAD_MODEL + _GENERATE,
-    ),
-    "adapter": _Format(
-        relation="adapter",
-        library="peft",
-        words="PEFT adapter on the base model",
-        rest="The adapter holds the edit alone; it needs the base model.",
-        language="python",
-        loading=_LOAD_ADAPTER + _GENERATE,
-    ),
-    "gguf": _Format(
-        relation="finetune",
-        library=None,
-        words="whole model, GGUF",
-        rest="Every other tensor is the original's, converted to GGUF.",
-        language="sh",
-        loading="llama-cli -m FILE.gguf -cnv\n",
-    ),
-    "gguf-adapter": _Format(
-        relation="adapter",
-        library=None,
-        words="GGUF adapter on the base model",
-        rest="The adapter holds the edit alone; it needs the base model, as GGUF.",
-        language="sh",
-        loading="llama-cli -m BASE.gguf --lora ADAPTER.gguf -cnv\n",
-    ),
-}
-
-
 def model_card(
-    record: Record, *, artifact_format: str = "safetensors", trial: int | None = None
+    record: Record,
+    *,
+    artifact_format: str = "safetensors",
+    trial: int | None = None,
+    artifact: ArtifactRecord | None = None,
+    repo: str | None = None,
 ) -> str:
     """The README.md of an exported trial, the selected one unless `trial` names another.
+
+    Args:
+        record: of the run.
+        artifact_format: one of `usage.FORMATS`.
+        trial: its number.
+        artifact: which export; by default the trial's last one in that format.
+        repo: the Hub id that it is published under, where that is known.
 
     Raises:
         RunStateError: the trial does not exist, or none is selected.
@@ -136,6 +72,8 @@ def model_card(
     if artifact_format not in FORMATS:
         raise InputError(f"no model card for format {artifact_format!r}: {', '.join(FORMATS)}")
     shown = record.chosen() if trial is None else record.trial(trial)
+    if artifact is not None:
+        record = record.model_copy(update={"artifacts": [artifact]})
     artifact = artifact_of(record, artifact_format, shown.number)
     sections = [
         _introduction(record, shown),
@@ -145,10 +83,13 @@ def model_card(
         _formatting(record),
         _front(record, shown),
         _export_check(artifact),
+        files_section(artifact),
+        loading(record, artifact_format, artifact, repo),
+        sampling_section(record),
         _list_section("Limitations", limitations(record, shown, artifact_format)),
         _responsible_use(record),
         _reproduction(record),
-        _loading(record, artifact_format),
+        credits_section(record, artifact_format),
     ]
     body = "\n\n".join(section for section in sections if section)
     return f"---\n{_metadata(record, artifact_format)}\n---\n\n{body}\n"
@@ -393,10 +334,3 @@ def _reproduction(record: Record) -> str:
     parts.append(f"Seed {record.seed}. SHA-256 of the base model's configuration: "
                  f"{code(record.model.config_sha256)}.")  # fmt: skip
     return "\n\n".join(parts)
-
-
-def _loading(record: Record, artifact_format: str) -> str:
-    shape = FORMATS[artifact_format]
-    base = wording.public_source(record.model.source)
-    text = shape.loading.replace("{base}", json.dumps(base))
-    return "## How to load it\n\n" + fence(text.rstrip(), shape.language)

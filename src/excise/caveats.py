@@ -30,7 +30,7 @@ def limitations(record: Record, trial: TrialRecord, artifact_format: str) -> lis
         *_first_token(prompts),
         *_export(record, trial, artifact_format),
         *_coverage(record),
-        *_unmeasured(prompts),
+        *_unmeasured(record, trial, prompts, artifact_format),
     ]
 
 
@@ -123,14 +123,23 @@ def _coverage(record: Record) -> list[str]:
     return [f"What also writes to the residual stream and was not edited: {other}."]
 
 
-def _unmeasured(prompts: PromptSet) -> list[str]:
+def _unmeasured(
+    record: Record, trial: TrialRecord, prompts: PromptSet, artifact_format: str
+) -> list[str]:
+    artifact = artifact_of(record, artifact_format, trial.number)
+    files = artifact.details.get("files", []) if artifact is not None else []
+    other = "quantised forms of the weights"
+    if any("edited" in one for one in files):
+        other = "quantised forms of the weights other than the files of this export"
+    if any(one.get("part") == "projector" for one in files):
+        other += ", what the model says of images and sounds"
     names = "; ".join(
         title(name).lower() for name in score_names((), prompts.before, prompts.after)
     )
     return [
         f"These were measured, and nothing else: {names}. Not measured: general benchmarks "
         "(knowledge, reasoning, code), languages other than those of the prompts, conversations "
-        "of several turns, long contexts, tool use, quantised forms of the weights, and prompts "
+        f"of several turns, long contexts, tool use, {other}, and prompts "
         "of kinds that the prompt sets do not hold."
     ]
 

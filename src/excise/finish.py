@@ -16,7 +16,7 @@ from excise.config import Config
 from excise.edits import Edit
 from excise.engine import Engine
 from excise.evidence import Responses
-from excise.loading import DEMO, Loaded, read_config
+from excise.loading import DEMO, Loaded, read_config, read_json
 from excise.panel import Panel
 from excise.planning import Sizing
 from excise.prompts import PromptSet, PromptSets
@@ -167,6 +167,8 @@ def _model_record(loaded: Loaded) -> ModelRecord:
         parameters=sum(p.numel() for p in loaded.model.parameters()),
         config_sha256=hashlib.sha256(config.encode()).hexdigest(),
         license=_license(loaded.folder),
+        sampling=_sampling(loaded.folder),
+        fingerprint=stage.fingerprint(loaded.folder),
     )
 
 
@@ -180,6 +182,13 @@ def public_name(loaded: Loaded) -> str:
 def commit(folder: Path) -> str | None:
     """The Hub commit of a downloaded snapshot: the name that its folder has in the cache."""
     return folder.name if folder.parent.name == "snapshots" else None
+
+
+def _sampling(folder: Path) -> dict[str, Any]:
+    """What the generation config says of sampling."""
+    config = read_json(folder / "generation_config.json")
+    names = ("do_sample", "temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    return {name: config[name] for name in names if isinstance(config.get(name), int | float)}
 
 
 def _license(folder: Path) -> str | None:
@@ -202,5 +211,10 @@ def write_pages(out: Path, record: Record) -> None:
     for artifact in record.artifacts:
         folder = out / artifact.path
         if folder.is_dir():
-            card = model_card(record, artifact_format=artifact.format, trial=artifact.trial)
+            card = model_card(
+                record,
+                artifact_format=artifact.format,
+                trial=artifact.trial,
+                artifact=artifact,
+            )
             write_text(folder / "README.md", card)

@@ -51,7 +51,9 @@ def push(
         raise InputError(f"{repo!r} is not a repository id: write it as OWNER/NAME")
     record = read_record(folder)
     artifact = _artifact(record, folder, format_name, trial)
-    card = model_card(record, artifact_format=format_name, trial=artifact.trial, repo=repo)
+    card = model_card(
+        record, artifact_format=format_name, trial=artifact.trial, artifact=artifact, repo=repo
+    )
     with phase("push", on_event):
         return _upload(folder / artifact.path, repo, card, public, endpoint)
 
@@ -75,7 +77,10 @@ def _artifact(record: Record, folder: Path, name: str, trial: int | None) -> Art
 
 def _upload(path: Path, repo: str, card: str, public: bool, endpoint: str | None) -> str:
     from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub.utils import disable_progress_bars, logging
 
+    disable_progress_bars()  # the library never prints
+    logging.set_verbosity_error()  # nor tells of every attempt
     api = HfApi(endpoint=endpoint)
     files = [p for p in sorted(path.rglob("*")) if p.is_file() and not _hidden(p, path)]
     with _explained(repo):

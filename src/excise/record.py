@@ -51,6 +51,8 @@ class ModelRecord(Part):
     parameters: int
     config_sha256: str
     license: str | None = None
+    sampling: dict[str, Any] = {}  # of the generation config: temperature, top_p and the like
+    fingerprint: str | None = None  # `stage.fingerprint` of its checkpoint
 
 
 class PromptRecord(Part):
