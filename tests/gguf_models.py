@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import builders
+import families
 import torch
 
 from excise.config import ModelSection
@@ -26,7 +27,10 @@ def checkpoint(folder: Path, family: str, dtype: Any = torch.float32, **changes:
         sizes["vocab_size_per_layer_input"] = VOCABULARY
     if family == "llama":
         sizes["tie_word_embeddings"] = False
-    model = builders.model(family, **sizes).to(dtype)
+    if family == "mixtral":
+        model = families.model(family, **sizes).to(dtype)
+    else:
+        model = builders.model(family, **sizes).to(dtype)
     # With the token itself small in the residual, what the layers write decides what comes next.
     model.get_input_embeddings().weight.mul_(0.05)
     model.save_pretrained(folder)
@@ -35,7 +39,9 @@ def checkpoint(folder: Path, family: str, dtype: Any = torch.float32, **changes:
     sampling = {"temperature": 0.7, "top_p": 0.9, "top_k": 40, "do_sample": True}
     path = folder / "generation_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | sampling))
-    if family == "qwen3":  # its byte-level tokenizers are known by hash; this way round takes any
+    if family.startswith(
+        "qwen3"
+    ):  # its byte-level tokenizers are known by hash; this way round takes any
         write_sentencepiece(folder)
     return folder
 

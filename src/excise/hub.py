@@ -6,6 +6,7 @@ that an interrupted upload has brought over already are not sent again.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -77,10 +78,10 @@ def _artifact(record: Record, folder: Path, name: str, trial: int | None) -> Art
 
 def _upload(path: Path, repo: str, card: str, public: bool, endpoint: str | None) -> str:
     from huggingface_hub import CommitOperationAdd, HfApi
-    from huggingface_hub.utils import disable_progress_bars, logging
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
     disable_progress_bars()  # the library never prints
-    logging.set_verbosity_error()  # nor tells of every attempt
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # nor tells of every attempt
     api = HfApi(endpoint=endpoint)
     files = [p for p in sorted(path.rglob("*")) if p.is_file() and not _hidden(p, path)]
     with _explained(repo):

@@ -47,12 +47,16 @@ _SAME_NORMS = 0.01
 
 @dataclass(frozen=True)
 class Place:
-    """Where a writer's matrix or bias is: a tensor of a shard, from row `first` on."""
+    """Where a writer's matrix or bias is: `rows` rows of a shard's tensor, from row `first` on.
+
+    Fused experts are one tensor (E, O, I), and its rows are those of all experts.
+    """
 
     shard: int
     tensor: GgufTensor
     first: int
     rows: int
+    is_bias: bool
 
 
 @dataclass(frozen=True)
@@ -137,16 +141,28 @@ def find_folds(
         elif edit.shift is not None and bool(edit.shift.any()):
             raise ExportError(f"the edit of {writer.name} needs a bias, and {path} has none there")
         for part, values in parts:
-            name = gguf_name(names, f"{writer.name}.{part}")
+            name = gguf_name(names, f"{_module_name(writer)}.{part}")
             if name is None or name not in tensors:
                 raise ModelError(
                     f"{path} has no tensor for {writer.name}.{part}: it is not a GGUF of this model"
                 )
-            place = Place(where[name], tensors[name], 0, int(values.shape[0]))
+            rows = 1 if part == "bias" else int(values.shape[0])
+            first = rows * (writer.expert or 0)
+            place = Place(where[name], tensors[name], first, rows, part == "bias")
+            shape = tensors[name].shape[0 if writer.expert is None else 1 :]
+            if shape != tuple(values.shape):
+                raise ModelError(_shape(path, tensors[name], writer.name, tuple(values.shape)))
             _check_values(shards[place.shard].path, place, writer.name, values)
             check_can_store(place.tensor.type)
             folds.append(_Fold(place, edit, None if values.is_meta else values.detach()))
     return sorted(folds, key=lambda f: (f.place.shard, f.place.tensor.start, f.place.first))
+
+
+def _module_name(writer: Writer) -> str:
+    """A writer's name; of an expert, that of the module which holds all of them."""
+    if writer.expert is None:
+        return writer.name
+    return re.sub(rf"\.{writer.expert}(?=\.[^.]+$)", "", writer.name)
 
 
 def name_map(head: GgufFile) -> TensorNameMap:
@@ -203,11 +219,9 @@ def _check_norms(
 
 def _check_values(path: Path, place: Place, name: str, values: Tensor) -> None:
     tensor = place.tensor
-    if tensor.shape != tuple(values.shape):
-        raise ModelError(_shape(path, tensor, name, tuple(values.shape)))
     if values.is_meta:
         return
-    matrix = values.detach() if values.dim() > 1 else values.detach()[None]
+    matrix = values.detach()[None] if place.is_bias else values.detach()
     last = matrix.shape[0]
     spans = {(max(0, at), min(last, at + _PROBE)) for at in (0, last // 2, last - _PROBE)}
     with path.open("rb") as file:
@@ -261,9 +275,11 @@ def _write(source: Path, target: Path, folds: Iterable[_Fold]) -> None:
 def _fold(fold: _Fold, start: int, old: io.BufferedReader, new: io.BufferedWriter) -> int:
     """Write the edited rows; returns where they end."""
     place, tensor = fold.place, fold.place.tensor
-    if len(tensor.shape) == 1:
+    if place.is_bias:
         values = (
-            torch.from_numpy(_read(old, tensor, 0, 1)[0]) if fold.values is None else fold.values
+            torch.from_numpy(_read(old, tensor, place.first, place.first + 1)[0])
+            if fold.values is None
+            else fold.values
         )
         edited = fold.edit.apply_to_bias(values.cpu())
         return _store(tensor, edited[None], start, new)
