@@ -23,7 +23,7 @@ REQUESTS = [Responses("target"), Divergence()]
 NEW_TOKENS = 5
 
 
-@pytest.fixture(scope="module", params=families.FAMILIES)
+@pytest.fixture(scope="module", params=families.ALL)
 def name(request):
     """One family after another, so that what is built for one is used by all of its tests."""
     return request.param
@@ -121,9 +121,13 @@ def test_stacked_equals_merged_and_generated(loaded, plan):
 
 @pytest.fixture(scope="module")
 def saved(loaded, tmp_path_factory):
-    """The family's checkpoint in two shards or more, with what no class loads."""
-    folder = tmp_path_factory.mktemp("saved") / "model"
-    loaded.model.save_pretrained(folder, max_shard_size="100KB")
+    """The family's checkpoint."""
+    return save(loaded.model, tmp_path_factory.mktemp("saved") / "model")
+
+
+def save(model, folder):
+    """A checkpoint of several shards, as the family's own code writes it, with a tokenizer."""
+    model.save_pretrained(folder, max_shard_size="100KB")
     builders.tokenizer().save_pretrained(folder)
     return folder
 

@@ -166,7 +166,7 @@ def test_a_configuration_that_cannot_be_read(folder, content, text):
         read_config(folder)
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "", None])
+@pytest.mark.parametrize("model_type", ["no_such_type", "", None])
 def test_an_unknown_model_type_is_refused_before_it_is_loaded(folder, model_type):
     config = read_config(folder)
     (folder / "config.json").write_text(json.dumps(config | {"model_type": model_type}))

@@ -172,6 +172,12 @@ def architectures() -> dict[str, ArchitectureRow]:
     return rows
 
 
+def has_row(model: nn.Module) -> bool:
+    """Whether a row describes the model, or its language model where it is multimodal."""
+    config: Any = model.config
+    return config.get_text_config().model_type in architectures()
+
+
 def row_for(model_type: str) -> ArchitectureRow:
     """The row of a model type.
 
@@ -205,7 +211,7 @@ def describe(model: nn.Module) -> Anatomy:
         for spec in row.writers
         for writer in _writers(row, spec, index, layer, f"{path}.{index}", config.model_type)
     ]
-    _check_unshared(writers, config.model_type)
+    check_unshared(writers, config.model_type)
     found = dict.fromkeys(w.component for w in writers)
     notes = [f"{name}: added to the residual without a matrix" for name in row.passes]
     if whole is not config:
@@ -307,7 +313,12 @@ def _gain(
     return gain
 
 
-def _check_unshared(writers: list[Writer], model_type: str) -> None:
+def check_unshared(writers: list[Writer], model_type: str) -> None:
+    """Refuse a model in which two writers are one matrix.
+
+    Raises:
+        UnknownArchitecture: two are.
+    """
     owners: dict[tuple[int, int | None], Writer] = {}
     for writer in writers:
         parameter = writer.module.weight if writer.expert is None else writer.module.down_proj

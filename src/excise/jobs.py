@@ -153,11 +153,14 @@ def evaluate(
                 engine.original(side)
             engines[where] = engine
     references = {where: engine.as_reference() for where, engine in engines.items()}
-    width, vocabulary = base.anatomy.width, base.model.config.vocab_size
+    width, vocabulary = base.anatomy.width, base.model.config.get_text_config().vocab_size
     section = config.model.model_copy(update={"source": edited, "revision": None})
     with phase("load edited", on_event):
         other = load(section)
-    if (other.anatomy.width, other.model.config.vocab_size) != (width, vocabulary):
+    if (other.anatomy.width, other.model.config.get_text_config().vocab_size) != (
+        width,
+        vocabulary,
+    ):
         raise ConfigError(f"{edited} is not an edit of {config.model.source}: other shapes")
     rows = []
     if stage.tokenise(other, sets, config).rows != bare.rows:

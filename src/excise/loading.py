@@ -16,9 +16,10 @@ import psutil
 import torch
 from torch import nn
 
-from excise.anatomy import Anatomy, check_finite, describe, row_for
+from excise.anatomy import Anatomy, check_finite, describe, has_row
 from excise.config import ModelSection
-from excise.errors import ModelError, first_line
+from excise.errors import ModelError, UnknownArchitecture, first_line
+from excise.probing import discover
 
 DEMO = "demo"  # names the embedded model
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -53,11 +54,11 @@ def load(section: ModelSection) -> Loaded:
 
     Raises:
         ModelError: no such folder or id, no weights, pickled, truncated, incomplete or NaN weights.
-        UnknownArchitecture: no data row for its model type.
+        UnknownArchitecture: no data row for its model type, and its writers cannot be proven.
     """
     folder = resolve(section)
     files = weight_files(folder)
-    row_for(read_config(folder).get("model_type", "?"))
+    _check_type(section, folder)
     dtype = _dtype(section, folder, files)
     model = _load_model(section, folder, dtype)
     bad = check_finite(model)
@@ -67,7 +68,7 @@ def load(section: ModelSection) -> Loaded:
     return Loaded(
         model=model,
         tokenizer=_load_tokenizer(section, folder),
-        anatomy=describe(model),
+        anatomy=describe(model) if has_row(model) else discover(model),
         source=section.source,
         revision=section.revision,
         folder=folder,
@@ -202,14 +203,42 @@ def _dtype(section: ModelSection, folder: Path, files: list[Path]) -> torch.dtyp
     return torch.float32 if size < 0.4 * psutil.virtual_memory().available else torch.bfloat16
 
 
+def _check_type(section: ModelSection, folder: Path) -> None:
+    """Say before anything is loaded that a model type is unknown.
+
+    Raises:
+        UnknownArchitecture: Transformers has no class for it.
+    """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    name = read_config(folder).get("model_type")
+    if name not in CONFIG_MAPPING_NAMES and not section.trust_remote_code:
+        raise UnknownArchitecture(
+            f"model type {name!r} of {section.source} is not known to the installed Transformers: "
+            "update it, or allow the model's own code with --set model.trust_remote_code=true"
+        )
+
+
+def _auto_class(folder: Path) -> Any:
+    """The class that loads all of a model: a multimodal one with its towers, whose bytes stay."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as MULTIMODAL,
+    )
+
+    config = read_config(folder)
+    own = (config.get("architectures") or [""])[0]
+    multimodal = config.get("model_type") in MULTIMODAL and not str(own).endswith("ForCausalLM")
+    return AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
+
+
 def _load_model(section: ModelSection, folder: Path, dtype: torch.dtype) -> nn.Module:
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     device_map = section.device_map or ("cuda:0" if torch.cuda.is_available() else None)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = _auto_class(folder).from_pretrained(
             folder,
             dtype=dtype,
             device_map=device_map,
