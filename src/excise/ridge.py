@@ -194,7 +194,9 @@ def basis_for(rows: Tensor, size: int) -> Tensor:
 
     Exactly their span where it has at most `size` dimensions.
     """
-    _, s, vt = torch.linalg.svd(rows.double(), full_matrices=False)
+    # SVD by way of QR: for N rows of I >> N, many times faster than at one stroke, and as exact.
+    q, r = torch.linalg.qr(rows.double().T)  # (I, m), (m, N)
+    u, s, _ = torch.linalg.svd(r, full_matrices=False)
     kept = int((s > 1e-7 * s[0].clamp_min(_SMALLEST)).sum())
-    basis: Tensor = vt[: max(1, min(kept, size))].to(rows.dtype)
-    return basis
+    basis: Tensor = (q @ u[:, : max(1, min(kept, size))]).T.to(rows.dtype)
+    return basis.contiguous()
