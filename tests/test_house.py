@@ -26,7 +26,7 @@ ORDER = (
     "caveats usage recipe search journal panel stage figures geometry_page card report staging matching "
     "merging export "
     "gguffile ggml patching llamacpp ggufexport llamaworker llamarun ggufcheck ollama artifacts "
-    "finish pipeline jobs hub inspecting console cli"
+    "finish pipeline jobs reproduce hub inspecting console cli"
 ).split()
 
 PURE = "directions geometry profiles edits subspace ridge lbfgs ara space front intervals".split()
@@ -121,6 +121,7 @@ def test_the_command_line_is_what_the_contract_says():
             *("--from-gguf", "--llama-cpp", "--quantize"),
             *progress,
         ],
+        "reproduce": ["--out", "--set", "--trial", *progress],
         "push": ["--format", "--public", "--trial", *progress],
         "evaluate": [*prompts.split(), "--json", *progress],
         "inspect": ["--json"],

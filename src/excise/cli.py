@@ -14,6 +14,7 @@ from excise import __version__
 from excise.errors import (
     EXIT_BAD_INPUT,
     EXIT_DONE,
+    EXIT_FAILED,
     EXIT_INTERRUPTED,
     ExciseError,
 )
@@ -99,6 +100,13 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("--from-gguf", type=Path, metavar="FILE", help="patch this GGUF instead")
     export.add_argument("--llama-cpp", type=Path, metavar="DIR", help="a checkout of llama.cpp")
     _add_progress(export)
+
+    again = add("reproduce", "rebuild an edited model from its record, and compare", _reproduce)
+    again.add_argument("record", type=Path, metavar="RECORD", help="a record.json, or its folder")
+    again.add_argument("--out", type=Path, metavar="DIR", help="keep it here; else it is removed")
+    again.add_argument("--trial", type=int, metavar="N", help="default: the selected trial")
+    again.add_argument("--set", action="append", default=[], metavar="a.b=c", dest="sets")
+    _add_progress(again)
 
     push = add("push", "upload an export to the Hub, private unless you say otherwise", _push)
     push.add_argument("folder", type=Path, metavar="RUN")
@@ -280,6 +288,23 @@ def _export_options(arguments: argparse.Namespace) -> dict[str, Any]:
         "from_gguf": None if base is None else str(base.resolve()),
         "llama_cpp": None if tools is None else str(tools.resolve()),
     }
+
+
+def _reproduce(arguments: argparse.Namespace) -> int:
+    from excise import console
+    from excise.reproduce import reproduce
+
+    with console.Reporter(quiet=arguments.quiet, json_events=arguments.json_events) as on_event:
+        found = reproduce(
+            arguments.record,
+            arguments.out,
+            trial=arguments.trial,
+            sets=arguments.sets,
+            on_event=on_event,
+        )
+    if not arguments.json_events:
+        console.show_reproduction(found)
+    return EXIT_DONE if found.same else EXIT_FAILED
 
 
 def _push(arguments: argparse.Namespace) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
 from rich.panel import Panel
@@ -28,6 +28,9 @@ from rich.text import Text
 
 from excise import events, wording
 from excise.record import Record, Scores, TrialRecord
+
+if TYPE_CHECKING:
+    from excise.reproduce import Reproduction
 
 _NAMES = {
     "prompts": "Reading prompts",
@@ -303,6 +306,24 @@ def geometry_table(layers: list[dict[str, float]]) -> Table:
         values = (row[key] for key in _GEOMETRY if key != "layer")
         table.add_row(f"{row['layer']:.0f}", *(wording.significant(value) for value in values))
     return table
+
+
+def show_reproduction(found: Reproduction) -> None:
+    """What `excise reproduce` found: hashes, what differs and whether it matters, the verdict."""
+    table = _table()
+    for heading in ("", "record", "now", ""):
+        table.add_column(heading)
+    for one in found.rebuilt:
+        words = "not on the record" if one.then is None else "same bytes"
+        words = words if one.same else "other bytes"
+        table.add_row(one.format, (one.then or "–")[:12], one.now[:12], words)
+    for part in found.differences:
+        words = "can change weights" if part.matters else "cannot change weights"
+        table.add_row(Text(part.what), Text(part.then), Text(part.now), words)
+    Console().print(table)
+    for name in found.left_out:
+        say(f"{name}: not rebuilt; `excise export --format {name}` writes it from the run")
+    say(found.verdict)
 
 
 def show(table: Table) -> None:

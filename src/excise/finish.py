@@ -117,7 +117,7 @@ def summary(
             "behaviour": config.behaviour,
             "description": config.description,
             "method": config.method,
-            "model": _model_record(loaded),
+            "model": model_record(loaded),
             "versions": versions(),
             "seed": config.seed,
             "config": config.model_dump(mode="json", exclude_none=True),
@@ -154,7 +154,8 @@ def _shown(source: str) -> str:
     return path.name if path.is_absolute() else source
 
 
-def _model_record(loaded: Loaded) -> ModelRecord:
+def model_record(loaded: Loaded) -> ModelRecord:
+    """The source model as a record names it."""
     config = json.dumps(read_config(loaded.folder), sort_keys=True)
     return ModelRecord(
         source=public_name(loaded),

@@ -173,12 +173,12 @@ class Record(Part):
 
 
 def read_record(folder: Path) -> Record:
-    """The record of a run folder.
+    """The record of a run folder, or of a record's own path.
 
     Raises:
         RunStateError: there is none, or it is not a record of this schema.
     """
-    path = folder / FILE
+    path = folder if folder.is_file() else folder / FILE
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         if data.get("schema") != SCHEMA:
