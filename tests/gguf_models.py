@@ -10,6 +10,7 @@ from typing import Any
 import builders
 import families
 import torch
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from excise.config import ModelSection
 from excise.loading import resolve
@@ -28,7 +29,10 @@ def checkpoint(folder: Path, family: str, dtype: Any = torch.float32, **changes:
     if family == "llama":
         sizes["tie_word_embeddings"] = False
     if family == "mixtral":
-        model = families.model(family, **sizes).to(dtype)
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+        torch.manual_seed(0)
+        built = MixtralForCausalLM(MixtralConfig(**sizes, **heads, num_local_experts=4))
+        model = families.randomised(built).to(dtype)
     else:
         model = builders.model(family, **sizes).to(dtype)
     # With the token itself small in the residual, what the layers write decides what comes next.

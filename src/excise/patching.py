@@ -17,7 +17,9 @@ import io
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -31,13 +33,15 @@ from excise.anatomy import Writer
 from excise.edits import Edit
 from excise.errors import ExportError, ModelError
 from excise.events import OnEvent, ignore, track
-from excise.ggml import check_can_store, from_float, to_float
+from excise.ggml import Raw, check_can_store, from_float, to_float
 from excise.gguffile import GgufFile, GgufTensor, read_shards
+from excise.matching import threads
 from excise.merging import rows_of_edit
 from excise.staging import add_files, check_destination, copy_bytes, staged
 
 PATCHED = "edited-"  # put before the names of patched files
-_BLOCK = 1 << 20  # elements computed at a time
+_BLOCK = 1 << 18  # elements computed at a time
+_WORKERS = 2  # blocks computed at a time; ggml's quantiser and torch let each other run
 _PROBE = 16  # rows compared at each of a tensor's two ends and its middle
 # How far apart (relative, Frobenius) a model's own values are after a type's rounding, with room to
 # spare; by bits per weight. Another model's values of the same shape are apart by about 1.4.
@@ -282,26 +286,43 @@ def _fold(fold: _Fold, start: int, old: io.BufferedReader, new: io.BufferedWrite
             else fold.values
         )
         edited = fold.edit.apply_to_bias(values.cpu())
-        return _store(tensor, edited[None], start, new)
+        return _put(_stored(tensor, edited[None]), start, new)
     step = max(1, _BLOCK // tensor.shape[-1])
+    spans = [(n, min(n + step, place.rows)) for n in range(0, place.rows, step)]
     at = start
-    for first in range(0, place.rows, step):
-        last = min(first + step, place.rows)
-        if fold.values is None:
-            rows = torch.from_numpy(_read(old, tensor, place.first + first, place.first + last))
-        else:
-            rows = fold.values[first:last].cpu()
-        edited = rows_of_edit(fold.edit, first, last).apply_to_weight(rows)
-        at = _store(tensor, edited, at, new)
+    with ThreadPoolExecutor(_WORKERS) as workers, threads(1):
+        # As many blocks at a time as there are workers: memory does not grow with the tensor.
+        for index in range(0, len(spans), _WORKERS):
+            some = spans[index : index + _WORKERS]
+            rows = [_rows(fold, first, last, old) for first, last in some]
+            for raw in workers.map(partial(_edited, fold), some, rows):
+                at = _put(raw, at, new)
     return at
 
 
-def _store(tensor: GgufTensor, rows: Tensor, at: int, new: io.BufferedWriter) -> int:
+def _rows(fold: _Fold, first: int, last: int, old: io.BufferedReader) -> Tensor:
+    """The values to edit: the source's, else what the file holds."""
+    if fold.values is not None:
+        return fold.values[first:last].cpu()
+    at = fold.place.first
+    return torch.from_numpy(_read(old, fold.place.tensor, at + first, at + last))
+
+
+def _edited(fold: _Fold, span: tuple[int, int], rows: Tensor) -> Raw:
+    edited = rows_of_edit(fold.edit, *span).apply_to_weight(rows)
+    return _stored(fold.place.tensor, edited)
+
+
+def _stored(tensor: GgufTensor, rows: Tensor) -> Raw:
+    """Rows as the tensor's type stores them."""
     values = rows.float().contiguous().numpy()
     limit = np.finfo(np.float16).max if tensor.type.name == "F16" else np.inf
     if not np.isfinite(values).all() or np.abs(values).max(initial=0) > limit:
         raise ExportError(f"the edited {tensor.name} holds values that {tensor.type.name} cannot")
-    raw = from_float(values, tensor.type)
+    return from_float(values, tensor.type)
+
+
+def _put(raw: Raw, at: int, new: io.BufferedWriter) -> int:
     new.seek(at)
-    new.write(raw.tobytes())
+    new.write(raw.data)
     return at + raw.nbytes
