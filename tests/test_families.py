@@ -159,6 +159,10 @@ def test_inspect_tells_people_and_programs(loaded, saved, capsys):
     found = json.loads(capsys.readouterr().out)
     assert {w["component"] for w in found["writers"]} == set(loaded.anatomy.components)
     assert len(found["writers"]) == len(loaded.anatomy.writers)
+    assert found["multimodal"] == loaded.anatomy.tower
+    for shown, writer in zip(found["writers"], loaded.anatomy.writers, strict=True):
+        assert (shown["module"], shown["expert"]) == (writer.name, writer.expert)
+        assert shown["stored"].startswith("(E" if writer.expert is not None else "(")
     edited = {line.split(":")[0] for line in found["edited"]}
     assert edited == set(loaded.anatomy.defaults)
     listed = edited | {line.split(":")[0] for line in found["not_edited"]}

@@ -64,13 +64,14 @@ def test_for_people(saved, family, width, capsys, monkeypatch):
     kind = builders.config(family).model_type
     assert lines[0].startswith(f"{family}: {kind}, 6 layers, width 64, ")
     head = next(line for line in lines if line.startswith("component"))
-    assert head.split() == ["component", "matrices", "shape", "bias", "post-norm"]
+    assert head.split() == ["component", "matrices", "shape", "experts", "bias", "post-norm"]
     table = [
         line.split() for line in lines if line.split()[:1] in [[c] for c in COMPONENTS[family]]
     ]
     bias, norm = ("yes" if family == f else "no" for f in ("llama", "gemma4"))
     counts = dict.fromkeys(COMPONENTS[family], 0)
-    for name, count, rows, _, columns, has_bias, has_norm in table:
+    for name, count, rows, _, columns, experts, has_bias, has_norm in table:
+        assert experts == "no"
         counts[name] += int(count)
         assert (has_bias, has_norm) == (bias, norm)
         assert COMPONENTS[family][name] in (None, (int(rows), int(columns)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import builders
+import families
 import pytest
 import torch
 
@@ -107,7 +108,16 @@ def test_cache_bytes_are_those_of_one_token_of_one_row(family):
     own = loaded.model(torch.tensor([[5] * 7, [6] * 7]), use_cache=True).past_key_values
     filled = [layer for layer in own.layers if getattr(layer, "keys", None) is not None]
     total = sum(layer.keys.nbytes + layer.values.nbytes for layer in filled)
-    assert found == total / (2 * 7)
+    assert found == (total / (2 * 7), 0)
+
+
+def test_states_that_do_not_grow_are_counted_once_per_row():
+    loaded = families.loaded(families.model("qwen3_next"))
+    _, per_row = planning._cache_bytes(loaded)
+    own = loaded.model(torch.tensor([[5] * 7, [6] * 7]), use_cache=True).past_key_values
+    linear = [layer for layer in own.layers if hasattr(layer, "recurrent_states")]
+    states = [s for layer in linear for s in (*layer.conv_states, *layer.recurrent_states)]
+    assert per_row == sum(s.nbytes for s in states) / 2
 
 
 def test_memory_rows_shrink_with_length_and_never_vanish(model):

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from excise.anatomy import Writer
 from excise.edits import Edit
-from excise.errors import ExportError, StorageError
+from excise.errors import ConfigError, ExportError, StorageError
 from excise.events import Notice, OnEvent, ignore, track
 from excise.merging import merge_checkpoint
 from excise.staging import add_files, check_destination, sha256_of, staged
@@ -143,6 +143,21 @@ class AdapterFactors:
     not_carried: tuple[str, ...]
 
 
+def check_formats(formats: Sequence[str], writers: Sequence[Writer]) -> None:
+    """Whether these writers' edits can be written in these formats: before the work, not after it.
+
+    Raises:
+        ConfigError: an adapter of fused experts, whose matrices share a module.
+    """
+    fused = dict.fromkeys(w.component for w in writers if w.expert is not None)
+    unfit = [name for name in formats if name.endswith("adapter")]
+    if fused and unfit:
+        raise ConfigError(
+            f"format {unfit[0]}: an adapter cannot carry edits of fused experts: export "
+            f"safetensors, or leave {', '.join(fused)} out of edit.components"
+        )
+
+
 def adapter_factors(
     edits: Mapping[str, Edit], writers: Sequence[Writer], rank: int, on_event: OnEvent = ignore
 ) -> AdapterFactors:
@@ -150,7 +165,9 @@ def adapter_factors(
 
     Raises:
         ExportError: there is nothing to edit, or a writer's values are not in memory.
+        ConfigError: one is a fused expert.
     """
+    check_formats(["adapter"], [writer for writer in writers if writer.name in edits])
     if not edits:
         raise ExportError("this candidate edits nothing, and an adapter needs something to adapt")
     chosen = [writer for writer in writers if writer.name in edits]

@@ -8,6 +8,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from excise.anatomy import Writer
 from excise.config import ModelSection
 from excise.loading import load
 
@@ -34,14 +35,23 @@ def inspect_model(source: str) -> dict[str, Any]:
                 "layer": w.layer,
                 "module": w.name,
                 "shape": list(w.weight.shape),
+                "expert": w.expert,
+                "stored": _stored(w),
                 "bias": w.bias is not None,
                 "post_norm": w.gain is not None,
             }
             for w in anatomy.writers
         ],
+        "multimodal": anatomy.tower,
         "edited": list(coverage.edited),
         "not_edited": list(coverage.not_edited),
     }
+
+
+def _stored(writer: Writer) -> str:
+    """The axes of the tensor that holds it in the loaded model."""
+    axes = "I, O" if writer.transposed else "O, I"
+    return f"({axes})" if writer.expert is None else f"(E, {axes})"
 
 
 def inspection_table(found: dict[str, Any]) -> Any:
@@ -51,17 +61,21 @@ def inspection_table(found: dict[str, Any]) -> Any:
         f"width {found['width']}, {found['parameters'] / 1e6:,.1f} M parameters"
     )
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for name in ("component", "matrices", "shape", "bias", "post-norm"):
+    for name in ("component", "matrices", "shape", "experts", "bias", "post-norm"):
         table.add_column(name, justify="right" if name == "matrices" else "left")
     rows: dict[tuple[Any, ...], int] = {}
+    experts: dict[str, int] = {}
     for w in found["writers"]:
         key = (w["component"], tuple(w["shape"]), w["bias"], w["post_norm"])
         rows[key] = rows.get(key, 0) + 1
+        if w["expert"] is not None:
+            experts[w["component"]] = max(experts.get(w["component"], 0), w["expert"] + 1)
     for (component, shape, bias, norm), count in rows.items():
         table.add_row(
             component,
             str(count),
             " x ".join(map(str, shape)),
+            str(experts.get(component, "no")),
             "yes" if bias else "no",
             "yes" if norm else "no",
         )

@@ -11,6 +11,7 @@ from excise.artifacts import Checker, export
 from excise.config import Config, load_config
 from excise.errors import ConfigError, OutputError, RunStateError
 from excise.events import Notice, OnEvent, ignore, phase
+from excise.export import check_formats
 from excise.finish import write_pages
 from excise.front import Objective, Point, choose
 from excise.geometry import describe_layers, project
@@ -65,6 +66,7 @@ def export_run(
     with journal.hold(folder):
         with phase("load", on_event):
             sets, loaded = load_prompt_sets(config.prompts), load(config.model)
+        check_formats([format_name], loaded.anatomy.select(config.edit.components))
         _check_unchanged(record, sets.all())
         known = stage.read_directions(folder / "directions.safetensors")
         if known is None:

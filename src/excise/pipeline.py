@@ -15,6 +15,7 @@ from excise.config import Config, to_toml
 from excise.edits import Edit
 from excise.errors import MeasurementError, OutputError, StorageError
 from excise.events import OnEvent
+from excise.export import check_formats
 from excise.finish import final_figures, summary, write_pages
 from excise.front import Objective, Point, choose, pareto, parse_rule
 from excise.ggufexport import plan_gguf
@@ -74,7 +75,7 @@ def run(
         sets = load_prompt_sets(config.prompts)
     with clock.phase("load"):
         loaded = load(config.model)
-        loaded.anatomy.select(config.edit.components)
+        check_formats(config.export.formats, loaded.anatomy.select(config.edit.components))
         tokens = stage.tokenise(loaded, sets, config)
         scoring.check(sets)
         stage.check_method(loaded, sets, config)

@@ -67,7 +67,8 @@ def _memory_rows(loaded: Loaded, config: Config, longest: int) -> int:
     inner = max(writer.weight.shape[1] for writer in loaded.anatomy.writers)
     activations = loaded.dtype.itemsize * (8 * loaded.anatomy.width + 4 * inner)
     tokens = longest + config.scores.max_new_tokens
-    row = tokens * (_cache_bytes(loaded) + activations)
+    per_token, per_row = _cache_bytes(loaded)
+    row = tokens * (per_token + activations) + per_row
     if loaded.device.type == "cuda":
         free = torch.cuda.mem_get_info(loaded.device)[0]
     else:
@@ -75,15 +76,23 @@ def _memory_rows(loaded: Loaded, config: Config, longest: int) -> int:
     return max(1, int(config.engine.memory_fraction * free / row))
 
 
-def _cache_bytes(loaded: Loaded) -> int:
-    """Bytes of keys and values that one token of one row takes: measured, as layers differ."""
+def _cache_bytes(loaded: Loaded) -> tuple[int, int]:
+    """Bytes of keys and values of one token, and of states that a row has one of: both measured."""
     forward = Forward(loaded.model, loaded.anatomy)
     cache = forward.cache(1)
     one = torch.ones(1, 1, dtype=torch.long, device=loaded.device)
     with torch.inference_mode():
         forward.hidden(one, one, torch.zeros_like(one), cache)
     filled = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in filled)
+    states = [
+        state
+        for layer in cache.layers
+        for name in ("conv_states", "recurrent_states")
+        for state in getattr(layer, name, None) or ()
+        if state is not None
+    ]
+    keys = sum(layer.keys.nbytes + layer.values.nbytes for layer in filled)
+    return keys, sum(state.nbytes for state in states)
 
 
 def _fastest_rows(loaded: Loaded, longest: int, limit: int) -> int:
