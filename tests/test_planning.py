@@ -116,7 +116,11 @@ def test_states_that_do_not_grow_are_counted_once_per_row():
     _, per_row = planning._cache_bytes(loaded)
     own = loaded.model(torch.tensor([[5] * 7, [6] * 7]), use_cache=True).past_key_values
     linear = [layer for layer in own.layers if hasattr(layer, "recurrent_states")]
-    states = [s for layer in linear for s in (*layer.conv_states, *layer.recurrent_states)]
+    states = [
+        s
+        for layer in linear
+        for s in (*layer.conv_states.values(), *layer.recurrent_states.values())
+    ]
     assert per_row == sum(s.nbytes for s in states) / 2
 
 

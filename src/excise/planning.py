@@ -88,7 +88,7 @@ def _cache_bytes(loaded: Loaded) -> tuple[int, int]:
         state
         for layer in cache.layers
         for name in ("conv_states", "recurrent_states")
-        for state in getattr(layer, name, None) or ()
+        for state in getattr(layer, name, {}).values()
         if state is not None
     ]
     keys = sum(layer.keys.nbytes + layer.values.nbytes for layer in filled)
