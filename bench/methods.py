@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import machine
+import ridge_variants
 
 from excise import events, stage
 from excise.config import Config, load_config
@@ -33,16 +34,13 @@ from excise.record import Record, Scores
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "methods.json"
 UNSEEN = "unseen objects"
+RIDGE_VARIANTS = ("prompts", "last", "profile", "direction")
 LEAST = 1e-5  # drifts below this are as good as none
 
 # Settings of a study beyond its method's name. Refinement is part of the 200 trials, not on top.
 VARIANTS: dict[str, dict[str, Any]] = {
     "refine": {"search.refine": 16},
     "prototypes": {"subspace.kind": "prototypes"},
-    "direction": {"ridge.combine": True},
-    "profile": {"ridge.profile": True},
-    "last": {"ridge.text": "last"},
-    "responses": {"ridge.text": "whole"},
 }
 
 
@@ -70,6 +68,9 @@ def job(name: str, seed: int, objective: str, trials: int) -> Config:
 
 def study(name: str, seed: int, objective: str, trials: int) -> dict[str, Any]:
     """One search; its front measured again on the holdout, truth included."""
+    variant = name.partition("+")[2]
+    if variant in RIDGE_VARIANTS:
+        ridge_variants.install(variant)
     config = job(name, seed, objective, trials)
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:

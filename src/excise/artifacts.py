@@ -19,7 +19,7 @@ from excise.edits import Edit
 from excise.engine import Engine, Reference
 from excise.errors import OutputError
 from excise.events import Notice, OnEvent, phase
-from excise.export import Exported, export_adapter, export_safetensors
+from excise.export import Exported, export_adapter, export_safetensors, rank_for
 from excise.ggufcheck import GgufJob, measure_gguf
 from excise.ggufexport import (
     MODELFILE,
@@ -174,7 +174,7 @@ def _write(
     named = {w.name: e for w, e in zip(writers, edits, strict=True) if e is not None}
     # The source's own card must not pass for the edited model's, not even for a moment.
     files = {"README.md": model_card(record, artifact_format=name, trial=trial.number)}
-    rank = checker.config.export.adapter_rank
+    section = checker.config.export
     stem = f"{file_stem(public_source(record.model.source).rpartition('/')[2])}-edited"
     if name == "safetensors":
         return export_safetensors(loaded.folder, path, named, writers, on_event, files)
@@ -190,7 +190,7 @@ def _write(
             writers,
             architecture=architecture_of(loaded.anatomy.model_type, plan.base),
             layers=len(loaded.anatomy.layers),
-            rank=rank,
+            rank=section.adapter_rank or rank_for(named, writers, section.adapter_error),
             name=stem,
             on_event=on_event,
             extra_files=files,
@@ -201,7 +201,7 @@ def _write(
         path,
         named,
         writers,
-        rank=rank,
+        rank=section.adapter_rank or rank_for(named, writers, section.adapter_error),
         revision=loaded.revision,
         on_event=on_event,
         extra_files=files,

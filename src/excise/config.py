@@ -159,7 +159,8 @@ class ExportSection(Section):
     """
 
     formats: tuple[Format, ...] = ("safetensors",)
-    adapter_rank: int = Field(1, ge=1)
+    adapter_rank: int | None = Field(None, ge=1)
+    adapter_error: float = Field(0.2, gt=0, lt=1)
     quantize: tuple[str, ...] = ()
     llama_cpp: str | None = None
     from_gguf: str | None = None

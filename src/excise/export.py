@@ -183,6 +183,37 @@ def adapter_factors(
     return AdapterFactors(tuple(modules), not_carried)
 
 
+def rank_for(edits: Mapping[str, Edit], writers: Sequence[Writer], error: float) -> int:
+    """The least rank whose relative Frobenius error over all modules is at most `error`.
+
+    Raises:
+        ExportError: a writer's values are not in memory.
+    """
+    tails: list[Tensor] = []  # per module: what every rank leaves out, squared, rank 0 first
+    for writer in writers:
+        if writer.name in edits:
+            squares = _singular_squares(weight_difference(writer, edits[writer.name]))
+            tails.append(squares.flip(0).cumsum(0).flip(0))
+    if not tails:
+        return 1
+    most = max(map(len, tails))
+    left = sum(torch.nn.functional.pad(tail, (0, most + 1 - len(tail))) for tail in tails)
+    assert isinstance(left, Tensor)
+    small = left <= error**2 * left[0]
+    return max(1, int(small.nonzero()[0].item()))
+
+
+def _singular_squares(delta: Tensor) -> Tensor:
+    """Squared singular values, largest first, in float64 on the CPU."""
+    if min(delta.shape) <= _EXACT_SVD:
+        exact: Tensor = torch.linalg.svdvals(delta.double())
+        return exact.square().cpu()
+    # From the smaller Gram matrix: rounding hides parts below 1e-3 of the whole, which is enough here.
+    gram = delta @ delta.mT if delta.shape[0] <= delta.shape[1] else delta.mT @ delta
+    values: Tensor = torch.linalg.eigvalsh(gram.double())
+    return values.flip(0).clamp_min(0).cpu()
+
+
 def weight_difference(writer: Writer, edit: Edit) -> Tensor:
     """W' - W (O, I) in float32, without the cancellation of subtracting the two.
 

@@ -1,0 +1,235 @@
+"""`docs/methods.md` and its plot, from the studies in `bench/methods.json`. No figure by hand."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from methods import RESULTS, VARIANTS, volume
+
+from excise.wording import percent, significant
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+LIMITS = (0.0, 0.02, 0.05, 0.1)
+COLORS = {
+    "directional": "#3b86d6",
+    "subspace": "#2f9e77",
+    "ara": "#a06bd0",
+    "ridge": "#e0762f",
+    "directional+refine": "#c9a227",
+}
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def studies(results: dict[str, Any]) -> dict[tuple[str, str], dict[int, dict[str, Any]]]:
+    """(name, objective) -> seed -> study."""
+    out: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
+    for key, found in results.items():
+        if key.count(" ") == 2:
+            name, objective, seed = key.split()
+            out.setdefault((name, objective), {})[int(seed)] = found
+    return out
+
+
+def spread(values: Sequence[float], show: Any) -> str:
+    """Each seed's value, in order."""
+    return ", ".join(show(v) for v in values)
+
+
+def plain(points: Sequence[dict[str, float]]) -> list[tuple[float, float]]:
+    return [(p["behaviour_rate"], p["drift"]) for p in points]
+
+
+def least_drift(found: dict[str, Any], side: str, limit: float) -> float | None:
+    """The least drift among front points whose rate is at most `limit`; both measured on `side`."""
+    drifts = [p["drift"] for p in found[side] if p["behaviour_rate"] <= limit + 1e-9]
+    return min(drifts, default=None)
+
+
+def overview(groups: dict[tuple[str, str], dict[int, dict[str, Any]]], objective: str) -> str:
+    rows = []
+    for (name, driven), seeds in groups.items():
+        if driven != objective:
+            continue
+        found = [seeds[s] for s in sorted(seeds)]
+        chosen = [f["holdout"][f["chosen"]] for f in found]
+        rows.append(
+            [
+                name,
+                ", ".join(map(str, sorted(seeds))),
+                spread([volume(plain(f["front"])) for f in found], lambda v: f"{v:.3f}"),
+                spread([volume(plain(f["holdout"])) for f in found], lambda v: f"{v:.3f}"),
+                spread([c["behaviour_rate, unseen"] for c in chosen], percent),
+                spread([c["drift"] for c in chosen], significant),
+                spread([c["restored, unseen"] for c in chosen], percent),
+                spread([c["kept, unseen"] for c in chosen], percent),
+                spread([f["edits_ms"] for f in found], lambda v: f"{v:.0f}"),
+            ]
+        )
+    head = (
+        "method",
+        "seeds",
+        "volume, search",
+        "volume, holdout",
+        "rate, unseen",
+        "drift, holdout",
+        "restored, unseen",
+        "kept, unseen",
+        "edits, ms",
+    )
+    return table(head, rows)
+
+
+def at_equal_rate(groups: dict[tuple[str, str], dict[int, dict[str, Any]]], side: str) -> str:
+    rows = []
+    for (name, driven), seeds in groups.items():
+        if driven != "drift" or ("+" in name and name != "directional+refine"):
+            continue
+        cells = []
+        for limit in LIMITS:
+            values = [least_drift(seeds[s], side, limit) for s in sorted(seeds)]
+            cells.append(", ".join("none" if v is None else significant(v) for v in values))
+        rows.append([name, *cells])
+    head = ("method", *(f"rate at most {percent(limit)}" for limit in LIMITS))
+    return table(head, rows)
+
+
+def plot(groups: dict[tuple[str, str], dict[int, dict[str, Any]]]) -> str:
+    """The holdout fronts as an SVG: behaviour rate over drift, logarithmic."""
+    width, height, left, bottom = 760, 420, 60, 50
+    low, high = -5.0, 0.0
+
+    def x(drift: float) -> float:
+        place = (math.log10(max(drift, 10**low)) - low) / (high - low)
+        return left + min(place, 1.0) * (width - left - 20)
+
+    def y(rate: float) -> float:
+        return 20 + (1 - rate) * (height - bottom - 20)
+
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+        'font-family="sans-serif" font-size="12" fill="#6b7580">',
+        f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
+    ]
+    for power in range(-5, 1):
+        at = x(10**power)
+        parts.append(f'<path d="M{at:.1f} 20V{height - bottom}" stroke="#e3e7eb"/>')
+        parts.append(
+            f'<text x="{at:.1f}" y="{height - bottom + 18}" text-anchor="middle">1e{power}</text>'
+        )
+    for tick in (0, 0.25, 0.5, 0.75, 1):
+        parts.append(f'<path d="M{left} {y(tick):.1f}H{width - 20}" stroke="#e3e7eb"/>')
+        parts.append(
+            f'<text x="{left - 8}" y="{y(tick) + 4:.1f}" text-anchor="end">{tick:.0%}</text>'
+        )
+    parts.append(
+        f'<text x="{width / 2}" y="{height - 8}" text-anchor="middle">'
+        "drift on holdout prompts, nats per token</text>"
+    )
+    place = 40
+    for (name, driven), seeds in groups.items():
+        if driven != "drift" or name not in COLORS:
+            continue
+        color = COLORS[name]
+        for found in seeds.values():
+            for rate, drift in plain(found["holdout"]):
+                parts.append(
+                    f'<circle cx="{x(drift):.1f}" cy="{y(rate):.1f}" r="4" fill="{color}" '
+                    'fill-opacity="0.75"/>'
+                )
+        parts.append(f'<circle cx="{width - 170}" cy="{place}" r="4" fill="{color}"/>')
+        parts.append(f'<text x="{width - 160}" y="{place + 4}">{html.escape(name)}</text>')
+        place += 18
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def speed() -> str:
+    path = RESULTS.parent / "method_speed.json"
+    if not path.exists():
+        return ""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    rows = [
+        [
+            name,
+            f"{found[name]['prepare_seconds'] / 60:.1f} min",
+            f"{found[name]['edit_seconds']:.1f} s",
+            f"{found[name]['held_gb']:.1f} GB",
+            f"{found[name]['edits_gb']:.2f} GB",
+        ]
+        for name in ("attn.o_proj", "mlp.down_proj")
+    ]
+    ara = found["ara"]
+    on = ", ".join(f"{k}: {v}" for k, v in found["machine"].items() if v)
+    return "\n\n".join(
+        [
+            "## Speed at the shape of Gemma 4 E4B",
+            f"Ridge: 42 layers, O = 2560, I = 2048 and 10240, 400 prompts a side, 20,000 kept tokens, "
+            f"a basis of 1024. {on}. {found['layers_measured']} of 42 layers was measured, peak memory "
+            f"{found['peak_gb']:.1f} GB; times and bytes are scaled to 42. The model's own forward "
+            "passes are not in it.",
+            table(
+                ("writers", "preparation, once", "one candidate's edits", "held", "its edits"), rows
+            ),
+            "On this processor a candidate's edits take seconds, not the milliseconds that were wanted: "
+            "most of it is the product that brings P rows back from the basis to I features. No GPU was "
+            "at hand.",
+            f"ARA, one writer of I = 10240 with 400 + 400 prompts, the same solver in both coordinates: "
+            f"{ara['reduced_seconds_per_evaluation']:.2f} s per evaluation in reduced coordinates, "
+            f"{ara['full_seconds_per_evaluation']:.2f} s with the full matrix: "
+            f"{ara['ratio_per_evaluation']:.1f} times as fast (at least 8 was wanted). The basis takes "
+            f"{ara['basis_seconds']:.1f} s per writer once per run; with 40 evaluations of a single "
+            f"candidate on top the ratio is {ara['ratio_40']:.1f}.",
+        ]
+    )
+
+
+def write(results: dict[str, Any]) -> None:
+    groups = studies(results)
+    order = list(COLORS)
+    groups = dict(
+        sorted(groups.items(), key=lambda g: order.index(g[0][0]) if g[0][0] in order else 99)
+    )
+    on = ", ".join(f"{key}: {value}" for key, value in results["machine"].items() if value)
+    trials = sorted({f["trials"] for seeds in groups.values() for f in seeds.values()})
+    ran = "; ".join(
+        f"{name} driven by {driven}, seeds {', '.join(map(str, sorted(seeds)))}"
+        for (name, driven), seeds in groups.items()
+    )
+    notes = (RESULTS.parent / "methods_notes.md").read_text(encoding="utf-8").strip()
+    parts = [
+        "# Methods",
+        "Written by `python bench/methods.py page` from `bench/methods.json`. "
+        f"{on}. Trials per study: {', '.join(map(str, trials))}. What was run: {ran}.",
+        "Every study searches on the demo model's search prompts; then every point of its front is "
+        "measured on the holdout prompts. *Unseen* objects stand in no direction or search prompt. "
+        "*Volume* is the share of the square behaviour rate 0 to 1, log drift 1e-5 to 1 that the front "
+        "beats, larger is better. *Chosen* figures are of the knee. Values are listed by seed.",
+        "## Driven by drift",
+        overview(groups, "drift"),
+        "![fronts on the holdout](methods.svg)",
+        "### Least drift at equal rate, search prompts",
+        at_equal_rate(groups, "front"),
+        "### Least drift at equal rate, holdout prompts",
+        at_equal_rate(groups, "holdout"),
+    ]
+    if any(driven == "drift_first" for _, driven in groups):
+        parts += [
+            "## Driven by drift at the first token",
+            "The same table where the second objective is `drift_first`; volumes and drifts are those "
+            "of whole responses all the same.",
+            overview(groups, "drift_first"),
+        ]
+    parts += [notes, speed()]
+    (DOCS / "methods.svg").write_text(plot(groups), encoding="utf-8")
+    (DOCS / "methods.md").write_text("\n\n".join(p for p in parts if p) + "\n", encoding="utf-8")
+
+
+__all__ = ["VARIANTS", "write"]
