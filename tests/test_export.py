@@ -20,7 +20,7 @@ from excise.anatomy import Writer, describe
 from excise.edits import Edit
 from excise.errors import ExportError, OutputError, StorageError
 from excise.events import Event, Notice, Progress
-from excise.export import export_adapter, export_safetensors, low_rank, weight_difference
+from excise.export import export_adapter, export_safetensors, low_rank, rank_for, weight_difference
 from excise.staging import sha256_of
 
 IDS = torch.arange(3, 23).view(2, 10)
@@ -170,6 +170,31 @@ def test_the_randomised_decomposition_is_nearly_the_best(shape: tuple[int, int])
     best = torch.linalg.svdvals(delta)[4:].norm()
     assert (delta - b @ a).norm() < 1.001 * best
     assert float(b.norm()) == pytest.approx(float(a.norm()), rel=1e-3)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("error", [0.9, 0.3, 0.1, 0.02])
+def test_the_rank_for_an_error_is_the_least_that_keeps_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: float, exact: bool
+) -> None:
+    source, writers = source_and_writers(tmp_path)
+    edits = random_edits(writers)
+    if not exact:  # as for a large matrix
+        monkeypatch.setattr(export, "_EXACT_SVD", 4)
+    rank = rank_for(edits, writers, error)
+    monkeypatch.undo()
+    errors = [
+        export_adapter(str(source), tmp_path / f"r{r}", edits, writers, rank=r).details["error"]
+        for r in (rank, rank - 1)
+        if r
+    ]
+    assert errors[0] <= error * 1.001
+    assert rank == 1 or errors[1] > error * 0.999
+
+
+def test_rank_one_is_enough_for_a_rank_one_edit(tmp_path: Path) -> None:
+    _, writers = source_and_writers(tmp_path)
+    assert rank_for(random_edits(writers, scale=False), writers, 0.01) == 1
 
 
 def test_a_rank_beyond_the_matrix_is_padded() -> None:

@@ -117,7 +117,7 @@ def test_the_command_line_is_what_the_contract_says():
         "resume": ["--trials", *progress],
         "front": ["--json"],
         "export": [
-            *("--format", "--rank", "--select", "--to", "--trial"),
+            *("--error", "--format", "--rank", "--select", "--to", "--trial"),
             *("--from-gguf", "--llama-cpp", "--quantize"),
             *progress,
         ],

@@ -125,6 +125,24 @@ def test_export_by_rule_and_by_number(demo_run: Path, tmp_path: Path, capsys):
     assert read_record(run).artifacts[-1].details["rank"] == 4
 
 
+def test_an_adapter_by_its_error_states_rank_and_error(demo_run: Path, tmp_path: Path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(demo_run, run)
+    lora = ["export", str(run), "--format", "adapter", "--quiet", "--to"]
+    assert cli.main([*lora, str(tmp_path / "a"), "--error", "0.05"]) == 0
+    details = read_record(run).artifacts[-1].details
+    assert details["error"] <= 0.05
+    assert details["rank"] != 8  # the run's own
+    card = (tmp_path / "a" / "README.md").read_text()
+    assert f"Rank of the adapter: `{details['rank']}`" in card
+    capsys.readouterr()
+    assert cli.main([*lora, str(tmp_path / "b"), "--error", "1.5"]) == 2
+    assert "export.adapter_error" in capsys.readouterr().err
+    assert cli.main([*lora, str(tmp_path / "b"), "--rank", "0"]) == 2
+    assert "export.adapter_rank" in capsys.readouterr().err
+    assert not (tmp_path / "b").exists()
+
+
 def test_evaluate_an_edited_model_against_its_base(demo_run: Path, capsys):
     arguments = ["evaluate", "demo", str(demo_run / "model"), "--behaviour", "demo", "--json"]
     assert cli.main([*arguments, "--quiet"]) == 0

@@ -95,7 +95,8 @@ def build_parser() -> argparse.ArgumentParser:
     choice.add_argument("--select", metavar="RULE", help="knee, drift<=X or rate<=X")
     formats = ("safetensors", "adapter", "gguf", "gguf-adapter")
     export.add_argument("--format", choices=formats, default="safetensors", dest="format_name")
-    export.add_argument("--rank", type=int, metavar="R", help="rank of an adapter (default 1)")
+    export.add_argument("--rank", type=int, metavar="R", help="rank of an adapter")
+    export.add_argument("--error", type=float, metavar="X", help="its error (default 0.1)")
     export.add_argument("--quantize", metavar="A,B", help="GGUF file types, such as Q4_K_M,Q8_0")
     export.add_argument("--from-gguf", type=Path, metavar="FILE", help="patch this GGUF instead")
     export.add_argument("--llama-cpp", type=Path, metavar="DIR", help="a checkout of llama.cpp")
@@ -284,6 +285,7 @@ def _export_options(arguments: argparse.Namespace) -> dict[str, Any]:
     base, tools = arguments.from_gguf, arguments.llama_cpp
     return {
         "adapter_rank": arguments.rank,
+        "adapter_error": arguments.error,
         "quantize": None if types is None else tuple(filter(None, types.split(","))),
         "from_gguf": None if base is None else str(base.resolve()),
         "llama_cpp": None if tools is None else str(tools.resolve()),

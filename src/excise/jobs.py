@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from excise import journal, stage
 from excise.artifacts import Checker, export
-from excise.config import Config, load_config
+from excise.config import Config, load_config, validate
 from excise.errors import ConfigError, OutputError, RunStateError
 from excise.events import Notice, OnEvent, ignore, phase
 from excise.export import check_formats
@@ -50,6 +50,7 @@ def export_run(
         on_event: told of progress.
 
     Raises:
+        ConfigError: an option is out of its range.
         RunStateError: no such run or trial, or its model or prompts have changed.
         OutputError: `to` exists.
     """
@@ -58,7 +59,10 @@ def export_run(
         raise OutputError(f"{to} exists: give --to a new folder")
     config = load_config(file=folder / "config.toml")
     fields = {k: v for k, v in (options or {}).items() if v is not None}
-    config = config.model_copy(update={"export": config.export.model_copy(update=fields)})
+    if "adapter_error" in fields:  # asked for here, it wins over a rank that the run was given
+        fields = {"adapter_rank": None, **fields}
+    tree = config.model_dump()
+    config = validate({**tree, "export": {**tree["export"], **fields}})
     plan_gguf(config.export, [format_name])
     scoring = stage.scoring(config)
     number = trial if trial is not None else _selected(record, select, scoring.goals())
