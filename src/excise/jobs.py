@@ -57,12 +57,7 @@ def export_run(
     record = read_record(folder)
     if to.exists():
         raise OutputError(f"{to} exists: give --to a new folder")
-    config = load_config(file=folder / "config.toml")
-    fields = {k: v for k, v in (options or {}).items() if v is not None}
-    if "adapter_error" in fields:  # asked for here, it wins over a rank that the run was given
-        fields = {"adapter_rank": None, **fields}
-    tree = config.model_dump()
-    config = validate({**tree, "export": {**tree["export"], **fields}})
+    config = _with_options(load_config(file=folder / "config.toml"), options or {})
     plan_gguf(config.export, [format_name])
     scoring = stage.scoring(config)
     number = trial if trial is not None else _selected(record, select, scoring.goals())
@@ -90,6 +85,15 @@ def export_run(
         write_record(folder, record)
         write_pages(folder, record)
     return record.artifacts[-1]
+
+
+def _with_options(config: Config, options: Mapping[str, Any]) -> Config:
+    """The configuration with settings of its export section replaced; None leaves one as it is."""
+    fields = {k: v for k, v in options.items() if v is not None}
+    if "adapter_error" in fields:  # asked for here, it wins over a rank that the run was given
+        fields = {"adapter_rank": None, **fields}
+    tree = config.model_dump()
+    return validate({**tree, "export": {**tree["export"], **fields}})
 
 
 def survey(folder: Path, on_event: OnEvent = ignore) -> list[dict[str, float]]:
