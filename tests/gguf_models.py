@@ -10,7 +10,12 @@ from typing import Any
 import builders
 import families
 import torch
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForImageTextToText,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from excise.config import ModelSection
 from excise.loading import resolve
@@ -47,6 +52,25 @@ def checkpoint(folder: Path, family: str, dtype: Any = torch.float32, **changes:
         "qwen3"
     ):  # its byte-level tokenizers are known by hash; this way round takes any
         write_sentencepiece(folder)
+    return folder
+
+
+def multimodal(folder: Path) -> Path:
+    """A Gemma 4 with vision and audio towers, and what its processor's configuration must say."""
+    text, own, parts = families.MULTIMODAL["gemma4"]
+    plain = {"enable_moe_block": False, "num_experts": None, "top_k_experts": None}
+    sizes = {"vocab_size": VOCABULARY, "vocab_size_per_layer_input": VOCABULARY}
+    small = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "head_dim": 16}
+    small |= {"num_key_value_heads": 2}
+    inner = CONFIG_MAPPING[text](**small | own | plain | sizes | {"global_head_dim": 32})
+    torch.manual_seed(0)
+    whole = CONFIG_MAPPING["gemma4"](text_config=inner.to_dict(), **parts)
+    model = families.randomised(AutoModelForImageTextToText.from_config(whole))
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(DEMO / name, folder)
+    means = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (folder / "preprocessor_config.json").write_text(json.dumps(means))
     return folder
 
 

@@ -277,3 +277,28 @@ def test_a_failing_adapter_export_leaves_nothing(
     with pytest.raises(expected):
         export_adapter(str(source), tmp_path / "out", random_edits(writers), writers, rank=1)
     assert [p.name for p in tmp_path.iterdir()] == ["source"]
+
+
+def test_the_adapter_is_laid_out_as_vllm_loads_it(tmp_path: Path) -> None:
+    """What vLLM's loader asks of a PEFT folder; vLLM itself needs a GPU build and is not run here.
+
+    Every tensor is `base_model.model.MODULE.lora_A.weight` (R, I) or `.lora_B.weight` (O, R), in
+    pairs of one rank; target modules are a list whose last parts are modules that it can adapt; no
+    bias, no other variant of LoRA, no modules saved whole.
+    """
+    source, writers = source_and_writers(tmp_path)
+    edits = random_edits(writers, rank=2)
+    done = export_adapter(str(source), tmp_path / "out", edits, writers, rank=4)
+    config = json.loads((done.path / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 4, 4)
+    assert isinstance(config["target_modules"], list)
+    assert {name.rpartition(".")[2] for name in config["target_modules"]} == {"o_proj", "down_proj"}
+    assert config["bias"] == "none"
+    assert not any(config.get(key) for key in ("use_dora", "use_rslora", "modules_to_save"))
+    tensors = load_file(done.path / "adapter_model.safetensors")
+    shapes = {w.name: tuple(w.weight.shape) for w in writers}
+    expected = {}
+    for name, (o, i) in shapes.items():
+        expected[f"base_model.model.{name}.lora_A.weight"] = (4, i)
+        expected[f"base_model.model.{name}.lora_B.weight"] = (o, 4)
+    assert {key: tuple(tensor.shape) for key, tensor in tensors.items()} == expected

@@ -14,7 +14,7 @@ import gguf_models
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from excise import llamacpp
 from excise.anatomy import Writer, describe
@@ -141,6 +141,25 @@ def test_an_edited_model_is_converted_and_quantised(cases: dict[str, Case], tmp_
     for kind, most in (("Q8_0", 0.05), ("Q4_K_M", 0.5)):
         error = gguf_logits(out / f"Tiny-edited-{kind}.gguf") - reference
         assert error.norm() < most * reference.norm()
+
+
+def test_a_multimodal_model_gets_its_projector_and_is_patched_too(tmp_path: Path) -> None:
+    folder = gguf_models.multimodal(tmp_path / "model")
+    loaded = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    case = Case(folder, loaded, tmp_path / "out" / "mm-F32.gguf", {})
+    case.edits = random_edits(case.writers)
+    plan = plan_gguf(ExportSection(quantize=("F32",)), ["gguf"])
+    done = export_gguf(folder, tmp_path / "out", case.edits, case.writers, plan, "mm")
+    parts = [(f["file"], f["part"]) for f in done.details["files"]]
+    assert parts == [("mm-F32.gguf", "model"), ("mmproj-mm-F32.gguf", "projector")]
+    assert read_gguf(tmp_path / "out" / "mmproj-mm-F32.gguf").architecture == "clip"
+    with torch.no_grad():
+        for writer in case.writers:
+            writer.weight.copy_(case.edits[writer.name].apply_to_weight(writer.weight))
+    assert gguf_tokens(case.gguf) == tokens(loaded)
+    # The file of the edited model is, to the patch, one of this model like any other.
+    patched = patch_gguf(case.gguf, tmp_path / "again", case.edits, case.writers, loaded)
+    assert len(patched.tensors) == len(case.writers)
 
 
 @pytest.mark.parametrize("family", SHAPES)
