@@ -12,7 +12,7 @@ import torch
 from conftest import job, write_prompts
 from safetensors.torch import load_file, save_file
 
-from excise import cli
+from excise import cli, fitting
 
 
 @pytest.fixture
@@ -206,6 +206,69 @@ def test_chat_template_that_fails(tiny, model, tmp_path, capsys):
     arguments[1] = str(model)
     assert cli.main(arguments) == 2
     assert "chat template" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{{ nobody.knows.this }}", "{% for m in messages %}{{ m", "{{ 1 // 0 }}", "{% x %}"],
+)
+def test_a_chat_template_given_by_hand_that_fails(refused, tmp_path, template):
+    file = tmp_path / "mine.jinja"
+    file.write_text(template)
+    line = refused("--chat-template", str(file))
+    assert "chat template mine.jinja cannot render a prompt" in line
+
+
+def test_a_chat_template_that_is_not_there(refused, tmp_path):
+    assert "neither a file nor" in refused("--chat-template", str(tmp_path / "none.jinja"))
+    assert "no chat template in nobody/nothing" in refused("--chat-template", "nobody/nothing")
+
+
+def change_json(path: Path, **changes) -> None:
+    data = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({k: v for k, v in data.items() if v is not None}))
+
+
+def test_a_tokenizer_without_an_end_token(refused, model):
+    change_json(model / "tokenizer_config.json", eos_token=None)
+    change_json(model / "generation_config.json", eos_token_id=None)
+    change_json(model / "config.json", eos_token_id=None)
+    assert "names an end token" in refused(model=model)
+
+
+def test_a_tokenizer_without_a_padding_token_will_do(tiny, model, tmp_path):
+    change_json(model / "tokenizer_config.json", pad_token=None)
+    change_json(model / "config.json", pad_token_id=None)
+    change_json(model / "generation_config.json", pad_token_id=None)
+    arguments = job(tiny, tmp_path / "out", "--set", "export.formats=[]")
+    arguments[1] = str(model)
+    assert cli.main(arguments) == 0
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "aqlm", "bitsandbytes"])
+def test_a_quantisation_that_cannot_be_unpacked(refused, model, method):
+    change_json(model / "config.json", quantization_config={"quant_method": method, "bits": 4})
+    line = refused(model=model)
+    assert method in line
+    assert "use the checkpoint that it was made from" in line
+
+
+def test_a_model_too_large_for_the_memory_says_what_would_fit(refused, tiny, monkeypatch):
+    whole = 2 * fitting.sizes([tiny / "model" / "model.safetensors"]).bytes(torch.bfloat16)
+    for free, fits, not_ in (
+        (
+            0.8 * whole,
+            ["fit: --set model.dtype=bfloat16", "bnb-8bit", "bnb-4bit", "device_map=auto"],
+            [],
+        ),
+        (0.4 * whole, ["bnb-4bit", "device_map=auto"], ["fit: --set model.dtype"]),
+        (0.01 * whole, ["device_map=auto"], ["bnb"]),
+    ):
+        monkeypatch.setattr(fitting, "free_memory", lambda f=free: (int(f), "here"))
+        line = refused("--set", "model.dtype=float32")
+        assert "float32" in line
+        assert all(text in line for text in fits)
+        assert not any(text in line for text in not_)
 
 
 def test_output_folder_that_holds_another_run(tiny, tmp_path, capsys):

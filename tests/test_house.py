@@ -20,7 +20,7 @@ MODULES = sorted(SOURCE.glob("*.py"))
 # Bottom to top, as ARCHITECTURE.md lists them: a module imports only from those before it.
 ORDER = (
     "errors config events prompts intervals evidence anatomy directions edits experts probing "
-    "loading dressing tokens geometry capture profiles subspace ridge lbfgs ara space directional "
+    "fitting plain loading dressing tokens geometry capture profiles subspace ridge lbfgs ara space directional "
     "moments subspace_method ridge_method ara_method methods stacking kvcache forward decoding "
     "divergence engine opening planning refining scorers front record wording digest markdown "
     "caveats usage recipe search journal panel stage figures geometry_page card report staging matching "
@@ -101,7 +101,9 @@ def test_the_command_line_is_what_the_contract_says():
     }
     progress = ["--json-events", "--quiet"]
     prompts = "--behaviour --chat-template --config --contrast --contrast-eval --direction-size "
-    prompts += "--eval-size --markers --max-new-tokens --method --set --strengthen --target "
+    prompts += (
+        "--eval-size --markers --max-new-tokens --method --quantize --set --strengthen --target "
+    )
     prompts += "--target-eval"
     expected = {
         "demo": ["--out", "--seed", "--trials", *progress],

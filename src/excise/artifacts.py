@@ -195,7 +195,7 @@ def _write(
             on_event=on_event,
             extra_files=files,
         )
-    base = str(loaded.folder) if loaded.is_local else loaded.source
+    base = loaded.place
     return export_adapter(
         base,
         path,
@@ -232,12 +232,13 @@ def _load_again(one: Exported, source: Loaded, config: Config, dtype: torch.dtyp
     name = str(dtype).removeprefix("torch.")
     if one.format == "safetensors":
         section = config.model.model_copy(
-            update={"source": str(one.path), "revision": None, "dtype": name}
+            update={"source": str(one.path), "revision": None, "gguf_file": None, "dtype": name}
         )
         return load(section)
     from peft import PeftModel
 
-    base = load(config.model.model_copy(update={"source": str(source.folder), "dtype": name}))
+    fields = {"source": str(source.folder), "gguf_file": None, "dtype": name}
+    base = load(config.model.model_copy(update=fields))
     merged: Any = PeftModel.from_pretrained(base.model, one.path).merge_and_unload()
     merged.eval().requires_grad_(False)
     return Loaded(

@@ -161,6 +161,7 @@ def _details(
         ("Licence of the base", plain(model.license or "not stated in the base model's files")),
         ("Architecture", f"{code(model.model_type)}, {model.layers} layers of width {model.width}"),
         ("Parameters", wording.large(model.parameters)),
+        ("Weights of the base", plain(" ".join(model.notes))),
         ("Measured in", f"{code(model.dtype)} on {plain(model.device)}"),
         ("Edited behaviour", plain(behaviour(record))),
         ("Method", plain(record.method)),

@@ -140,6 +140,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_job(parser: argparse.ArgumentParser, *, search: bool = True) -> None:
     parser.add_argument("--behaviour", metavar="NAME|FILE.toml", help="demo, refusal, or your own")
+    packed = ("bnb-4bit", "bnb-8bit")
+    parser.add_argument("--quantize", choices=packed, help="pack the weights as they are loaded")
     parser.add_argument("--method", choices=METHODS, help="how edits are made")
     parser.add_argument("--strengthen", action="store_true", help="edit the behaviour in, not out")
     texts = ("give the directions: evoke it", "give the directions: do not", "score", "score")
@@ -177,6 +179,7 @@ def _config(arguments: argparse.Namespace, model: str) -> Any:
     plain = {
         "method": "method",
         "seed": "seed",
+        "quantize": "model.quantize",
         "direction_size": "prompts.direction_size",
         "eval_size": "prompts.eval_size",
         "max_new_tokens": "scores.max_new_tokens",

@@ -36,6 +36,8 @@ class ModelSection(Section):
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device_map: str | None = None
+    quantize: Literal["bnb-4bit", "bnb-8bit"] | None = None
+    gguf_file: str | None = None
     trust_remote_code: bool = False
 
 

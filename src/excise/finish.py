@@ -170,14 +170,13 @@ def model_record(loaded: Loaded) -> ModelRecord:
         license=_license(loaded.folder),
         sampling=_sampling(loaded.folder),
         fingerprint=stage.fingerprint(loaded.folder),
+        notes=loaded.notes,
     )
 
 
 def public_name(loaded: Loaded) -> str:
     """The source as a record names it: a Hub id as it is, a folder in full, so neither is mistaken."""
-    if loaded.source == DEMO or not loaded.is_local:
-        return loaded.source
-    return str(loaded.folder)
+    return DEMO if loaded.source == DEMO else loaded.place
 
 
 def commit(folder: Path) -> str | None:

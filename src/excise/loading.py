@@ -19,6 +19,8 @@ from torch import nn
 from excise.anatomy import Anatomy, check_finite, describe, has_row
 from excise.config import ModelSection
 from excise.errors import ModelError, UnknownArchitecture, first_line
+from excise.fitting import check_fits
+from excise.plain import Plain, quantisation, unpack, unpack_gguf
 from excise.probing import discover
 
 DEMO = "demo"  # names the embedded model
@@ -37,16 +39,41 @@ class Loaded:
     revision: str | None
     folder: Path
     dtype: torch.dtype
+    plain: Plain | None = None  # where the source is quantised: the copy that `folder` is
+    quantize: str | None = None  # how its matrices were packed as they were loaded
 
     @property
     def is_local(self) -> bool:
-        """Whether the source is a folder (or the embedded model) rather than a Hub id."""
-        return self.source == DEMO or Path(self.source).is_dir()
+        """Whether the source is a file or folder (or the embedded model) rather than a Hub id."""
+        return self.source == DEMO or Path(self.source).exists()
+
+    @property
+    def place(self) -> str:
+        """The source as others load it: a whole path, or a Hub id."""
+        if self.plain is None and self.is_local:
+            return str(self.folder)
+        return str(Path(self.source).resolve()) if self.is_local else self.source
 
     @property
     def device(self) -> torch.device:
         """Where token ids go."""
-        return torch.device(self.model.get_input_embeddings().weight.device)
+        embedding = self.model.get_input_embeddings()
+        hook = getattr(embedding, "_hf_hook", None)  # of weights that are loaded when they are used
+        device = embedding.weight.device
+        return torch.device(hook.execution_device if hook and device.type == "meta" else device)
+
+    @property
+    def notes(self) -> list[str]:
+        """What the weights are, where they are not simply those of the source."""
+        notes = []
+        if self.plain is not None:
+            notes.append(f"The source is {self.plain.words}; all figures and exports are of that.")
+        if self.quantize is not None:
+            notes.append(
+                f"The search ran on weights packed by {self.quantize}; an export holds the edit "
+                "computed from the source's own weights."
+            )
+        return notes
 
 
 def load(section: ModelSection) -> Loaded:
@@ -57,9 +84,12 @@ def load(section: ModelSection) -> Loaded:
         UnknownArchitecture: no data row for its model type, and its writers cannot be proven.
     """
     folder = resolve(section)
+    plain = _plain(section, folder)
+    folder = folder if plain is None else plain.folder
     files = weight_files(folder)
     _check_type(section, folder)
     dtype = _dtype(section, folder, files)
+    check_fits(section, files, dtype)
     model = _load_model(section, folder, dtype)
     bad = check_finite(model)
     if bad is not None:
@@ -73,16 +103,32 @@ def load(section: ModelSection) -> Loaded:
         revision=section.revision,
         folder=folder,
         dtype=dtype,
+        plain=plain,
+        quantize=section.quantize,
     )
 
 
+def _plain(section: ModelSection, folder: Path) -> Plain | None:
+    """A plain copy of a source that is quantised; None for one that is plain."""
+    if folder.is_file():
+        return unpack_gguf(folder)
+    config = read_config(folder)
+    method = quantisation(config, section.source)
+    if method is None:
+        return None
+    return unpack(folder, weight_files(folder), config, method)
+
+
 def resolve(section: ModelSection) -> Path:
-    """The local folder of a model, downloaded from the Hub when `source` is an id."""
+    """The local folder of a model, or its GGUF file; downloaded when `source` is a Hub id."""
     if section.source == DEMO:
         return Path(str(resources.files("excise"))) / "data" / "demo" / "model"
     path = Path(section.source)
-    if section.source and path.is_dir():
+    if section.source and path.is_dir() and section.gguf_file is None:
         return path.resolve()
+    file = path if section.gguf_file is None else path / section.gguf_file
+    if file.suffix == ".gguf" and file.is_file():
+        return file.resolve()
     if not section.source or path.is_absolute() or section.source.count("/") != 1:
         raise ModelError(
             f"model {section.source!r} is neither a folder nor a Hub id such as owner/name"
@@ -91,11 +137,14 @@ def resolve(section: ModelSection) -> Path:
 
 
 def _download(section: ModelSection) -> Path:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     patterns = [*_PICKLES, "*.gguf", "*.onnx", "*.h5", "*.msgpack", "original/*"]
     try:
+        if section.gguf_file is not None:
+            name, revision = section.gguf_file, section.revision
+            return Path(hf_hub_download(section.source, name, revision=revision))
         return Path(
             snapshot_download(section.source, revision=section.revision, ignore_patterns=patterns)
         )

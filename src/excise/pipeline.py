@@ -85,7 +85,7 @@ def run(
         with clock.phase("capture"):
             known = stage.read_opening(out / DIRECTIONS) if resume else None
             tokens = stage.open_responses(loaded, tokens, config, scoring.markers, known)
-            for note in tokens.notes:
+            for note in (*loaded.notes, *tokens.notes):
                 on_event(events.Notice(note))
             method, separation = _prepare(loaded, tokens, config, out, resume, on_event)
         with clock.phase("plan"):

@@ -16,6 +16,7 @@ from excise.wording import public_source
 
 _FLAGS = {
     "method": "--method",
+    "model.quantize": "--quantize",
     "search.trials": "--trials",
     "search.startup_trials": "--startup-trials",
     "search.refine": "--refine",

@@ -53,6 +53,7 @@ class ModelRecord(Part):
     license: str | None = None
     sampling: dict[str, Any] = {}  # of the generation config: temperature, top_p and the like
     fingerprint: str | None = None  # `stage.fingerprint` of its checkpoint
+    notes: list[str] = []  # what the measured weights are, where they are not simply the source's
 
 
 class PromptRecord(Part):

@@ -258,6 +258,7 @@ def _facts(record: Record) -> Table:
         "Licence": model.license,
         "Architecture": f"{model.model_type}, {model.layers} layers of width {model.width}",
         "Parameters": wording.large(model.parameters),
+        "Weights": " ".join(model.notes),
         "Measured in": f"{model.dtype} on {model.device}",
         "Method": record.method,
         "Objectives": ", ".join(record.objectives),

@@ -148,9 +148,10 @@ def tokenise(loaded: Loaded, sets: PromptSets, config: Config) -> Tokens:
     """Token ids of every prompt, by role: once, and before anything is written.
 
     Raises:
-        ModelError: the chat template cannot render a prompt.
+        ModelError: the chat template cannot render a prompt, or no token ends a response.
     """
     section = config.prompts
+    end_tokens(loaded.model, loaded.tokenizer)
     dressing = dress(loaded.tokenizer, section)
     rows = {s.role: encode(loaded.tokenizer, s, section, dressing) for s in sets.all() if len(s)}
     return Tokens(rows, dressing)

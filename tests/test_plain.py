@@ -1,0 +1,284 @@
+"""Plain copies of quantised checkpoints: equal to each format's formula, and to Transformers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import builders
+import gguf
+import pytest
+import torch
+from conftest import job
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+from excise import cli
+from excise.config import ModelSection
+from excise.errors import ModelError
+from excise.loading import load
+from excise.plain import fp8, mxfp4, quantisation
+
+STEADY = settings(derandomize=True, deadline=None, max_examples=30)
+BLOCK = 16
+
+
+def packed_fp8(weight: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A matrix as FP8 checkpoints store it: e4m3 values, and one scale for each square block."""
+    rows, columns = (-(-side // block) for side in weight.shape)
+    scale = torch.zeros(rows, columns)
+    out = torch.zeros_like(weight, dtype=torch.float8_e4m3fn)
+    for i in range(rows):
+        for j in range(columns):
+            part = weight[i * block : (i + 1) * block, j * block : (j + 1) * block].float()
+            scale[i, j] = part.abs().max().clamp_min(1e-12) / 448
+            values = (part / scale[i, j]).to(torch.float8_e4m3fn)
+            out[i * block : (i + 1) * block, j * block : (j + 1) * block] = values
+    return out, scale
+
+
+def fp8_checkpoint(folder: Path, **save) -> Path:
+    """A Qwen3 with FP8 matrices in its layers, as Transformers and others write them."""
+    builders.checkpoint(folder, "qwen3", **save)
+    for path in folder.glob("*.safetensors"):
+        tensors = load_file(path)
+        for name in [n for n in tensors if "proj.weight" in n]:
+            tensors[name], tensors[f"{name}_scale_inv"] = packed_fp8(tensors[name], BLOCK)
+        save_file(tensors, path, metadata={"format": "pt"})
+        index = folder / "model.safetensors.index.json"
+        if index.exists():
+            data = json.loads(index.read_text())
+            data["weight_map"] |= dict.fromkeys(tensors, path.name)
+            index.write_text(json.dumps(data))
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "fp8",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [BLOCK, BLOCK],
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    return fp8_checkpoint(tmp_path_factory.mktemp("fp8") / "model")
+
+
+# -- formulas --------------------------------------------------------------------------------------
+
+
+@STEADY
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 17))
+def test_fp8_blocks_are_each_times_their_scale(rows, columns, block):
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows))
+    values, scale = packed_fp8(weight, block)
+    found = fp8(values, scale, (block, block))
+    expected = torch.empty(rows, columns)
+    for i in range(rows):
+        for j in range(columns):
+            expected[i, j] = values[i, j].float() * scale[i // block, j // block]
+    assert torch.equal(found, expected.bfloat16())
+    assert torch.allclose(found.float(), weight, atol=0.07 * float(weight.abs().max()))
+
+
+def test_fp8_scales_of_rows_and_of_whole_tensors():
+    values = torch.randn(6, 4).to(torch.float8_e4m3fn)
+    for scale in (torch.tensor(0.5), torch.tensor([0.5]), torch.rand(6, 1), torch.rand(6)):
+        wide = scale[:, None] if scale.dim() == 1 and len(scale) == 6 else scale
+        assert torch.equal(fp8(values, scale, None), (values.float() * wide).bfloat16())
+
+
+def test_mxfp4_is_what_transformers_reads():
+    generator = torch.Generator().manual_seed(0)
+    blocks = torch.randint(0, 256, (3, 10, 2, 16), dtype=torch.uint8, generator=generator)
+    scales = torch.randint(110, 140, (3, 10, 2), dtype=torch.uint8, generator=generator)
+    found = mxfp4(blocks, scales)
+    assert found.shape == (3, 64, 10)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, convert_moe_packed_tensors(blocks, scales))
+
+
+# -- checkpoints -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shards", [{}, {"max_shard_size": "60KB"}])
+def test_an_fp8_checkpoint_is_what_transformers_unpacks(tmp_path, shards):
+    folder = fp8_checkpoint(tmp_path / "model", **shards)
+    loaded = load(ModelSection(source=str(folder), dtype="bfloat16"))
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).state_dict()
+    ours = loaded.model.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert "FP8" in loaded.notes[0]
+    assert loaded.folder != folder
+    assert "quantization_config" not in json.loads((loaded.folder / "config.json").read_text())
+    copies = {n for f in loaded.folder.glob("*.safetensors") for n in load_file(f)}
+    assert not any("scale" in name for name in copies)
+    scratch = loaded.folder
+    del loaded
+    assert not scratch.exists()
+
+
+def test_tensors_that_no_class_loads_are_in_the_copy(source, tmp_path):
+    folder = Path(shutil.copytree(source, tmp_path / "model"))
+    path = folder / "model.safetensors"
+    extra = {"mtp.head.weight": torch.randn(4, 4, dtype=torch.bfloat16), "mtp.n": torch.arange(3)}
+    save_file(load_file(path) | extra, path, metadata={"format": "pt"})
+    loaded = load(ModelSection(source=str(folder)))
+    copied = load_file(loaded.folder / "model.safetensors")
+    assert all(torch.equal(copied[name], tensor) for name, tensor in extra.items())
+
+
+def test_scales_that_are_missing(source, tmp_path):
+    folder = Path(shutil.copytree(source, tmp_path / "model"))
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["model.layers.1.mlp.down_proj.weight_scale_inv"]
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(
+        ModelError, match=r"no tensor model\.layers\.1\.mlp\.down_proj\.weight_scale_inv"
+    ):
+        load(ModelSection(source=str(folder)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, "quantised with gptq, which cannot be unpacked"),
+        ({"quant_method": "awq"}, "quantised with awq"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "with --quantize bnb-4bit"),
+        ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, "(pack-quantized)"),
+        ({"bits": 3}, "an unnamed method"),
+    ],
+)
+def test_methods_that_cannot_be_unpacked(settings, words):
+    for config in (
+        {"quantization_config": settings},
+        {"text_config": {"quantization_config": settings}},
+    ):
+        with pytest.raises(ModelError) as error:
+            quantisation(config, "owner/name")
+        assert words in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+# -- whole runs ------------------------------------------------------------------------------------
+
+
+def test_a_run_on_fp8_exports_a_plain_model_that_is_measured_again(tiny, source, tmp_path, capsys):
+    out = tmp_path / "run"
+    before = {path: path.read_bytes() for path in source.iterdir()}
+    arguments = job(tiny, out, "--set", 'export.formats=["safetensors", "adapter"]')
+    arguments[1] = str(source)
+    assert cli.main(arguments) == 0
+    record = json.loads((out / "record.json").read_text())
+    assert record["model"]["source"] == str(source)
+    assert "unpacked to bfloat16" in record["model"]["notes"][0]
+    assert "unpacked to bfloat16" in (out / "model" / "README.md").read_text()
+    assert before == {path: path.read_bytes() for path in source.iterdir()}
+    whole = record["artifacts"][0]
+    for name, score in whole["expected"].items():
+        assert whole["measured"][name]["value"] == pytest.approx(score["value"], abs=0.02)
+    edited = load_file(out / "model" / "model.safetensors")
+    base = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).state_dict()
+    changed = {name for name, tensor in edited.items() if not torch.equal(tensor, base[name])}
+    assert changed
+    assert changed == set(whole["details"]["tensors"])
+    adapter = json.loads((out / "adapter" / "adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] == str(source)
+    capsys.readouterr()
+    assert cli.main(["resume", str(out), "--trials", "14", "--quiet"]) == 0
+
+
+# -- GGUF ------------------------------------------------------------------------------------------
+
+
+def gguf_file(
+    path: Path, kind: str = "Q8_0", architecture: str = "llama"
+) -> dict[str, torch.Tensor]:
+    """A small Llama as llama.cpp stores it; returns its matrices as GGUF's own library unpacks them."""
+    torch.manual_seed(0)
+    model, tokenizer = (
+        builders.model("llama", attention_bias=False, mlp_bias=False),
+        builders.tokenizer(),
+    )
+    config, inner = model.config, json.loads(tokenizer._tokenizer.to_str())["model"]
+    writer = gguf.GGUFWriter(str(path), architecture)
+    writer.add_context_length(256)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    tokens = sorted(inner["vocab"], key=inner["vocab"].get)
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if t.startswith("<") and t.endswith(">") else 1 for t in tokens])
+    writer.add_token_merges([" ".join(pair) for pair in inner["merges"]])
+    for name, number in (("bos", 2), ("eos", 1), ("pad", 0)):
+        getattr(writer, f"add_{name}_token_id")(number)
+    writer.add_chat_template(builders.TEMPLATE)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    found = {}
+    for key, tensor in model.state_dict().items():
+        name = names.get_name(key, try_suffixes=(".weight",))
+        data = tensor.float()
+        if key.endswith(("q_proj.weight", "k_proj.weight")):  # llama.cpp pairs the halves of a head
+            heads = config.num_attention_heads if "q_proj" in key else config.num_key_value_heads
+            data = data.view(heads, 2, -1, data.shape[-1]).transpose(1, 2).reshape(data.shape)
+        packed = gguf.GGMLQuantizationType[kind if data.dim() > 1 else "F32"]
+        raw = gguf.quantize(data.contiguous().numpy(), packed)
+        writer.add_tensor(name, raw, raw_dtype=packed)
+        found[key] = torch.from_numpy(gguf.dequantize(raw, packed))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return found
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "F16", "Q4_0"])
+def test_a_gguf_file_is_what_its_library_unpacks(tmp_path, kind):
+    expected = gguf_file(tmp_path / "small.gguf", kind)
+    loaded = load(ModelSection(source=str(tmp_path / "small.gguf"), dtype="float32"))
+    found = loaded.model.state_dict()
+    for key, tensor in expected.items():
+        if not key.endswith(("q_proj.weight", "k_proj.weight")):
+            assert torch.equal(found[key], tensor.bfloat16().float()), key
+    assert "GGUF" in loaded.notes[0]
+    assert loaded.tokenizer.chat_template == builders.TEMPLATE
+    again = load(ModelSection(source=str(tmp_path), gguf_file="small.gguf", dtype="float32"))
+    assert torch.equal(again.model.lm_head.weight, loaded.model.lm_head.weight)
+
+
+def test_a_run_on_a_gguf_file(tiny, tmp_path):
+    out = tmp_path / "run"
+    gguf_file(tmp_path / "small.gguf")
+    arguments = job(tiny, out)
+    arguments[1] = str(tmp_path / "small.gguf")
+    assert cli.main(arguments) == 0
+    record = json.loads((out / "record.json").read_text())
+    assert record["model"]["source"] == str(tmp_path / "small.gguf")
+    (artifact,) = record["artifacts"]
+    for name, score in artifact["expected"].items():
+        assert artifact["measured"][name]["value"] == pytest.approx(score["value"], abs=0.05)
+
+
+@pytest.mark.parametrize(("content", "architecture"), [(b"GGUFnothing", None), (None, "made-up")])
+def test_a_file_that_transformers_cannot_read(tmp_path, content, architecture):
+    path = tmp_path / "small.gguf"
+    if content is None:
+        gguf_file(path, architecture=architecture)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(ModelError, match=r"small\.gguf cannot be read") as error:
+        load(ModelSection(source=str(path)))
+    assert "\n" not in str(error.value)
