@@ -7,7 +7,7 @@ never a guess; what a row names but a run does not edit is in the coverage list.
 from __future__ import annotations
 
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from excise.errors import ConfigError, UnknownArchitecture
+from excise.weights import device_of, is_packed, shape_of, values
 
 
 class WriterRow(BaseModel):
@@ -66,6 +67,7 @@ class Writer:
     gain: Tensor | None  # (O,) float32: product of the post-norms' gains, None without post-norm
     expert: int | None = None
     transposed: bool = False  # stored (I, O), or (E, I, O)
+    floats: torch.dtype = torch.float32  # what the model computes in, where the weight is packed
 
     @property
     def key(self) -> str:
@@ -74,21 +76,37 @@ class Writer:
         return f"{self.component}@{self.layer}{expert}"
 
     @property
+    def _tensor(self) -> str:
+        return "weight" if self.expert is None else "down_proj"
+
+    @property
     def weight(self) -> Tensor:
-        """The matrix (O, I): a view of the module's own parameter."""
-        weight: Tensor = (
-            self.module.weight if self.expert is None else self.module.down_proj[self.expert]
-        )
+        """The matrix (O, I): a view of the module's own parameter, or its values if it is not there."""
+        found = values(self.module, self._tensor)
+        assert found is not None
+        weight = found if self.expert is None else found[self.expert]
         return weight.mT if self.transposed else weight
 
     @property
     def bias(self) -> Tensor | None:
-        """The bias (O,), or None: a view as well."""
+        """The bias (O,), or None: as `weight`."""
         if self.expert is None:
-            bias: Tensor | None = getattr(self.module, "bias", None)
-            return bias
-        fused: Tensor | None = getattr(self.module, "down_proj_bias", None)
+            return values(self.module, "bias")
+        fused = values(self.module, "down_proj_bias")
         return None if fused is None else fused[self.expert]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(O, I), without reading the weight."""
+        o, i = shape_of(self.module, self._tensor)[-2:]
+        return (i, o) if self.transposed else (o, i)
+
+    @property
+    def like(self) -> Tensor:
+        """An empty tensor of the dtype and on the device of the outputs."""
+        name = self._tensor
+        dtype = self.floats if is_packed(self.module) else getattr(self.module, name).dtype
+        return torch.empty(0, dtype=dtype, device=device_of(self.module, name))
 
 
 @dataclass(frozen=True)
@@ -212,6 +230,8 @@ def describe(model: nn.Module) -> Anatomy:
         for writer in _writers(row, spec, index, layer, f"{path}.{index}", config.model_type)
     ]
     check_unshared(writers, config.model_type)
+    floats = getattr(model, "dtype", torch.float32)
+    writers = [replace(w, floats=floats) if is_packed(w.module) else w for w in writers]
     found = dict.fromkeys(w.component for w in writers)
     notes = [f"{name}: added to the residual without a matrix" for name in row.passes]
     if whole is not config:
@@ -308,7 +328,9 @@ def _gain(
         norm = _get(layer, name, model_type)
         if isinstance(norm, nn.Identity):  # of models that leave the norm out
             continue
-        weight = norm.weight.detach().float() + (1.0 if row.gain == "1+weight" else 0.0)
+        found = values(norm, "weight")
+        assert found is not None
+        weight = found.detach().float() + (1.0 if row.gain == "1+weight" else 0.0)
         gain = weight if gain is None else gain * weight
     return gain
 
@@ -369,8 +391,12 @@ def _spans(numbers: list[int]) -> str:
 
 def check_finite(model: nn.Module) -> str | None:
     """Name of the first parameter that holds a NaN or an infinity, if any does."""
-    for name, parameter in model.named_parameters():
-        # Both ends show any NaN or infinity, several times faster than a mask of all elements.
-        if parameter.numel() and not all(map(torch.isfinite, torch.aminmax(parameter))):
-            return name
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            held = values(module, name) if parameter.is_meta else parameter
+            # Both ends show any NaN or infinity, several times faster than a mask of all elements.
+            if held is not None and held.numel():
+                ends = torch.aminmax(held)
+                if not all(map(torch.isfinite, ends)):
+                    return f"{path}.{name}" if path else name
     return None

@@ -70,7 +70,7 @@ class AraMethod:
             rows = [captured[f"{writer.name}/{side}"] for side in ("target", "contrast")]
             bases[number] = basis = _basis(torch.cat(rows))
             span = rows[0].shape[1] if basis is None else len(basis)
-            key = (*writer.weight.shape, *map(len, rows), span)
+            key = (*writer.shape, *map(len, rows), span)
             shapes.setdefault(key, []).append(number)
         for members in shapes.values():
             stats = _stats([writers[n] for n in members], [bases[n] for n in members], captured,
@@ -144,7 +144,7 @@ def _stats(
     *,
     keep_norms: bool,
 ) -> AraStats:
-    device = writers[0].weight.device
+    device = writers[0].like.device
     target, contrast = (
         torch.stack([captured[f"{w.name}/{side}"] for w in writers]).to(device)
         for side in ("target", "contrast")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from excise import stage
-from excise.anatomy import describe
+from excise.anatomy import Writer, describe
 from excise.card import model_card
 from excise.config import Config
 from excise.edits import Edit
@@ -34,6 +34,7 @@ from excise.ggufexport import (
     plan_gguf,
 )
 from excise.loading import Loaded, load, read_json
+from excise.methods import Method
 from excise.ollama import modelfile
 from excise.panel import Panel
 from excise.patching import PATCHED
@@ -61,6 +62,7 @@ class Checker:
     scoring: stage.Scoring
     context: ScoreContext
     config: Config
+    tokens: stage.Tokens
 
     def measure(self, loaded: Loaded, reference: Reference) -> Scores:
         """Scores of a model as it is loaded, with no edit on top."""
@@ -81,7 +83,7 @@ def export_chosen(
     record: Record,
     trial: TrialRecord,
     loaded: Loaded,
-    edits: Sequence[Edit | None],
+    method: Method,
     checker: Checker,
     out: Path,
     on_event: OnEvent,
@@ -92,20 +94,20 @@ def export_chosen(
     for _, path in places:
         if path.exists():  # of an earlier choice of this very run
             shutil.rmtree(path)
-    return export(record, trial, loaded, edits, checker, places, out, on_event)
+    return export(record, trial, loaded, method, checker, places, out, on_event)
 
 
 def export(
     record: Record,
     trial: TrialRecord,
     loaded: Loaded,
-    edits: Sequence[Edit | None],
+    method: Method,
     checker: Checker,
     places: Sequence[tuple[str, Path]],
     out: Path,
     on_event: OnEvent,
 ) -> Record:
-    """Write `edits` in each (format, path), load each again and measure it beside the search's figures.
+    """Write the trial in each (format, path), load each again and measure it beside the search's figures.
 
     The searched model's layers are let go of on the way: `loaded` cannot be run afterwards.
 
@@ -118,10 +120,15 @@ def export(
     if not places:
         return record
     plan = plan_gguf(checker.config.export, [name for name, _ in places])
+    config, tokens = checker.config, checker.tokens
+    source, writers, edits = stage.own_edits(
+        loaded, method, trial.params, tokens, config, out, on_event
+    )
     made = [
-        _write(name, path, record, trial, loaded, edits, checker, plan, on_event)
+        _write(name, path, record, trial, source, writers, edits, checker, plan, on_event)
         for name, path in places
     ]
+    del source, writers, edits
     measured = _measure(made, loaded, checker, plan, on_event)
     artifacts = list(record.artifacts)
     for one, scores in measured:
@@ -163,12 +170,12 @@ def _write(
     record: Record,
     trial: TrialRecord,
     loaded: Loaded,
+    writers: Sequence[Writer],
     edits: Sequence[Edit | None],
     checker: Checker,
     plan: GgufPlan,
     on_event: OnEvent,
 ) -> Exported:
-    writers = checker.engine.writers
     if path.exists():
         raise OutputError(f"{path} exists: choose a new folder")
     named = {w.name: e for w, e in zip(writers, edits, strict=True) if e is not None}

@@ -38,12 +38,12 @@ class DirectionalMethod:
         self.layers = directions.unit.shape[0]
         self.sign = -1.0 if strengthen else 1.0
         self._groups: list[tuple[list[int], GroupStats]] = []
-        shapes = dict.fromkeys((w.component, tuple(w.weight.shape)) for w in writers)
+        shapes = dict.fromkeys((w.component, w.shape) for w in writers)
         for component, shape in shapes:
             members = [
                 number
                 for number, w in enumerate(writers)
-                if w.component == component and tuple(w.weight.shape) == shape
+                if w.component == component and w.shape == shape
             ]
             chosen = [writers[number] for number in members]
             stats = prepare(

@@ -26,6 +26,7 @@ from excise.kvcache import can_join, join, share_lower_layers
 from excise.loading import Loaded
 from excise.stacking import CandidateEdits, Stack
 from excise.tokens import Batch, end_tokens, left_pad, pad_token, same_length
+from excise.weights import let_go
 
 R = TypeVar("R")
 
@@ -142,7 +143,7 @@ class Engine:
             self.original(side)
         layers = self._loaded.anatomy.layers
         for layer in layers:
-            layer.to("meta")
+            let_go(layer)
         return Reference(self._originals, self._forward)
 
     def _stacks(self, candidates: Sequence[CandidateEdits]) -> Iterator[tuple[list[int], Stack]]:

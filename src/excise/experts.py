@@ -21,6 +21,7 @@ from torch import Tensor
 
 from excise.anatomy import experts_transposed
 from excise.edits import Edit
+from excise.weights import device_of, present
 
 # Edits are gathered for as many pairs at a time as fit in this many bytes.
 _GATHER_BYTES = 64 * 2**20
@@ -61,13 +62,14 @@ def stack_experts(
     o, i = (
         weight.shape[1:] if not experts_transposed(module) else (weight.shape[2], weight.shape[1])
     )
+    like = torch.empty(0, dtype=weight.dtype, device=device_of(module, "down_proj"))
     some = [edit for row in edits.values() for edit in row if edit is not None]
     rank = max(edit.left.shape[1] for edit in some)
     shape = (candidates, experts)
-    left = weight.new_zeros(*shape, rank, o)
-    right = weight.new_zeros(*shape, i, rank)
-    scale = weight.new_ones(*shape, o) if any(e.scale is not None for e in some) else None
-    shift = weight.new_zeros(*shape, o) if any(e.shift is not None for e in some) else None
+    left = like.new_zeros(*shape, rank, o)
+    right = like.new_zeros(*shape, i, rank)
+    scale = like.new_ones(*shape, o) if any(e.scale is not None for e in some) else None
+    shift = like.new_zeros(*shape, o) if any(e.shift is not None for e in some) else None
     for expert, row in edits.items():
         for candidate, edit in enumerate(row):
             if edit is None:
@@ -95,6 +97,13 @@ def edited_forward(
 
     `routing` are the experts (N, K) and their weights (N, K) of every token; Llama 4 has none.
     """
+    with present(module, "down_proj"):
+        return _edited(module, edits, rows, hidden_states, *routing, **more)
+
+
+def _edited(
+    module: Any, edits: ExpertEdits, rows: Tensor, hidden_states: Tensor, *routing: Any, **more: Any
+) -> Tensor:
     x = hidden_states.reshape(-1, hidden_states.shape[-1])
     if not routing and not more:
         return _every_expert(module, edits, rows, x).view(hidden_states.shape)

@@ -34,7 +34,7 @@ def inspect_model(source: str) -> dict[str, Any]:
                 "component": w.component,
                 "layer": w.layer,
                 "module": w.name,
-                "shape": list(w.weight.shape),
+                "shape": list(w.shape),
                 "expert": w.expert,
                 "stored": _stored(w),
                 "bias": w.bias is not None,

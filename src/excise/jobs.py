@@ -73,15 +73,13 @@ def export_run(
         sizing, tokens = from_dict(record.engine), stage.tokenise(loaded, sets, config)
         opening = stage.read_opening(folder / "directions.safetensors")
         tokens = stage.open_responses(loaded, tokens, config, scoring.markers, opening)
-        place = folder / "method.safetensors"
-        method = stage.method_for(loaded, known[0], tokens, config, place, on_event, anew=False)
+        stored = folder / "method.safetensors"
+        method = stage.method_for(loaded, known[0], tokens, config, stored, on_event, anew=False)
         both = (sets.target_eval, sets.contrast_eval)
         engine = stage.engine_for(loaded, method.writers, tokens, "eval", config, sizing.plan)
-        edits = method.edits(method.candidate(chosen.params))
-        checker = Checker(engine, scoring, scoring.context(*both), config)
-        record = export(
-            record, chosen, loaded, edits, checker, [(format_name, to)], folder, on_event
-        )
+        checker = Checker(engine, scoring, scoring.context(*both), config, tokens)
+        place = [(format_name, to)]
+        record = export(record, chosen, loaded, method, checker, place, folder, on_event)
         write_record(folder, record)
         write_pages(folder, record)
     return record.artifacts[-1]

@@ -7,8 +7,10 @@ wrong with a checkpoint is said in one line before anything is computed.
 from __future__ import annotations
 
 import json
+import tempfile
 from dataclasses import dataclass
 from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from excise.errors import ModelError, UnknownArchitecture, first_line
 from excise.fitting import check_fits
 from excise.plain import Plain, quantisation, unpack, unpack_gguf
 from excise.probing import discover
+from excise.weights import device_of, is_packed, keep_readable, shape_of
 
 DEMO = "demo"  # names the embedded model
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -41,6 +44,7 @@ class Loaded:
     dtype: torch.dtype
     plain: Plain | None = None  # where the source is quantised: the copy that `folder` is
     quantize: str | None = None  # how its matrices were packed as they were loaded
+    offload: Any = None  # the folder of weights that are read when they are used
 
     @property
     def is_local(self) -> bool:
@@ -57,10 +61,7 @@ class Loaded:
     @property
     def device(self) -> torch.device:
         """Where token ids go."""
-        embedding = self.model.get_input_embeddings()
-        hook = getattr(embedding, "_hf_hook", None)  # of weights that are loaded when they are used
-        device = embedding.weight.device
-        return torch.device(hook.execution_device if hook and device.type == "meta" else device)
+        return device_of(self.model.get_input_embeddings())
 
     @property
     def notes(self) -> list[str]:
@@ -90,7 +91,10 @@ def load(section: ModelSection) -> Loaded:
     _check_type(section, folder)
     dtype = _dtype(section, folder, files)
     check_fits(section, files, dtype)
-    model = _load_model(section, folder, dtype)
+    offload = None
+    if section.device_map is not None:
+        offload = tempfile.TemporaryDirectory(prefix="excise-offload-")
+    model = _load_model(section, folder, dtype, offload and offload.name)
     bad = check_finite(model)
     if bad is not None:
         raise ModelError(f"model {section.source}: tensor {bad} holds NaN or infinite values")
@@ -105,6 +109,7 @@ def load(section: ModelSection) -> Loaded:
         dtype=dtype,
         plain=plain,
         quantize=section.quantize,
+        offload=offload,
     )
 
 
@@ -281,7 +286,9 @@ def _auto_class(folder: Path) -> Any:
     return AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
 
 
-def _load_model(section: ModelSection, folder: Path, dtype: torch.dtype) -> nn.Module:
+def _load_model(
+    section: ModelSection, folder: Path, dtype: torch.dtype, offload: str | None
+) -> nn.Module:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -291,12 +298,14 @@ def _load_model(section: ModelSection, folder: Path, dtype: torch.dtype) -> nn.M
             folder,
             dtype=dtype,
             device_map=device_map,
+            offload_folder=offload,
             use_safetensors=True,
             trust_remote_code=section.trust_remote_code,
+            quantization_config=_packing(section, dtype),
             ignore_mismatched_sizes=True,  # so that we can name them ourselves, below
             output_loading_info=True,
         )
-    except (ValueError, OSError, RuntimeError, KeyError) as error:
+    except (ValueError, OSError, RuntimeError, KeyError, ImportError) as error:
         raise ModelError(f"model {section.source} cannot be loaded: {first_line(error)}") from error
     mismatched = (k[0] if isinstance(k, tuple) else k for k in info["mismatched_keys"])
     wrong = sorted({*info["missing_keys"], *mismatched})
@@ -306,7 +315,38 @@ def _load_model(section: ModelSection, folder: Path, dtype: torch.dtype) -> nn.M
             f"wrong shape, first {wrong[0]}: it would run with random values"
         )
     assert isinstance(model, nn.Module)
+    _check_packed(section, model)
     return model
+
+
+def _check_packed(section: ModelSection, model: nn.Module) -> None:
+    keep_readable(model)
+    if section.quantize != "bnb-4bit":
+        return
+    for name, module in model.named_modules():
+        if is_packed(module) and module.weight.device.type == "cpu" and shape_of(module)[-1] % 64:
+            raise ModelError(
+                f"model {section.source}: bitsandbytes packs rows in blocks of 64, and on a CPU reads "
+                f"others back wrongly, such as {name} with {shape_of(module)[-1]} columns: use bnb-8bit"
+            )
+
+
+def _packing(section: ModelSection, dtype: torch.dtype) -> Any:
+    """How Transformers is to pack the matrices as it loads them; None for not at all."""
+    if section.quantize is None:
+        return None
+    if find_spec("bitsandbytes") is None:
+        raise ModelError(
+            f"--quantize {section.quantize} needs the package bitsandbytes: "
+            "pip install 'excise[quantize]'"
+        )
+    from transformers import BitsAndBytesConfig
+
+    if section.quantize == "bnb-8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+    )
 
 
 def _load_tokenizer(section: ModelSection, folder: Path) -> Any:

@@ -194,13 +194,13 @@ def token_moments(
         on_event: told of progress.
     """
     sizes = [
-        basis.shape[0] if basis is not None else writer.weight.shape[1]
+        basis.shape[0] if basis is not None else writer.shape[1]
         for writer, basis in zip(writers, bases, strict=True)
     ]
     out = [
         TokenMoments(
-            None if basis is None else basis.to(writer.weight.device, torch.float32),
-            torch.zeros(q, q, dtype=torch.float64, device=writer.weight.device),
+            None if basis is None else basis.to(writer.like.device, torch.float32),
+            torch.zeros(q, q, dtype=torch.float64, device=writer.like.device),
         )
         for writer, basis, q in zip(writers, bases, sizes, strict=True)
     ]
@@ -273,5 +273,5 @@ def stacked_biases(writers: Sequence[Writer]) -> Tensor | None:
     """The writers' biases (G, O) in float32, zeros for those without; None where none has one."""
     if all(w.bias is None for w in writers):
         return None
-    zeros = torch.zeros(writers[0].weight.shape[0], device=writers[0].weight.device)
+    zeros = torch.zeros(writers[0].shape[0], device=writers[0].like.device)
     return torch.stack([zeros if w.bias is None else w.bias.float() for w in writers])

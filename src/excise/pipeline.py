@@ -132,8 +132,8 @@ def run(
         )
         write_record(out, record)  # before the export: what was measured is never lost
         with clock.phase("export"):
-            checker = Checker(engine, scoring, context, config)
-            record = export_chosen(record, trial, loaded, edits, checker, out, on_event)
+            checker = Checker(engine, scoring, context, config, tokens)
+            record = export_chosen(record, trial, loaded, method, checker, out, on_event)
         record = record.model_copy(update={"timing": dict(clock.seconds)})
         write_record(out, record)
         write_pages(out, record)

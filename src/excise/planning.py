@@ -64,7 +64,7 @@ def from_dict(known: dict[str, Any]) -> Sizing:
 
 def _memory_rows(loaded: Loaded, config: Config, longest: int) -> int:
     """Rows whose keys, values and activations fit in the memory that is free now."""
-    inner = max(writer.weight.shape[1] for writer in loaded.anatomy.writers)
+    inner = max(writer.shape[1] for writer in loaded.anatomy.writers)
     activations = loaded.dtype.itemsize * (8 * loaded.anatomy.width + 4 * inner)
     tokens = longest + config.scores.max_new_tokens
     per_token, per_row = _cache_bytes(loaded)

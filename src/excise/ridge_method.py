@@ -73,7 +73,7 @@ def capture(
             "target": seen,
             "outputs": x.outputs,
             "contrast": xc.outputs,
-            "diagonal": torch.tensor(moments.square / count / writer.weight.shape[1]),
+            "diagonal": torch.tensor(moments.square / count / writer.shape[1]),
         }
         if basis is not None:
             parts["basis"] = basis
@@ -94,7 +94,7 @@ def _bases(
 
     Target rows come first, then contrast rows, then where most of the tokens lie.
     """
-    large = [n for n, w in enumerate(writers) if w.weight.shape[1] > size]
+    large = [n for n, w in enumerate(writers) if w.shape[1] > size]
     bases: list[Tensor | None] = [None] * len(writers)
     if not large:
         return bases
@@ -142,7 +142,7 @@ class RidgeMethod:
             parts = [
                 captured[f"{writer.name}/{what}"] for what in ("target", "outputs", "contrast")
             ]
-            key = (*writer.weight.shape, *(s for p in parts for s in p.shape))
+            key = (*writer.shape, *(s for p in parts for s in p.shape))
             shapes.setdefault(key, []).append(number)
         restore = config.edit.row_norms == "full"
         for members in shapes.values():
@@ -200,7 +200,7 @@ class RidgeMethod:
 def _stats(
     writers: Sequence[Writer], captured: Mapping[str, Tensor], most: int, restore: bool
 ) -> RidgeStats:
-    device = writers[0].weight.device
+    device = writers[0].like.device
 
     def stack(what: str) -> Tensor:
         return torch.stack([captured[f"{w.name}/{what}"] for w in writers]).to(device)

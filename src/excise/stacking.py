@@ -82,7 +82,7 @@ class Stack:
         ]
         self._first = min((writers[index].layer for index in touched), default=1 << 30)
         self._parts = {
-            index: _stack(writers[index].weight, [edits[index] for edits in candidates])
+            index: _stack(writers[index], [edits[index] for edits in candidates])
             for index in touched
             if writers[index].expert is None
         }
@@ -209,14 +209,15 @@ def edit_output(part: _Part, x: Tensor, y: Tensor) -> Tensor:
     return out if part.shift is None else out.add_(part.shift[:, None])
 
 
-def _stack(weight: Tensor, edits: Sequence[Edit | None]) -> _Part:
+def _stack(writer: Writer, edits: Sequence[Edit | None]) -> _Part:
+    like = writer.like
     rank = max(edit.left.shape[1] for edit in edits if edit is not None)
-    c, (o, i) = len(edits), weight.shape
-    left = weight.new_zeros(c, rank, o)
-    right = weight.new_zeros(c, i, rank)
+    c, (o, i) = len(edits), writer.shape
+    left = like.new_zeros(c, rank, o)
+    right = like.new_zeros(c, i, rank)
     some = [edit for edit in edits if edit is not None]
-    scale = weight.new_ones(c, o) if any(e.scale is not None for e in some) else None
-    shift = weight.new_zeros(c, o) if any(e.shift is not None for e in some) else None
+    scale = like.new_ones(c, o) if any(e.scale is not None for e in some) else None
+    shift = like.new_zeros(c, o) if any(e.shift is not None for e in some) else None
     for row, edit in enumerate(edits):
         if edit is None:
             continue

@@ -19,11 +19,12 @@ from excise.capture import Pass, geometric_median, mean, projections, residual_p
 from excise.config import Config, DirectionSection
 from excise.directions import Directions, auc, from_means
 from excise.dressing import Dressing, dress
+from excise.edits import Edit
 from excise.engine import Engine, Plan, Reference
-from excise.errors import ConfigError, MeasurementError, StorageError
+from excise.errors import ConfigError, ExportError, MeasurementError, StorageError
 from excise.events import OnEvent, track
 from excise.front import Objective
-from excise.loading import Loaded, read_config, weight_files
+from excise.loading import Loaded, load, read_config, weight_files
 from excise.methods import KINDS, Bench, Method
 from excise.opening import Opening, find_opening, from_dict, given_opening
 from excise.planning import Sizing
@@ -291,6 +292,34 @@ def method_for(
         if captured:
             _save_tensors(stored, captured, {"format": "pt"})
     return kind.bind(bench, captured)
+
+
+def own_edits(
+    loaded: Loaded,
+    method: Method,
+    params: dict[str, Any],
+    tokens: Tokens,
+    config: Config,
+    folder: Path,
+    on_event: OnEvent,
+) -> tuple[Loaded, Sequence[Writer], list[Edit | None]]:
+    """A trial's edits, computed from the source's own weights, and the model that holds those.
+
+    That is the searched model, except where its matrices were packed as they were loaded.
+
+    Raises:
+        ExportError: the run folder no longer has its directions.
+    """
+    if loaded.quantize is not None:
+        name = str(loaded.dtype).removeprefix("torch.")
+        fields = {"quantize": None, "device_map": "cpu", "dtype": name}
+        loaded = load(config.model.model_copy(update=fields))
+        known = read_directions(folder / "directions.safetensors")
+        if known is None:
+            raise ExportError(f"{folder} has no readable directions.safetensors")
+        stored = folder / "method.safetensors"
+        method = method_for(loaded, known[0], tokens, config, stored, on_event, anew=False)
+    return loaded, method.writers, method.edits(method.candidate(params))
 
 
 def _responses(loaded: Loaded, tokens: Tokens, config: Config) -> list[Sequence[int]]:

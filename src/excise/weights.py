@@ -1,0 +1,82 @@
+"""A parameter's values, wherever they are: in memory, offloaded until they are used, or packed.
+
+Offloaded: `device_map` leaves a parameter on the meta device, and accelerate's hook brings its values
+for the length of a forward pass. Packed: bitsandbytes keeps 4- and 8-bit codes in its place.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_PACKED = ("Params4bit", "Int8Params")
+
+
+def values(module: Any, name: str) -> Tensor | None:
+    """The values of `module.name`; the parameter itself where they are in memory as they are.
+
+    Packed values are unpacked, to the dtype that bitsandbytes computes in.
+    """
+    parameter: Tensor | None = getattr(module, name, None)
+    if parameter is None or not (parameter.is_meta or type(parameter).__name__ in _PACKED):
+        return parameter
+    with present(module, name):
+        found: Tensor = getattr(module, name)
+        if type(found).__name__ in _PACKED:
+            from transformers.integrations.bitsandbytes import dequantize_bnb_weight
+
+            with torch.no_grad():
+                return dequantize_bnb_weight(found, state=getattr(module, "state", None))  # type: ignore[no-any-return]
+        return found.detach()
+
+
+def present(module: Any, name: str = "weight") -> AbstractContextManager[Any]:
+    """Within this context the parameters of `module` are in memory."""
+    parameter = getattr(module, name, None)
+    if parameter is None or not parameter.is_meta:
+        return nullcontext()
+    from accelerate.utils import align_module_device
+
+    context: AbstractContextManager[Any] = align_module_device(module)
+    return context
+
+
+def is_packed(module: Any) -> bool:
+    """Whether the module's weight is kept in 4 or 8 bits."""
+    return type(getattr(module, "weight", None)).__name__ in _PACKED
+
+
+def device_of(module: Any, name: str = "weight") -> torch.device:
+    """Where `module` computes."""
+    parameter: Tensor = getattr(module, name)
+    device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    return torch.device(device) if parameter.is_meta and device is not None else parameter.device
+
+
+def shape_of(module: Any, name: str = "weight") -> tuple[int, ...]:
+    """The unpacked shape."""
+    parameter = getattr(module, name)
+    state = getattr(parameter, "quant_state", None)  # 4-bit codes are stored flat
+    return tuple(parameter.shape if state is None else state.shape)
+
+
+def keep_readable(model: nn.Module) -> None:
+    """Have bitsandbytes leave 4-bit codes as they are on a CPU.
+
+    Some CPUs get another layout at the first use, which hides the codes and does not work for every
+    width (bitsandbytes 0.50).
+    """
+    for module in model.modules():
+        if "support_avx512bf16_for_cpu" in vars(module):
+            vars(module)["support_avx512bf16_for_cpu"] = False
+
+
+def let_go(module: nn.Module) -> None:
+    """Free the memory of a module that is not run again."""
+    for part in module.modules():
+        for name, held in part.named_parameters(recurse=False):
+            empty = torch.empty(held.shape, dtype=held.dtype, device="meta")
+            part._parameters[name] = nn.Parameter(empty, requires_grad=False)
