@@ -165,7 +165,7 @@ def model_record(loaded: Loaded) -> ModelRecord:
         device=loaded.device.type,
         layers=len(loaded.anatomy.layers),
         width=loaded.anatomy.width,
-        parameters=sum(p.numel() for p in loaded.model.parameters()),
+        parameters=int(loaded.model.num_parameters()),
         config_sha256=hashlib.sha256(config.encode()).hexdigest(),
         license=_license(loaded.folder),
         sampling=_sampling(loaded.folder),

@@ -94,7 +94,7 @@ def load(section: ModelSection) -> Loaded:
     offload = None
     if section.device_map is not None:
         offload = tempfile.TemporaryDirectory(prefix="excise-offload-")
-    model = _load_model(section, folder, dtype, offload and offload.name)
+    model = _load_model(section, folder, dtype, offload.name if offload else None)
     bad = check_finite(model)
     if bad is not None:
         raise ModelError(f"model {section.source}: tensor {bad} holds NaN or infinite values")
