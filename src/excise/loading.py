@@ -117,11 +117,11 @@ def _plain(section: ModelSection, folder: Path) -> Plain | None:
     """A plain copy of a source that is quantised; None for one that is plain."""
     if folder.is_file():
         return unpack_gguf(folder)
-    config = read_config(folder)
+    files, config = weight_files(folder), read_config(folder)
     method = quantisation(config, section.source)
     if method is None:
         return None
-    return unpack(folder, weight_files(folder), config, method)
+    return unpack(folder, files, config, method)
 
 
 def resolve(section: ModelSection) -> Path:
