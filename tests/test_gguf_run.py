@@ -252,6 +252,8 @@ def test_a_projector_is_a_second_file_and_quotes_do_not_end_the_licence() -> Non
     assert "FROM ./m.gguf\nFROM ./mmproj-m.gguf\n" in text
     assert "PARAMETER temperature 0\n" in text
     assert text.count('"""') == 4
+    parts = ollama.modelfile("m-00001-of-00003.gguf", tokenizer, {})
+    assert "llama-gguf-split --merge" in parts
 
 
 def test_a_converter_that_a_person_has_is_used(finished: Path, tmp_path: Path) -> None:

@@ -145,7 +145,7 @@ def _measure(
     """Every export as its users load it, and its scores."""
     engine, config = checker.engine, checker.config
     scorers, limit = checker.scoring.every_trial, config.scores.max_new_tokens
-    job = GgufJob(loaded, engine.prompts, scorers, checker.context, limit)
+    job = GgufJob(loaded, engine.prompts, scorers, checker.context, limit, engine.spoken)
     dtype, device = loaded.dtype, loaded.device
     out = []
     reference: Reference | None = None

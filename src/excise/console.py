@@ -51,11 +51,19 @@ _NAMES = {
     "load edited": "Loading the edited model",
     "measure safetensors": "Measuring the edited model",
     "measure adapter": "Measuring the adapter",
+    "push": "Uploading",
 }
+_VERBS = {"convert": "Converting to", "quantise": "Quantising to", "measure": "Measuring"}
 
 
 # Names that leave room for figures in 80 columns.
 _SHORT = {"drift_first": "first token", "restored": "restored", "kept": "kept"}
+
+
+def _name(phase: str) -> str:
+    """A phase as people read it; those of file types are named by their verb."""
+    verb, _, kind = phase.partition(" ")
+    return _NAMES.get(phase) or (f"{_VERBS[verb]} {kind}" if verb in _VERBS else phase)
 
 
 class _Count(ProgressColumn):
@@ -139,12 +147,12 @@ class Reporter:
         bars = self._progress
         assert bars is not None
         if phase not in self._tasks:
-            self._tasks[phase] = bars.add_task(_NAMES.get(phase, phase), total=total)
+            self._tasks[phase] = bars.add_task(_name(phase), total=total)
         return self._tasks[phase]
 
     def _line(self, event: events.Event) -> None:
         if isinstance(event, events.PhaseEnded):
-            name = _NAMES.get(event.phase, event.phase).strip()
+            name = _name(event.phase).strip()
             self._plain(f"{name}: done in {wording.duration(event.seconds)}")
         elif isinstance(event, events.Progress) and event.phase == "search":
             self._plain(f"Searching: {event.done} of {event.total} trials")

@@ -30,6 +30,7 @@ class GgufJob:
     scorers: tuple[Scorer, ...]
     context: ScoreContext
     limit: int
+    spoken: tuple[int, ...] = ()
 
 
 def measure_gguf(
@@ -105,6 +106,7 @@ def _engine(
         job.loaded.tokenizer,
         ends=ends,
         limit=job.limit,
+        spoken=job.spoken,
         reference=reference,
     )
 

@@ -108,7 +108,8 @@ class GgufModel:
 class GgufEngine:
     """Answers scorers' requests for one GGUF: an `Engine` that measures no edits.
 
-    `reference` is another engine on the same prompts, whose model is the original.
+    `reference` is another engine on the same prompts, whose model is the original; `spoken` are the
+    last tokens of every prompt that belong to its response.
     """
 
     def __init__(
@@ -119,6 +120,7 @@ class GgufEngine:
         *,
         ends: frozenset[int],
         limit: int,
+        spoken: Sequence[int] = (),
         reference: GgufEngine | None = None,
     ) -> None:
         self._model = model
@@ -126,6 +128,7 @@ class GgufEngine:
         self._tokenizer = tokenizer
         self._ends = ends
         self._limit = limit
+        self._spoken = tuple(spoken)
         self._reference = reference
         self._known: dict[str, list[Response]] = {}
 
@@ -154,7 +157,7 @@ class GgufEngine:
 
     def _answer(self, ids: list[int]) -> Response:
         tokens = self._model.greedy(ids, self._ends, self._limit)
-        text = str(self._tokenizer.decode(tokens, skip_special_tokens=True))
+        text = str(self._tokenizer.decode([*self._spoken, *tokens], skip_special_tokens=True))
         return Response(tokens, text, tokens[-1] in self._ends)
 
     def _diverge(self, side: str) -> Iterator[Tensor]:

@@ -80,7 +80,12 @@ def modelfile(
         projector: the mmproj file's name, of a multimodal model.
         licence: the text or name of the base model's licence.
     """
-    lines = ["# ollama create NAME -f Modelfile", f"FROM ./{model}"]
+    lines = ["# ollama create NAME -f Modelfile"]
+    if "-00001-of-" in model:
+        lines.append(
+            "# Ollama takes one file: merge the parts with llama-gguf-split --merge first."
+        )
+    lines.append(f"FROM ./{model}")
     if projector is not None:
         lines.append(f"FROM ./{projector}")
     pieces = probe(tokenizer)
