@@ -244,6 +244,15 @@ def test_loading_code_is_for_the_format_and_parses(artifact_format: str) -> None
     assert ("PeftModel" in text) == (artifact_format == "adapter")
 
 
+def test_a_multimodal_model_is_loaded_and_announced_as_one() -> None:
+    record = make_record()
+    model = record.model.model_copy(update={"multimodal": True})
+    card = model_card(record.model_copy(update={"model": model}))
+    assert "AutoModelForImageTextToText.from_pretrained" in card
+    assert "AutoModelForCausalLM" not in card
+    assert ModelCard(card).data.pipeline_tag == "image-text-to-text"
+
+
 def test_a_minimal_record_renders() -> None:
     for artifact_format in FORMATS:
         assert model_card(minimal_record(), artifact_format=artifact_format).endswith("\n")

@@ -108,7 +108,7 @@ def _metadata(record: Record, artifact_format: str) -> str:
         base_model_relation=shape.relation if base else None,
         license=record.model.license,
         library_name=shape.library,
-        pipeline_tag="text-generation",
+        pipeline_tag="image-text-to-text" if record.model.multimodal else "text-generation",
         tags=tags,
     )
     return str(data.to_yaml())

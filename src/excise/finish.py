@@ -168,6 +168,7 @@ def model_record(loaded: Loaded) -> ModelRecord:
         parameters=int(loaded.model.num_parameters()),
         config_sha256=hashlib.sha256(config.encode()).hexdigest(),
         license=_license(loaded.folder),
+        multimodal=loaded.anatomy.tower,
         sampling=_sampling(loaded.folder),
         fingerprint=stage.fingerprint(loaded.folder),
         notes=loaded.notes,

@@ -51,6 +51,7 @@ class ModelRecord(Part):
     parameters: int
     config_sha256: str
     license: str | None = None
+    multimodal: bool = False  # it has towers for images or sounds beside its language model
     sampling: dict[str, Any] = {}  # of the generation config: temperature, top_p and the like
     fingerprint: str | None = None  # `stage.fingerprint` of its checkpoint
     notes: list[str] = []  # what the measured weights are, where they are not simply the source's

@@ -113,7 +113,10 @@ def loading(
         parts += ["With PEFT:", fence(text + _GENERATE, "python")]
     else:
         parts += _gguf(artifact_format, artifact, repo)
-    return "\n\n".join(parts)
+    text = "\n\n".join(parts)
+    if record.model.multimodal:
+        text = text.replace("AutoModelForCausalLM", "AutoModelForImageTextToText")
+    return text
 
 
 def _gguf(artifact_format: str, artifact: ArtifactRecord | None, repo: str | None) -> list[str]:
