@@ -39,7 +39,8 @@ LEAST = 1e-5  # drifts below this are as good as none
 
 # Settings of a study beyond its method's name. Refinement is part of the 200 trials, not on top.
 VARIANTS: dict[str, dict[str, Any]] = {
-    "refine": {"search.refine": 16},
+    "refine": {"search.refine": 8},
+    "short": {"search.trials": 100, "ara.iterations": 20},
     "prototypes": {"subspace.kind": "prototypes"},
 }
 

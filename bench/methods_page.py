@@ -21,6 +21,7 @@ COLORS = {
     "ara": "#a06bd0",
     "ridge": "#e0762f",
     "directional+refine": "#c9a227",
+    "ara+short": "#a06bd0",
 }
 
 
@@ -65,6 +66,7 @@ def overview(groups: dict[tuple[str, str], dict[int, dict[str, Any]]], objective
             [
                 name,
                 ", ".join(map(str, sorted(seeds))),
+                spread([f["trials"] for f in found], str),
                 spread([volume(plain(f["front"])) for f in found], lambda v: f"{v:.3f}"),
                 spread([volume(plain(f["holdout"])) for f in found], lambda v: f"{v:.3f}"),
                 spread([c["behaviour_rate, unseen"] for c in chosen], percent),
@@ -77,6 +79,7 @@ def overview(groups: dict[tuple[str, str], dict[int, dict[str, Any]]], objective
     head = (
         "method",
         "seeds",
+        "trials",
         "volume, search",
         "volume, holdout",
         "rate, unseen",
@@ -91,7 +94,7 @@ def overview(groups: dict[tuple[str, str], dict[int, dict[str, Any]]], objective
 def at_equal_rate(groups: dict[tuple[str, str], dict[int, dict[str, Any]]], side: str) -> str:
     rows = []
     for (name, driven), seeds in groups.items():
-        if driven != "drift" or ("+" in name and name != "directional+refine"):
+        if driven != "drift" or (name not in COLORS):
             continue
         cells = []
         for limit in LIMITS:
