@@ -42,13 +42,12 @@ def residuals(loaded, rows):
     return residual_pass(loaded.anatomy, batches(rows, 16, 0, torch.device("cpu")), None)
 
 
-def method_of(name: str, family: str = "qwen3", **sections):
-    """A method as a run makes it, on a small model with random weights."""
-    loaded = builders.loaded(family)
-    tokens = tokens_of()
+def bench_of(loaded, name: str, sections, count: int = 12) -> Bench:
+    """What a run gives a method, on a small model."""
+    tokens = tokens_of(count=count)
     config = validate({"method": name, **sections})
     engine = Engine(loaded, (), {"contrast": tokens["contrast"]}, max_new_tokens=LIMIT)
-    bench = Bench(
+    return Bench(
         loaded,
         tokens,
         directions_of(loaded, tokens),
@@ -57,6 +56,12 @@ def method_of(name: str, family: str = "qwen3", **sections):
         lambda side: residuals(loaded, tokens[side]),
         events.ignore,
     )
+
+
+def method_of(name: str, family: str = "qwen3", **sections):
+    """A method as a run makes it, on a small model with random weights."""
+    loaded = builders.loaded(family)
+    bench = bench_of(loaded, name, sections)
     captured = KINDS[name].capture(bench)
     return loaded, bench, captured, KINDS[name].bind(bench, captured)
 

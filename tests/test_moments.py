@@ -103,3 +103,68 @@ def test_broken_activations_are_said():
     writer.module.weight[0, 0] = float("inf")
     with pytest.raises(MeasurementError, match=r"not finite.*float32"):
         moments.last_rows(model, [writer], ROWS, "capture", events.ignore)
+
+
+# -- experts ---------------------------------------------------------------------------------------
+
+MOE = ("qwen3_moe", "gpt_oss", "llama4_text")
+
+
+def experts_of(name):
+    import families
+
+    loaded = families.loaded(families.model(name))
+    return loaded, tuple(w for w in loaded.anatomy.writers if w.expert is not None)
+
+
+@pytest.mark.parametrize("name", MOE)
+def test_experts_show_what_is_routed_to_them(name):
+    model, writers = experts_of(name)
+    ids = torch.tensor([ROWS[0]])
+    plainly = model.model(ids).logits
+    found = moments.last_rows(model, writers, ROWS, "capture", events.ignore)
+    assert torch.equal(model.model(ids).logits, plainly)  # the forward is the module's own again
+    reached = dict.fromkeys((w.layer for w in writers), 0)
+    for writer, rows in zip(writers, found, strict=True):
+        reached[writer.layer] += len(rows.inputs)
+        bias = 0 if writer.bias is None else writer.bias
+        expected = rows.inputs @ writer.weight.T + bias
+        assert torch.allclose(rows.outputs, expected, rtol=1e-3, atol=1e-3)
+    per_prompt = {count / len(ROWS) for count in reached.values()}
+    assert per_prompt <= {1.0, 2.0}  # as many experts as a token has
+    assert len({len(rows.inputs) for rows in found}) > 1
+    texts = [(row, 0) for row in ROWS]
+    sums = moments.token_moments(
+        model, writers, texts, [None] * len(writers), "capture", events.ignore
+    )
+    tokens = sum(map(len, ROWS))
+    for layer in reached:
+        shown = sum(m.tokens for w, m in zip(writers, sums, strict=True) if w.layer == layer)
+        assert shown in (tokens, 2 * tokens)
+
+
+@pytest.mark.parametrize("name", MOE)
+@pytest.mark.parametrize("method", ["ridge", "ara"])
+def test_experts_that_few_prompts_reach_are_left_alone_and_named(name, method):
+    import families
+    from test_methods import bench_of, params_of
+
+    from excise.methods import KINDS
+
+    model, writers = experts_of(name)
+    component = writers[0].component
+    bench = bench_of(model, method, {"edit": {"components": [component]}}, count=10)
+    made = KINDS[method].bind(bench, KINDS[method].capture(bench))
+    params = params_of(made, 1)[0] | {"first_layer": 0, "last_layer": families.LAYERS}
+    edits = made.edits(made.candidate(params))
+    left = [w.key for w, e in zip(made.writers, edits, strict=True) if e is None]
+    assert 0 < len(left) < len(made.writers)
+    (note,) = made.notes
+    assert note.startswith("left alone, as fewer than ")
+    assert " prompts reach them: " in note
+    assert left[0] in note
+    for writer, edit in zip(made.writers, edits, strict=True):
+        if edit is not None:
+            w, merged = writer.weight, edit.apply_to_weight(writer.weight)
+            assert torch.allclose(merged.norm(dim=1), w.norm(dim=1), rtol=1e-3)
+            assert float((merged - w).norm()) > 0

@@ -17,7 +17,7 @@ from excise.edits import Edit
 from excise.errors import ConfigError
 from excise.events import OnEvent
 from excise.loading import Loaded
-from excise.moments import few_prompts, last_rows, refuse_experts, stacked_biases
+from excise.moments import few_prompts, last_rows, stacked_biases
 from excise.ridge import basis_for
 
 MOST_NEIGHBOURS = 15
@@ -160,7 +160,7 @@ def _stats(
     )
 
 
-def check(config: Config, prompts: int, anatomy: Anatomy) -> None:
+def check(config: Config, prompts: int, _anatomy: Anatomy) -> None:
     """Whether arbitrary-rank ablation can be set up as configured.
 
     Raises:
@@ -171,7 +171,6 @@ def check(config: Config, prompts: int, anatomy: Anatomy) -> None:
             "ara moves outputs to contrast outputs and cannot strengthen a behaviour: "
             "use --method directional, subspace or ridge"
         )
-    refuse_experts("ara", anatomy.select(config.edit.components))
     wanted = config.ara.neighbours
     if wanted is not None and wanted > prompts:
         raise ConfigError(

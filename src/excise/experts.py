@@ -12,7 +12,7 @@ D residual width, O and I out and in features of an expert's down-projection.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +37,7 @@ class ExpertEdits:
     shift: Tensor | None  # (C*E, O)
     experts: int
 
-    def apply(self, which: Tensor, inner: Tensor, y: Tensor) -> Tensor:
+    def apply(self, which: Tensor, _token: Tensor, inner: Tensor, y: Tensor) -> Tensor:
         """Edited outputs (S, O) of inputs `inner` (S, I) and outputs `y`, in place of `y`."""
         per_pair = self.left[0].numel() + self.right[0].numel() + 2 * y.shape[-1]
         step = max(1, _GATHER_BYTES // (per_pair * y.element_size()))
@@ -50,6 +50,24 @@ class ExpertEdits:
                 y[part] *= self.scale[rows]
             if self.shift is not None:
                 y[part] += self.shift[rows]
+        return y
+
+
+@dataclass(frozen=True)
+class ExpertWatch:
+    """In place of edits: shows what flows through each expert, and changes nothing.
+
+    `see` is told the expert (S,), the token (S,), the input (S, I) and the output (S, O) of every pair
+    that was routed.
+    """
+
+    see: Callable[[Tensor, Tensor, Tensor, Tensor], None]
+    experts: int
+
+    def apply(self, which: Tensor, token: Tensor, inner: Tensor, y: Tensor) -> Tensor:
+        """The outputs as they are."""
+        routed = inner.any(-1)  # Llama 4 gives every expert every token, zeros where not routed
+        self.see(which[routed], token[routed], inner[routed], y[routed])
         return y
 
 
@@ -91,7 +109,12 @@ def stack_experts(
 
 
 def edited_forward(
-    module: Any, edits: ExpertEdits, rows: Tensor, hidden_states: Tensor, *routing: Any, **more: Any
+    module: Any,
+    edits: ExpertEdits | ExpertWatch,
+    rows: Tensor,
+    hidden_states: Tensor,
+    *routing: Any,
+    **more: Any,
 ) -> Tensor:
     """The module's forward, with row b's tokens edited as candidate rows[b] has it.
 
@@ -102,7 +125,12 @@ def edited_forward(
 
 
 def _edited(
-    module: Any, edits: ExpertEdits, rows: Tensor, hidden_states: Tensor, *routing: Any, **more: Any
+    module: Any,
+    edits: ExpertEdits | ExpertWatch,
+    rows: Tensor,
+    hidden_states: Tensor,
+    *routing: Any,
+    **more: Any,
 ) -> Tensor:
     x = hidden_states.reshape(-1, hidden_states.shape[-1])
     if not routing and not more:
@@ -117,7 +145,7 @@ def _edited(
     inner = _inner(module, x[token], expert, ends)
     y = _linear(module, "down_proj", inner, expert, ends)
     candidate = rows.to(x.device).repeat_interleave(n // len(rows))[token]
-    y = edits.apply(candidate * edits.experts + expert, inner, y)
+    y = edits.apply(candidate * edits.experts + expert, token, inner, y)
     y = y * weights.flatten()[order][:, None]
     out = torch.empty_like(y)
     out[order] = y
@@ -149,7 +177,7 @@ def _linear(module: Any, name: str, x: Tensor, expert: Tensor, ends: list[int]) 
     return out
 
 
-def _every_expert(module: Any, edits: ExpertEdits, rows: Tensor, x: Tensor) -> Tensor:
+def _every_expert(module: Any, edits: ExpertEdits | ExpertWatch, rows: Tensor, x: Tensor) -> Tensor:
     """Llama 4: all tokens for all experts (E N, D), those that are not routed being zero."""
     experts = edits.experts
     gate, up = torch.bmm(x.view(experts, -1, x.shape[-1]), module.gate_up_proj).chunk(2, dim=-1)
@@ -158,4 +186,6 @@ def _every_expert(module: Any, edits: ExpertEdits, rows: Tensor, x: Tensor) -> T
     n = y.shape[1]
     candidate = rows.to(x.device).repeat_interleave(n // len(rows)).repeat(experts)
     expert = torch.arange(experts, device=x.device).repeat_interleave(n)
-    return edits.apply(candidate * experts + expert, inner.flatten(0, 1), y.flatten(0, 1))
+    token = torch.arange(n, device=x.device).repeat(experts)
+    which = candidate * experts + expert
+    return edits.apply(which, token, inner.flatten(0, 1), y.flatten(0, 1))

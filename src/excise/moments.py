@@ -11,13 +11,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from excise.anatomy import Writer
-from excise.errors import ConfigError, MeasurementError, MemoryExhausted, is_out_of_memory
+from excise.errors import MeasurementError, MemoryExhausted, is_out_of_memory
 from excise.events import OnEvent, track
+from excise.experts import ExpertWatch, edited_forward
 from excise.loading import Loaded
 from excise.tokens import Batch, batches, end_tokens, pad_token
 
@@ -28,46 +30,74 @@ FEWEST_PROMPTS = 8
 
 @dataclass(frozen=True)
 class LastRows:
-    """One writer's inputs (P, I) and outputs (P, O) at the prompts' last token, in prompt order."""
+    """One writer's inputs (P, I) and outputs (P, O) at the prompts' last token, in prompt order.
+
+    Of an expert, only the prompts that are routed to it.
+    """
 
     inputs: Tensor
     outputs: Tensor
 
 
-def refuse_experts(method: str, writers: Sequence[Writer]) -> None:
-    """Fused experts' inputs are not captured, so methods that need them cannot edit experts.
-
-    Raises:
-        ConfigError: one of the writers is a fused expert.
-    """
-    names = dict.fromkeys(w.component for w in writers if w.expert is not None)
-    if names:
-        raise ConfigError(
-            f"method {method} needs what goes into every writer, and that is not captured for fused "
-            f"experts: leave {', '.join(names)} out of edit.components, or use --method directional"
-        )
-
-
-# Called with a writer's number, its inputs and outputs (B, T, .) of a batch, and the batch.
-_See = Callable[[int, Tensor, Tensor, Batch], None]
+# Called with a writer's number, its inputs (S, I) and outputs (S, O), and where they stand in the batch,
+# row * T + position (S,).
+_Show = Callable[[int, Tensor, Tensor, Tensor], None]
+_See = Callable[[int, Tensor, Tensor, Tensor, Batch], None]
 
 
 @contextmanager
-def _watched(
-    writers: Sequence[Writer], see: Callable[[int, Tensor, Tensor], None]
-) -> Iterator[None]:
-    def hook(number: int) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def look(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            see(number, args[0].detach(), output.detach())
+def _watched(writers: Sequence[Writer], show: _Show) -> Iterator[None]:
+    """Within this context `show` is told of every writer's inputs and outputs.
 
-        return look
-
-    handles = [w.module.register_forward_hook(hook(n)) for n, w in enumerate(writers)]
+    Of fused experts, each is shown the tokens that are routed to it, outputs before the routing weight.
+    """
+    handles = []
+    fused: dict[nn.Module, dict[int, int]] = {}
+    for number, writer in enumerate(writers):
+        if writer.expert is None:
+            handles.append(writer.module.register_forward_hook(_hook(number, show)))
+        else:
+            fused.setdefault(writer.module, {})[writer.expert] = number
+    # Where weights are offloaded, `forward` fetches them and calls what it found there.
+    names = {m: "_old_forward" if hasattr(m, "_hf_hook") else "forward" for m in fused}
+    before = {module: module.__dict__.get(name) for module, name in names.items()}
     try:
+        for module, name in names.items():
+            module.__dict__[name] = _watching(module, fused[module], show)
         yield
     finally:
         for handle in handles:
             handle.remove()
+        for module, name in names.items():
+            if before[module] is None:
+                module.__dict__.pop(name, None)
+            else:
+                module.__dict__[name] = before[module]
+
+
+def _hook(number: int, show: _Show) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+    def look(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        x, y = (t.detach().reshape(-1, t.shape[-1]) for t in (args[0], output))
+        show(number, x, y, torch.arange(len(x), device=x.device))
+
+    return look
+
+
+def _watching(module: Any, numbers: dict[int, int], show: _Show) -> Callable[..., Tensor]:
+    """A forward of fused experts that shows each expert's share, `numbers` being expert -> writer."""
+
+    def see(expert: Tensor, token: Tensor, x: Tensor, y: Tensor) -> None:
+        for one, number in numbers.items():
+            mine = (expert == one).nonzero()[:, 0]
+            if len(mine):
+                show(number, x[mine], y[mine], token[mine])
+
+    watch = ExpertWatch(see, module.down_proj.shape[0])
+
+    def forward(*args: Any, **kwargs: Any) -> Tensor:
+        return edited_forward(module, watch, torch.zeros(1, dtype=torch.long), *args, **kwargs)
+
+    return forward
 
 
 def _pass(
@@ -87,14 +117,10 @@ def _pass(
 
 def _run(loaded: Loaded, writers: Sequence[Writer], batch: Batch, see: _See) -> None:
     """One batch, in halves where memory is short: nothing is shown before the pass is through."""
-    seen: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def by_row(states: Tensor) -> Tensor:  # shared experts see all tokens in one row
-        return states.reshape(*batch.ids.shape, states.shape[-1])
-
+    seen: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
     try:
         with (
-            _watched(writers, lambda n, x, y: seen.__setitem__(n, (by_row(x), by_row(y)))),
+            _watched(writers, lambda n, x, y, at: seen.__setitem__(n, (x, y, at))),
             torch.inference_mode(),
         ):
             loaded.anatomy.backbone(
@@ -129,26 +155,37 @@ def last_rows(
 ) -> list[LastRows]:
     """Every writer's inputs and outputs at the last token of every prompt, on the CPU in float32.
 
+    Outputs are as the matrix gives them, bias included.
+
     Raises:
         MeasurementError: they are not finite. MemoryExhausted: one prompt does not fit.
     """
-    inputs = [torch.empty(0)] * len(writers)
-    outputs = [torch.empty(0)] * len(writers)
+    parts: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in writers]
 
-    def see(number: int, x: Tensor, y: Tensor, batch: Batch) -> None:
-        if not inputs[number].numel():
-            inputs[number] = torch.empty(len(rows), x.shape[-1])
-            outputs[number] = torch.empty(len(rows), y.shape[-1])
-        inputs[number][batch.rows] = x[:, -1].float().cpu()
-        outputs[number][batch.rows] = y[:, -1].float().cpu()
+    def see(number: int, x: Tensor, y: Tensor, at: Tensor, batch: Batch) -> None:
+        width = batch.ids.shape[1]
+        last = (at % width == width - 1).nonzero()[:, 0]
+        prompts = batch.rows[(at[last] // width).cpu()]
+        parts[number].append((prompts, x[last].float().cpu(), y[last].float().cpu()))
 
     _pass(loaded, writers, rows, see, name, on_event)
-    for writer, x, y in zip(writers, inputs, outputs, strict=True):
-        if not bool(torch.isfinite(x).all() and torch.isfinite(y).all()):
+    found = [_in_order(writer, some) for writer, some in zip(writers, parts, strict=True)]
+    for writer, one in zip(writers, found, strict=True):
+        if not bool(torch.isfinite(one.inputs).all() and torch.isfinite(one.outputs).all()):
             raise MeasurementError(
                 f"{writer.key}: its inputs or outputs are not finite: try --set model.dtype=float32"
             )
-    return [LastRows(x, y) for x, y in zip(inputs, outputs, strict=True)]
+    return found
+
+
+def _in_order(writer: Writer, parts: list[tuple[Tensor, Tensor, Tensor]]) -> LastRows:
+    """Rows of all batches in the order of their prompts; none for an expert that no prompt reaches."""
+    if not parts:
+        out, features = writer.weight.shape
+        return LastRows(torch.zeros(0, features), torch.zeros(0, out))
+    prompts, x, y = (torch.cat(part) for part in zip(*parts, strict=True))
+    order = prompts.argsort()
+    return LastRows(x[order], y[order])
 
 
 @dataclass
@@ -206,8 +243,8 @@ def token_moments(
     ]
     left_out = torch.tensor([spare for _, spare in texts])
 
-    def see(number: int, x: Tensor, _y: Tensor, batch: Batch) -> None:
-        out[number].add(x[_counted(batch, left_out)].float())
+    def see(number: int, x: Tensor, _y: Tensor, at: Tensor, batch: Batch) -> None:
+        out[number].add(x[_counted(batch, left_out)[at]].float())
 
     _pass(loaded, writers, [ids for ids, _ in texts], see, name, on_event)
     return out
@@ -234,8 +271,8 @@ def token_sketches(
         draws.append(torch.randn(weight.shape[1], size, generator=generator).to(weight.device))
         sums.append(torch.zeros(size, weight.shape[1], device=weight.device))
 
-    def see(number: int, x: Tensor, _y: Tensor, batch: Batch) -> None:
-        rows = x[_counted(batch, left_out)].float()
+    def see(number: int, x: Tensor, _y: Tensor, at: Tensor, batch: Batch) -> None:
+        rows = x[_counted(batch, left_out)[at]].float()
         sums[number] += (rows @ draws[number]).T @ rows
 
     _pass(loaded, writers, [ids for ids, _ in texts], see, name, on_event)
@@ -243,11 +280,11 @@ def token_sketches(
 
 
 def _counted(batch: Batch, left_out: Tensor) -> Tensor:
-    """Which positions (B, T) of a left-padded batch count: real ones but the last of each text."""
+    """Which positions (B * T) of a left-padded batch count: real ones but the last of each text."""
     mask = batch.mask.bool()
     width = mask.shape[1]
     ends = (width - left_out[batch.rows]).to(mask.device)  # (B,)
-    return mask & (torch.arange(width, device=mask.device)[None] < ends[:, None])
+    return (mask & (torch.arange(width, device=mask.device)[None] < ends[:, None])).flatten()
 
 
 def few_prompts(

@@ -20,7 +20,6 @@ from excise.moments import (
     LastRows,
     few_prompts,
     last_rows,
-    refuse_experts,
     stacked_biases,
     token_moments,
     token_sketches,
@@ -224,13 +223,12 @@ def _stats(
     )
 
 
-def check(config: Config, prompts: int, anatomy: Anatomy) -> None:
+def check(config: Config, prompts: int, _anatomy: Anatomy) -> None:
     """Whether ridge ablation can be set up as configured, with this many contrast prompts.
 
     Raises:
         ConfigError: it cannot.
     """
-    refuse_experts("ridge", anatomy.select(config.edit.components))
     wanted = config.ridge.neighbours
     if wanted is not None and wanted > prompts:
         raise ConfigError(

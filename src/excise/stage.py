@@ -253,6 +253,12 @@ def check_method(loaded: Loaded, sets: PromptSets, config: Config) -> None:
             f"search.refine moves the strengths of directions, and method {config.method} has none: "
             "use --method directional with --refine"
         )
+    experts = [w for w in loaded.anatomy.select(config.edit.components) if w.expert is not None]
+    if config.search.refine and experts:
+        raise ConfigError(
+            "search.refine does not reach into fused experts: leave "
+            f"{experts[0].component} out of edit.components, or search without --refine"
+        )
     prompts = min(len(sets.target), len(sets.contrast))
     KINDS[config.method].check(config, prompts, loaded.anatomy)
 
