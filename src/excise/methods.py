@@ -20,8 +20,10 @@ from excise.config import Config
 from excise.directional import DirectionalMethod
 from excise.directions import Directions
 from excise.edits import Edit
+from excise.errors import ConfigError
 from excise.events import OnEvent
 from excise.loading import Loaded
+from excise.prompts import PromptSets
 
 
 class Method(Protocol):
@@ -139,3 +141,23 @@ KINDS: dict[str, Kind] = {
     "ara": Kind(_ara_capture, _ara, ara_method.check),
     "ridge": Kind(_ridge_capture, _ridge, ridge_method.check),
 }
+
+
+def check_method(anatomy: Anatomy, sets: PromptSets, config: Config) -> None:
+    """Whether the method can be set up as configured, as far as that is known before the capture.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    if config.search.refine and config.method != "directional":
+        raise ConfigError(
+            f"search.refine moves the strengths of directions, and method {config.method} has none: "
+            "use --method directional with --refine"
+        )
+    experts = [w for w in anatomy.select(config.edit.components) if w.expert is not None]
+    if config.search.refine and experts:
+        raise ConfigError(
+            "search.refine does not reach into fused experts: leave "
+            f"{experts[0].component} out of edit.components, or search without --refine"
+        )
+    KINDS[config.method].check(config, min(len(sets.target), len(sets.contrast)), anatomy)

@@ -20,7 +20,7 @@ from excise.finish import final_figures, summary, write_pages
 from excise.front import Objective, Point, choose, pareto, parse_rule
 from excise.ggufexport import plan_gguf
 from excise.loading import Loaded, load
-from excise.methods import Method
+from excise.methods import Method, check_method
 from excise.panel import Panel
 from excise.planning import Sizing, from_dict, size
 from excise.prompts import PromptSets, load_prompt_sets
@@ -78,7 +78,7 @@ def run(
         check_formats(config.export.formats, loaded.anatomy.select(config.edit.components))
         tokens = stage.tokenise(loaded, sets, config)
         scoring.check(sets)
-        stage.check_method(loaded, sets, config)
+        check_method(loaded.anatomy, sets, config)
     with _held(out):
         if not resume:
             write_text(out / CONFIG, to_toml(config))

@@ -242,27 +242,6 @@ def _pass(
     return lambda: track(run(), f"capture {side}", len(chunks), on_event)
 
 
-def check_method(loaded: Loaded, sets: PromptSets, config: Config) -> None:
-    """Whether the method can be set up as configured, as far as that is known before the capture.
-
-    Raises:
-        ConfigError: it cannot.
-    """
-    if config.search.refine and config.method != "directional":
-        raise ConfigError(
-            f"search.refine moves the strengths of directions, and method {config.method} has none: "
-            "use --method directional with --refine"
-        )
-    experts = [w for w in loaded.anatomy.select(config.edit.components) if w.expert is not None]
-    if config.search.refine and experts:
-        raise ConfigError(
-            "search.refine does not reach into fused experts: leave "
-            f"{experts[0].component} out of edit.components, or search without --refine"
-        )
-    prompts = min(len(sets.target), len(sets.contrast))
-    KINDS[config.method].check(config, prompts, loaded.anatomy)
-
-
 def method_for(
     loaded: Loaded,
     directions: Directions,
