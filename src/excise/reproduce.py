@@ -160,7 +160,7 @@ def _method(
     """The run's method, captured anew."""
     tokens = stage.tokenise(loaded, prompts, config)
     tokens = stage.open_responses(loaded, tokens, config, stage.scoring(config).markers)
-    stage.check_method(loaded, prompts, config)
+    check_method(loaded.anatomy, prompts, config)
     with phase("capture", on_event):
         directions, _ = stage.find_directions(loaded, tokens, config.directions, on_event)
         stored = room / "method.safetensors"
