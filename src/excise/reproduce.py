@@ -24,7 +24,7 @@ from excise.events import OnEvent, ignore, phase
 from excise.export import Exported, export_adapter, export_safetensors
 from excise.finish import model_record, versions
 from excise.loading import Loaded, load, weight_files
-from excise.methods import Method
+from excise.methods import Method, check_method
 from excise.prompts import PromptSets, load_prompt_sets
 from excise.record import ArtifactRecord, Record, TrialRecord, read_record
 from excise.staging import check_destination, scratch, staged
