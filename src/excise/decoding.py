@@ -121,5 +121,5 @@ def greedy(
         seen += 1
         hidden = forward.hidden(tokens[:, None], mask[:, :seen], positions[:, None], cache)
         positions = positions + 1
-        tokens = forward.logits(hidden[:, -1]).argmax(-1)
+        tokens = forward.greedy(hidden[:, -1])
     return [done[row] for row in range(first.shape[0])]

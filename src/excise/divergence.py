@@ -36,9 +36,8 @@ def divergences(
         chunk_bytes: room for the logits of one chunk.
     """
     s, n, width = edited.shape
-    vocabulary = forward.model.get_output_embeddings().weight.shape[0]
     # Original and edited logits, with two temporaries of the same size, in float32.
-    step = max(1, chunk_bytes // (4 * vocabulary * (s + 1) * 3))
+    step = max(1, chunk_bytes // (4 * forward.vocabulary * (s + 1) * 3))
     out = []
     for start in range(0, n, step):
         p = reference.logits(original[start : start + step])

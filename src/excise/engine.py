@@ -30,8 +30,6 @@ from excise.weights import let_go
 
 R = TypeVar("R")
 
-_CHUNK_BYTES = {"cpu": 48 * 2**20, "cuda": 256 * 2**20}
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -273,8 +271,7 @@ class Engine:
         for part in parts:
             room = part.ids.shape[1] + (self.limit if len(parts) == 1 else 0)
             hidden, cache = self._prefill(stack, members, part, 1, room)
-            logits = self._forward.logits(hidden[:, -1])
-            firsts.append(logits.argmax(-1).view(len(members), -1))
+            firsts.append(self._forward.greedy(hidden[:, -1]).view(len(members), -1))
             caches.append(cache)
         first = torch.cat(firsts, dim=1).flatten()
         if len(parts) == 1:
@@ -303,7 +300,7 @@ class Engine:
     def _diverge(self, side: str) -> Any:
         original = self.original(side)
         read = self._read(side, original.responses)
-        chunk_bytes = _CHUNK_BYTES.get(self._loaded.device.type, _CHUNK_BYTES["cuda"])
+        chunk_bytes = self._forward.chunk_bytes
 
         def work(stack: Stack, members: list[int], chunk: list[int]) -> list[list[Tensor]]:
             states = read(stack, members, chunk)

@@ -18,6 +18,12 @@ from excise.anatomy import Anatomy
 from excise.kvcache import roomy_cache
 from excise.tokens import Batch
 
+# Room for the logits of one chunk and their temporaries, and the rows that it holds at the least: with
+# a large vocabulary the head's matrix is read anew for every chunk.
+_CHUNK_BYTES = {"cpu": 48 * 2**20, "cuda": 256 * 2**20}
+_CHUNK_ROWS = {"cpu": 64, "cuda": 256}
+_COPIES = 3  # of a chunk's float32 logits at once: the head's, a soft cap's, the result
+
 
 class Forward:
     """The backbone and the head of one model. B rows, T tokens, D width, V vocabulary."""
@@ -64,6 +70,22 @@ class Forward:
         with replaced_forward({self.anatomy.backbone: lambda *_a, **_k: states}):
             logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
         return logits[0].float()
+
+    @property
+    def vocabulary(self) -> int:
+        """V: the logits of one position."""
+        return int(self.model.get_output_embeddings().weight.shape[0])
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Room for the logits of one chunk, whatever is computed from them."""
+        kind = "cuda" if self.model.device.type == "cuda" else "cpu"
+        return max(_CHUNK_BYTES[kind], _CHUNK_ROWS[kind] * 4 * _COPIES * self.vocabulary)
+
+    def greedy(self, hidden: Tensor) -> Tensor:
+        """The likeliest tokens (N,) after final hidden states (N, D)."""
+        step = max(1, self.chunk_bytes // (4 * _COPIES * self.vocabulary))
+        return torch.cat([self.logits(part).argmax(-1) for part in hidden.split(step)])
 
     def below(self, batch: Batch, layer: int, capacity: int | None) -> tuple[Tensor, Any]:
         """Run only the layers below `layer`: their output (B, T, D), and their cache if one is kept."""
