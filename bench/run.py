@@ -13,6 +13,8 @@ from typing import Any
 
 import export_memory
 import gpu
+import gpu_e4b
+import large_vocab
 import machine
 import quality
 import speed
@@ -135,12 +137,24 @@ def memory_page(found: dict[str, Any]) -> str:
     )
 
 
-def gpu_page(found: dict[str, Any] | None) -> str:
-    if found is None:
-        text = "Not measured: the machine of this run has no GPU. `bench/gpu.py` measures it."
-        return f"## GPU, a model of a billion random parameters\n\n{text}"
+def vocabulary_page(found: dict[str, Any]) -> str:
     rows = [[key.replace("_", " "), value] for key, value in found.items()]
-    return "## GPU, a model of a billion random parameters\n\n" + table(["what", "measured"], rows)
+    return "\n\n".join(
+        [
+            "## Memory with a large vocabulary",
+            "A random Gemma 4 text model of small width with a vocabulary of 262144, on the CPU: peak "
+            "resident memory of each part over what was resident when it began, weights included "
+            "there. Wanted: whole-response drift of 100 prompts under 1 GB (`bench/large_vocab.py`).",
+            table(["what", "measured"], rows),
+        ]
+    )
+
+
+def gpu_page(title: str, script: str, found: dict[str, Any] | None) -> str:
+    if found is None:
+        return f"## {title}\n\nNot measured: the machine of this run has no GPU. `{script}` measures it."
+    rows = [[key.replace("_", " "), value] for key, value in found.items()]
+    return f"## {title}\n\n" + table(["what", "measured"], rows)
 
 
 def write_page(results: dict[str, Any]) -> None:
@@ -151,7 +165,9 @@ def write_page(results: dict[str, Any]) -> None:
         speed_page(results["speed"]),
         quality_page(results["quality"]),
         memory_page(results["export"]),
-        gpu_page(results["gpu"]),
+        vocabulary_page(results["large_vocabulary"]),
+        gpu_page("GPU, a model of a billion random parameters", "bench/gpu.py", results["gpu"]),
+        gpu_page("GPU, the shapes of Gemma 4 E4B", "bench/gpu_e4b.py", results["gpu_e4b"]),
     ]
     PAGE.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
@@ -170,9 +186,12 @@ def main() -> None:
     print("export ...", flush=True)
     with tempfile.TemporaryDirectory(prefix="excise-bench-") as folder:
         results["export"] = export_memory.compare(Path(folder), arguments.gigabytes)
+    print("large vocabulary ...", flush=True)
+    results["large_vocabulary"] = large_vocab.main()
     print("quality ...", flush=True)
     results["quality"] = quality.main(arguments.trials)
     results["gpu"] = gpu.main() if torch.cuda.is_available() else None
+    results["gpu_e4b"] = gpu_e4b.main() if torch.cuda.is_available() else None
     RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     write_page(results)
     print(f"wrote {RESULTS} and {PAGE}")

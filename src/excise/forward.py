@@ -85,7 +85,7 @@ class Forward:
     def greedy(self, hidden: Tensor) -> Tensor:
         """The likeliest tokens (N,) after final hidden states (N, D)."""
         step = max(1, self.chunk_bytes // (4 * _COPIES * self.vocabulary))
-        return torch.cat([self.logits(part).argmax(-1) for part in hidden.split(step)])
+        return torch.cat([self.logits(part).argmax(-1) for part in torch.split(hidden, step)])
 
     def below(self, batch: Batch, layer: int, capacity: int | None) -> tuple[Tensor, Any]:
         """Run only the layers below `layer`: their output (B, T, D), and their cache if one is kept."""
