@@ -31,7 +31,7 @@ LAYERS = ALL if DEVICE == "cuda" else 1
 WIDTH, P, TOKENS, BASIS = 2560, 400, 20_000, 1024
 FEATURES = {"attn.o_proj": 2048, "mlp.down_proj": 10240}
 POINT = RidgePoint(1.0, 2.0, 10, 1e-2, 0.1)
-EVALUATIONS = 4
+EVALUATIONS = 3
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:
