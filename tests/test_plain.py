@@ -7,14 +7,16 @@ import shutil
 from pathlib import Path
 
 import builders
+import families
 import gguf
 import pytest
+import test_dressing
 import torch
 from conftest import job
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Mxfp4Config
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from excise import cli
@@ -282,3 +284,64 @@ def test_a_file_that_transformers_cannot_read(tmp_path, content, architecture):
     with pytest.raises(ModelError, match=r"small\.gguf cannot be read") as error:
         load(ModelSection(source=str(path)))
     assert "\n" not in str(error.value)
+
+
+# -- MXFP4, as gpt-oss stores it -------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def gpt_oss(tmp_path_factory) -> Path:
+    """A small gpt-oss whose experts are packed on disk, with a template that has channels."""
+    folder = tmp_path_factory.mktemp("gpt_oss")
+    config = families.config("gpt_oss")
+    config.intermediate_size = 64  # whole groups of 32
+    torch.manual_seed(0)
+    model = families.randomised(AutoModelForCausalLM.from_config(config))
+    model.bfloat16().save_pretrained(folder)
+    tokenizer = builders.tokenizer()
+    tokenizer.chat_template = test_dressing.GPT_OSS
+    tokenizer.save_pretrained(folder)
+    path = folder / "model.safetensors"
+    generator = torch.Generator().manual_seed(0)
+    tensors = load_file(path)
+    for name in [n for n in tensors if n.endswith(("gate_up_proj", "down_proj"))]:
+        experts, inner, outer = tensors.pop(name).shape
+        sides = (experts, outer, inner // 32)
+        blocks = torch.randint(0, 256, (*sides, 16), dtype=torch.uint8, generator=generator)
+        scales = torch.randint(119, 123, sides, dtype=torch.uint8, generator=generator)
+        tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+    save_file(tensors, path, metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    skipped = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "lm_head"]
+    settings = {"quant_method": "mxfp4", "modules_to_not_convert": skipped}
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+    return folder
+
+
+def test_an_mxfp4_checkpoint_is_what_transformers_unpacks(gpt_oss):
+    loaded = load(ModelSection(source=str(gpt_oss), dtype="bfloat16"))
+    theirs = AutoModelForCausalLM.from_pretrained(
+        gpt_oss, dtype=torch.bfloat16, quantization_config=Mxfp4Config(dequantize=True)
+    ).state_dict()
+    ours = loaded.model.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert any("experts" in name for name in ours)
+    assert "MXFP4" in loaded.notes[0]
+
+
+def test_a_run_on_mxfp4_edits_experts_and_begins_in_the_final_channel(tiny, gpt_oss, tmp_path):
+    out = tmp_path / "run"
+    arguments = job(tiny, out, "--set", "model.dtype=bfloat16")
+    arguments[1] = str(gpt_oss)
+    assert cli.main(arguments) == 0
+    record = json.loads((out / "record.json").read_text())
+    assert record["formatting"]["header"] == "<|channel|>final<|message|>"
+    key = "experts.down_proj.max_weight"
+    number = max(record["trials"], key=lambda trial: trial["params"][key])["number"]
+    words = ["--to", str(tmp_path / "model"), "--trial", str(number), "--quiet"]
+    assert cli.main(["export", str(out), *words]) == 0
+    artifact = json.loads((out / "record.json").read_text())["artifacts"][-1]
+    assert any("experts.down_proj" in name for name in artifact["details"]["tensors"])
+    for name, score in artifact["expected"].items():
+        assert artifact["measured"][name]["value"] == pytest.approx(score["value"], abs=0.05)

@@ -19,7 +19,7 @@ from excise.capture import mean, residual_pass
 from excise.config import ModelSection
 from excise.directional import DirectionalMethod
 from excise.engine import Engine
-from excise.errors import ModelError
+from excise.errors import ModelError, UnknownArchitecture
 from excise.evidence import Divergence, Responses
 from excise.loading import load
 from excise.merging import find_tensors
@@ -114,6 +114,17 @@ def test_fused_experts_can_be_offloaded(tmp_path):
     for mine, yours in zip(whole.anatomy.writers, parts.anatomy.writers, strict=True):
         assert mine.shape == yours.shape
         assert torch.equal(mine.weight, yours.weight)
+    found = []
+    for loaded in (whole, parts):
+        method = families.method(loaded.anatomy)
+        edits = [method.edits(c) for c in families.candidates(loaded.anatomy, 3)]
+        prompts = {"contrast": builders.token_ids(5, 2)}
+        engine = Engine(loaded, method.writers, prompts, max_new_tokens=5)
+        found.append(engine.measure(edits, [Divergence("contrast")]))
+    for mine, yours in zip(*found, strict=True):
+        for a, b in zip(mine.divergence["contrast"], yours.divergence["contrast"], strict=True):
+            assert torch.equal(a, b)
+            assert a.abs().max() > 0
 
 
 # -- packed in 4 and 8 bits ------------------------------------------------------------------------
@@ -201,3 +212,11 @@ def test_packing_without_its_package(wide, monkeypatch):
 def test_rows_that_bitsandbytes_reads_back_wrongly_are_refused(tiny):
     with pytest.raises(ModelError, match="with 96 columns: use bnb-8bit"):
         load(ModelSection(source=str(tiny / "model"), quantize="bnb-4bit"))
+
+
+def test_a_family_without_a_row_is_proven_on_weights_in_memory_only(tmp_path):
+    name = next(iter(families.FOUND))
+    families.model(name).save_pretrained(tmp_path)
+    builders.tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(UnknownArchitecture, match=r"leave out --quantize and model\.device_map"):
+        load(ModelSection(source=str(tmp_path), quantize="bnb-8bit"))

@@ -102,7 +102,7 @@ def load(section: ModelSection) -> Loaded:
     return Loaded(
         model=model,
         tokenizer=_load_tokenizer(section, folder),
-        anatomy=describe(model) if has_row(model) else discover(model),
+        anatomy=_anatomy(section, model),
         source=section.source,
         revision=section.revision,
         folder=folder,
@@ -111,6 +111,17 @@ def load(section: ModelSection) -> Loaded:
         quantize=section.quantize,
         offload=offload,
     )
+
+
+def _anatomy(section: ModelSection, model: Any) -> Anatomy:
+    if has_row(model):
+        return describe(model)
+    if section.quantize is not None or any(p.is_meta for p in model.parameters()):
+        raise UnknownArchitecture(
+            f"model type {model.config.model_type!r} has no data row, so its writers must be proven on "
+            "weights that are in memory as they are: leave out --quantize and model.device_map"
+        )
+    return discover(model)
 
 
 def _plain(section: ModelSection, folder: Path) -> Plain | None:
