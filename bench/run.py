@@ -16,6 +16,7 @@ import gpu
 import gpu_e4b
 import large_vocab
 import machine
+import patch_memory
 import quality
 import speed
 import torch
@@ -137,6 +138,19 @@ def memory_page(found: dict[str, Any]) -> str:
     )
 
 
+def patch_page(found: dict[str, dict[str, Any]]) -> str:
+    names = list(next(iter(found.values())))
+    rows = [[n.replace("_", " "), *(one[n] for one in found.values())] for n in names]
+    return "\n\n".join(
+        [
+            "## Patching a GGUF",
+            "Every attention and MLP out-projection of a random model edited in an existing file, "
+            "with the source's values at hand. Wanted: memory that does not grow with the file.",
+            table(["what", *found], rows),
+        ]
+    )
+
+
 def vocabulary_page(found: dict[str, Any]) -> str:
     rows = [[key.replace("_", " "), value] for key, value in found.items()]
     return "\n\n".join(
@@ -165,6 +179,7 @@ def write_page(results: dict[str, Any]) -> None:
         speed_page(results["speed"]),
         quality_page(results["quality"]),
         memory_page(results["export"]),
+        patch_page(results["patch"]),
         vocabulary_page(results["large_vocabulary"]),
         gpu_page("GPU, a model of a billion random parameters", "bench/gpu.py", results["gpu"]),
         gpu_page("GPU, the shapes of Gemma 4 E4B", "bench/gpu_e4b.py", results["gpu_e4b"]),
@@ -186,6 +201,9 @@ def main() -> None:
     print("export ...", flush=True)
     with tempfile.TemporaryDirectory(prefix="excise-bench-") as folder:
         results["export"] = export_memory.compare(Path(folder), arguments.gigabytes)
+        print("patch ...", flush=True)
+        kinds = ("Q8_0", "Q4_K", "F16")
+        results["patch"] = {k: patch_memory.compare(Path(folder), k, 2.0) for k in kinds}
     print("large vocabulary ...", flush=True)
     results["large_vocabulary"] = large_vocab.main()
     print("quality ...", flush=True)

@@ -110,7 +110,8 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
         else:
             llamacpp.convert(tools, plain, target, "F32", "Base")
         model = load(folder)
-        found[family] = Case(folder, model, target, random_edits(describe(model).writers))
+        edits = random_edits(describe(model).writers, rank=3)
+        found[family] = Case(folder, model, target, edits)
     return found
 
 
@@ -138,7 +139,7 @@ def test_an_edited_model_is_converted_and_quantised(cases: dict[str, Case], tmp_
     kinds = {t.type.name for t in read_gguf(out / "Tiny-edited-Q4_K_M.gguf").tensors.values()}
     assert {"Q4_K", "Q6_K"} <= kinds
     reference = edited(case)(torch.tensor([PROMPT])).logits[0]
-    for kind, most in (("Q8_0", 0.05), ("Q4_K_M", 0.5)):
+    for kind, most in (("Q8_0", 0.1), ("Q4_K_M", 0.6)):
         error = gguf_logits(out / f"Tiny-edited-{kind}.gguf") - reference
         assert error.norm() < most * reference.norm()
 
@@ -330,6 +331,20 @@ def test_options_that_do_not_go_together_are_refused(cases: dict[str, Case]) -> 
         plan_gguf(ExportSection(from_gguf=path, quantize=("Q8_0",)), ["gguf"])
     with pytest.raises(ConfigError, match="for --format gguf"):
         plan_gguf(ExportSection(quantize=("Q8_0",)), ["safetensors"])
+
+
+def test_what_a_type_cannot_hold_is_said_and_leaves_nothing(
+    cases: dict[str, Case], tmp_path: Path
+) -> None:
+    case = cases["qwen3"]
+    tools = llamacpp.find_tools(None, ["Q8_0"])
+    llamacpp.quantise(tools, case.gguf, tmp_path / "half.gguf", "F16")
+    writer = case.writers[0]
+    o, i = writer.weight.shape
+    huge = {writer.name: Edit(torch.full((o, 1), 1e6), torch.ones(1, i))}
+    with pytest.raises(ExportError, match="holds values that F16 cannot"):
+        patch_gguf(tmp_path / "half.gguf", tmp_path / "out", huge, case.writers, case.model)
+    assert [p.name for p in tmp_path.iterdir()] == ["half.gguf"]
 
 
 def test_a_failing_tool_leaves_nothing(cases: dict[str, Case], tmp_path: Path) -> None:

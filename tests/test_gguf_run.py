@@ -68,6 +68,21 @@ def test_every_file_is_measured_beside_its_unedited_counterpart(
     assert full["original"]["behaviour_rate"]["value"] == record.baseline["behaviour_rate"].value
 
 
+def test_a_run_writes_gguf_where_its_configuration_asks_for_it(
+    finished: Path, artifacts: dict[str, ArtifactRecord], tmp_path: Path
+) -> None:
+    base = f'export.from_gguf="{finished / "base.gguf"}"'
+    more = ("--set", 'export.formats=["gguf", "safetensors"]', "--set", base)
+    assert main(job(finished, tmp_path / "run", *more)) == 0
+    record = read_record(tmp_path / "run")
+    assert [a.format for a in record.artifacts] == ["gguf", "safetensors"]
+    found = record.artifacts[0].measured["drift"].value
+    assert found == pytest.approx(record.artifacts[1].measured["drift"].value, rel=0.02)
+    card = (tmp_path / "run" / "gguf" / "README.md").read_text()
+    assert str(finished) not in card
+    assert "base.gguf" in card
+
+
 def test_nothing_is_left_on_the_way(finished: Path, artifacts: dict[str, ArtifactRecord]) -> None:
     assert not [p for p in finished.iterdir() if "partial" in p.name]
     assert {p.suffix for p in (finished / "big").iterdir()} == {".gguf", ".md", ""}
