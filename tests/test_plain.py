@@ -267,6 +267,7 @@ def test_a_run_on_a_gguf_file(tiny, tmp_path):
     arguments = job(tiny, out)
     arguments[1] = str(tmp_path / "small.gguf")
     assert cli.main(arguments) == 0
+    assert cli.main(["resume", str(out), "--trials", "14", "--quiet"]) == 0
     record = json.loads((out / "record.json").read_text())
     assert record["model"]["source"] == str(tmp_path / "small.gguf")
     (artifact,) = record["artifacts"]

@@ -184,19 +184,22 @@ def test_a_packed_search_exports_the_edit_of_the_sources_own_weights(
     tiny, wide, tmp_path, how, capsys
 ):
     out = tmp_path / "run"
-    arguments = job(tiny, out, "--quantize", how, "--set", "model.dtype=float32")
+    formats = 'export.formats=["safetensors", "adapter"]'
+    more = ("--quantize", how, "--set", "model.dtype=float32", "--set", formats)
+    arguments = job(tiny, out, *more)
     arguments[1] = str(wide)
     assert cli.main(arguments) == 0
     record = json.loads((out / "record.json").read_text())
     assert how in record["model"]["notes"][0]
     assert how in (out / "model" / "README.md").read_text()
-    (artifact,) = record["artifacts"]
+    artifact, adapter = record["artifacts"]
     edited = load_file(out / "model" / "model.safetensors")
     source = load_file(wide / "model.safetensors")
     changed = {name for name in source if not torch.equal(source[name], edited[name])}
     assert changed == set(artifact["details"]["tensors"])
     assert {tensor.dtype for tensor in edited.values()} == {torch.bfloat16}
-    assert artifact["measured"].keys() == artifact["expected"].keys()
+    for one in (artifact, adapter):
+        assert one["measured"].keys() == one["expected"].keys()
     capsys.readouterr()
     assert cli.main(["export", str(out), "--to", str(tmp_path / "again"), "--quiet"]) == 0
     again = load_file(tmp_path / "again" / "model.safetensors")
