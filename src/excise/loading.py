@@ -71,8 +71,9 @@ class Loaded:
             notes.append(f"The source is {self.plain.words}; all figures and exports are of that.")
         if self.quantize is not None:
             notes.append(
-                f"The search ran on weights packed by {self.quantize}; an export holds the edit "
-                "computed from the source's own weights."
+                f"The search ran on weights packed by {self.quantize}, and so did the export check; an "
+                "export holds the edit computed from the source's own weights, unpacked: measure that "
+                "with `excise evaluate`."
             )
         return notes
 
