@@ -32,7 +32,7 @@ $(VENV)/.installed: pyproject.toml
 
 llama: $(VENV)/.llama
 
-$(VENV)/.llama: $(VENV)/.installed .ci/llama.cmake
+$(VENV)/.llama: .ci/llama.cmake | $(VENV)/.installed
 	rm -rf $(LLAMA_SOURCE) $(VENV)/sdist
 	$(PIP_BARE) download --quiet --no-deps --no-binary llama-cpp-python --dest $(VENV)/sdist "$(LLAMA_CPP)"
 	mkdir -p $(LLAMA_SOURCE)
