@@ -177,7 +177,7 @@ def speed() -> str:
             f"Ridge: 42 layers, O = 2560, I = 2048 and 10240, 400 prompts a side, 20,000 kept tokens, "
             f"a basis of 1024. {on}. {found['layers_measured']} of 42 layers was measured, peak memory "
             f"{found['peak_gb']:.1f} GB; times and bytes are scaled to 42. The model's own forward "
-            "passes are not in it.",
+            f"passes are not in it. {found.get('remark', '')}",
             table(
                 ("writers", "preparation, once", "one candidate's edits", "held", "its edits"), rows
             ),
