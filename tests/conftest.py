@@ -13,6 +13,30 @@ import pytest
 # Tests never reach for the network: a model or data set that is not here must be said, not fetched.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+_PASSED: dict[str, int] = {}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--families PAGE`: write what the tests of families proved to this page."""
+    parser.addoption("--families", metavar="PAGE", default=None)
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Count what each family passed."""
+    name = report.nodeid.rpartition("[")[2].removesuffix("]").partition("-plan")[0]
+    if report.when == "call" and report.passed and "test_families.py" in report.nodeid:
+        _PASSED[name] = _PASSED.get(name, 0) + 1
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Write the page, where it was asked for."""
+    page = session.config.getoption("--families")
+    if page and not hasattr(session.config, "workerinput"):
+        import families
+
+        Path(page).write_text(families.table(_PASSED), encoding="utf-8")
+
+
 WORDS = "velm tarn orb kettle lantern where who what colour made kept by".split()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import builders
 import families
@@ -123,6 +124,14 @@ def test_stacked_equals_merged_and_generated(loaded, plan):
 def saved(loaded, tmp_path_factory):
     """The family's checkpoint."""
     return save(loaded.model, tmp_path_factory.mktemp("saved") / "model")
+
+
+def test_the_page_of_families_is_up_to_date():
+    page = Path(__file__).parents[1] / "docs" / "families.md"
+    assert page.read_text(encoding="utf-8") == families.table(
+        dict.fromkeys(families.ALL, families.PROOFS)
+    ), "run `make families`"
+    assert len({name.split()[0] for name in families.ALL}) >= 35
 
 
 def save(model, folder):

@@ -41,6 +41,16 @@ def test_projected_directions_are_orthogonal_to_the_edited_layers_contrast_mean(
         assert abs(float(found.at(layer, 1.3) @ found.contrast[layer])) < 1e-6
 
 
+def test_layers_that_see_no_difference_take_the_next_ones_direction():
+    """As after short convolutions, which see only the template's last tokens."""
+    target, contrast = torch.randn(4, 8), torch.randn(4, 8)
+    target[:2] = contrast[:2] * (1 + 1e-7)
+    found = d.from_means(target, contrast)
+    assert torch.equal(found.unit[0], found.unit[2])
+    assert torch.equal(found.unit[1], found.unit[2])
+    assert torch.allclose(found.unit, d.from_means(target, contrast.clone()).unit)
+
+
 def test_equal_or_broken_residuals_are_errors():
     x = torch.randn(3, 8)
     with pytest.raises(MeasurementError, match="no direction separates"):

@@ -15,6 +15,7 @@ from torch import Tensor
 from excise.errors import MeasurementError
 
 _TINY = 1e-12
+_ROUNDING = 1e-5  # of a residual's norm: means of the same tokens differ by this much at most
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,11 @@ def mixture(index: float, layers: int) -> list[tuple[int, float]]:
 def from_means(target: Tensor, contrast: Tensor, *, projected: bool = False) -> Directions:
     """Directions from the mean residuals (L, D) of target and contrast prompts.
 
+    Layers whose means do not differ by more than rounding (short convolutions see nothing but the
+    template's last tokens) take the direction of the next layer above whose means do.
+
     Raises:
-        MeasurementError: a mean is not finite, or the two sets do not differ at some layer.
+        MeasurementError: a mean is not finite, or the two sets do not differ after the last layer.
     """
     if not bool(torch.isfinite(target).all() and torch.isfinite(contrast).all()):
         raise MeasurementError(
@@ -67,11 +71,15 @@ def from_means(target: Tensor, contrast: Tensor, *, projected: bool = False) -> 
         )
     difference = target.double() - contrast.double()
     sizes = difference.norm(dim=-1)
-    if bool((sizes < _TINY).any()):
-        layer = int((sizes < _TINY).nonzero()[0])
+    equal = sizes <= (_ROUNDING * contrast.double().norm(dim=-1)).clamp_min(_TINY)
+    if bool(equal[-1]):
+        layer = int(equal.nonzero()[0])
         raise MeasurementError(
             f"target and contrast residuals are equal after layer {layer}: no direction separates them"
         )
+    for layer in reversed(range(len(sizes) - 1)):
+        if equal[layer]:
+            difference[layer] = difference[layer + 1]
     return Directions(
         normalise(difference).float(), normalise(contrast.double()).float(), projected
     )
