@@ -19,7 +19,7 @@ LLAMA_OPTIONS := LLAVA_BUILD=OFF GGML_NATIVE=OFF GGML_OPENMP=OFF GGML_LLAMAFILE=
   GGML_CPU_REPACK=OFF CMAKE_CXX_FLAGS_RELEASE=-O1 \
   CMAKE_PROJECT_INCLUDE=$(CURDIR)/.ci/llama.cmake
 
-.PHONY: venv llama demo test check lint types bench train clean
+.PHONY: venv llama demo test check lint types families bench train clean
 
 venv: $(VENV)/.installed
 
@@ -57,6 +57,9 @@ types: venv
 	$(BIN)/mypy
 
 check: lint types test
+
+families: venv
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/test_families.py -k "not page" --families docs/families.md
 
 bench: venv
 	$(BIN)/python bench/run.py

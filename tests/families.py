@@ -15,8 +15,8 @@ from excise.anatomy import Anatomy, describe, has_row
 from excise.config import EditSection
 from excise.directional import DirectionalMethod
 from excise.directions import Directions, normalise
+from excise.discovering import discover
 from excise.loading import Loaded
-from excise.probing import discover
 from excise.profiles import Profile
 from excise.space import Candidate
 

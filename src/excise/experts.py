@@ -38,19 +38,19 @@ class ExpertEdits:
     experts: int
 
     def apply(self, which: Tensor, _token: Tensor, inner: Tensor, y: Tensor) -> Tensor:
-        """Edited outputs (S, O) of inputs `inner` (S, I) and outputs `y`, in place of `y`."""
+        """Edited outputs (S, O) of inputs `inner` (S, I) and outputs `y` (S, O)."""
         per_pair = self.left[0].numel() + self.right[0].numel() + 2 * y.shape[-1]
         step = max(1, _GATHER_BYTES // (per_pair * y.element_size()))
+        parts = []
         for start in range(0, len(y), step):
             part = slice(start, start + step)
             rows = which[part]
             coefficients = torch.bmm(inner[part][:, None], self.right[rows])  # (S, 1, R)
-            y[part] -= torch.bmm(coefficients, self.left[rows])[:, 0]
+            out = y[part] - torch.bmm(coefficients, self.left[rows])[:, 0]
             if self.scale is not None:
-                y[part] *= self.scale[rows]
-            if self.shift is not None:
-                y[part] += self.shift[rows]
-        return y
+                out = out * self.scale[rows]
+            parts.append(out if self.shift is None else out + self.shift[rows])
+        return torch.cat(parts)
 
 
 @dataclass(frozen=True)
@@ -147,9 +147,9 @@ def _edited(
     candidate = rows.to(x.device).repeat_interleave(n // len(rows))[token]
     y = edits.apply(candidate * edits.experts + expert, token, inner, y)
     y = y * weights.flatten()[order][:, None]
-    out = torch.empty_like(y)
-    out[order] = y
-    total = out.view(n, k, -1).sum(1).to(hidden_states.dtype)
+    back = torch.empty_like(order)
+    back[order] = torch.arange(len(order), device=order.device)
+    total: Tensor = y[back].view(n, k, -1).sum(1).to(hidden_states.dtype)
     return total.view(*hidden_states.shape[:-1], total.shape[-1])
 
 
@@ -166,15 +166,11 @@ def _linear(module: Any, name: str, x: Tensor, expert: Tensor, ends: list[int]) 
     """Each pair through its expert's matrix; `ends` are where each expert's pairs stop."""
     weight: Tensor = getattr(module, name)  # (E, out, in), or (E, in, out) where transposed
     matrices = weight if module.is_transposed else weight.mT
-    out = x.new_empty(len(x), matrices.shape[-1])
-    start = 0
-    for number, end in enumerate(ends):
-        if end > start:
-            torch.mm(x[start:end], matrices[number], out=out[start:end])
-        start = end
-    if module.has_bias:
-        out += getattr(module, f"{name}_bias")[expert]
-    return out
+    spans = zip([0, *ends], ends, strict=False)
+    # Parts and not one tensor that they are written to: refinement takes gradients through this.
+    parts = [x[a:b] @ matrices[number] for number, (a, b) in enumerate(spans) if b > a]
+    out = torch.cat(parts)
+    return out + getattr(module, f"{name}_bias")[expert] if module.has_bias else out
 
 
 def _every_expert(module: Any, edits: ExpertEdits | ExpertWatch, rows: Tensor, x: Tensor) -> Tensor:

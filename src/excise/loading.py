@@ -20,10 +20,10 @@ from torch import nn
 
 from excise.anatomy import Anatomy, check_finite, describe, has_row
 from excise.config import ModelSection
+from excise.discovering import discover
 from excise.errors import ModelError, UnknownArchitecture, first_line
 from excise.fitting import check_fits
 from excise.plain import Plain, quantisation, unpack, unpack_gguf
-from excise.probing import discover
 from excise.weights import device_of, is_packed, keep_readable, shape_of
 
 DEMO = "demo"  # names the embedded model

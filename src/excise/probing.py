@@ -1,4 +1,4 @@
-"""Proof, on a model's own layers, of where its writers are; and what is tried where no row tells.
+"""Proof, on a model's own layers, of where its writers are.
 
 What a layer gives must be, token by token, a combination of what it was given and of what its
 writers put out, times the gains of their post-norms: scalars (norms, multipliers, gates) may differ
@@ -10,8 +10,6 @@ Shapes: N tokens, D residual width, K vectors of one token.
 from __future__ import annotations
 
 import copy
-import inspect
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from excise.anatomy import Anatomy, Writer, check_unshared, experts_transposed
+from excise.anatomy import Anatomy, Writer
 from excise.edits import Edit
-from excise.errors import UnknownArchitecture, first_line
+from excise.errors import UnknownArchitecture
 from excise.experts import edited_forward, stack_experts
 
-_TOLERANCE = 3e-5  # of a layer's output, in float32; a writer that is left out costs 1e-3 and more
+TOLERANCE = 3e-5  # of a layer's output, in float32; a writer that is left out costs 1e-3 and more
 _TOKENS = 10
 _ROWS = 2
 
@@ -69,7 +67,7 @@ def prove(model: nn.Module, anatomy: Anatomy) -> None:
         passes = anatomy.passes[index] if anatomy.passes else ()
         error, shares = coverage_error(run, writers, passes)
         where = f"model type {anatomy.model_type!r}, layer {index}"
-        if error > _TOLERANCE:
+        if error > TOLERANCE:
             raise UnknownArchitecture(
                 f"{where}: something besides {', '.join(_components(writers))} writes to the "
                 f"residual (a share of {error:.1e} is not explained), and would be left unedited"
@@ -132,9 +130,9 @@ def coverage_error(
     """
     modules = {id(writer.module): writer for writer in writers}
     names = {key: writer.component for key, writer in modules.items()}
-    found = _outputs(run, [*(w.module for w in modules.values()), *passes])
+    found = outputs_of(run, [*(w.module for w in modules.values()), *passes])
     columns = {
-        names.get(key, f"pass {key}"): _flat(y)
+        names.get(key, f"pass {key}"): flat(y)
         * (1.0 if key not in modules else _gain(modules[key]))
         for key, y in found.outputs.items()
     }
@@ -143,19 +141,22 @@ def coverage_error(
     for name in columns:
         rest = {other: y for other, y in columns.items() if other != name}
         less = unexplained(run.given, rest, found.result)
-        shares[name] = less if less > _TOLERANCE else 0.0
+        shares[name] = less if less > TOLERANCE else 0.0
     missing = {name: 0.0 for name in names.values() if name not in columns}
     return whole, {name: s for name, s in (shares | missing).items() if not name.startswith("pass")}
 
 
 @dataclass(frozen=True)
-class _Found:
-    outputs: dict[int, Tensor]  # by id of the model's module
+class Seen:
+    """What a layer's modules were given and gave, by the id of the model's module, and its output."""
+
+    outputs: dict[int, Tensor]
     inputs: dict[int, Tensor]
     result: Tensor
 
 
-def _outputs(run: LayerRun, modules: Sequence[nn.Module]) -> _Found:
+def outputs_of(run: LayerRun, modules: Sequence[nn.Module]) -> Seen:
+    """Run the layer and keep what goes into and comes out of these modules."""
     outputs: dict[int, Tensor] = {}
     inputs: dict[int, Tensor] = {}
 
@@ -172,7 +173,7 @@ def _outputs(run: LayerRun, modules: Sequence[nn.Module]) -> _Found:
     finally:
         for one in hooks:
             one.remove()
-    return _Found(outputs, inputs, result[0] if isinstance(result, tuple) else result)
+    return Seen(outputs, inputs, result[0] if isinstance(result, tuple) else result)
 
 
 def unexplained(given: Tensor, columns: dict[str, Tensor], result: Tensor) -> float:
@@ -194,7 +195,7 @@ def unexplained(given: Tensor, columns: dict[str, Tensor], result: Tensor) -> fl
 def _responds(run: LayerRun, writer: Writer) -> bool:
     """Whether a random edit of the matrix changes the module's output exactly as predicted."""
     twin: Any = run.twin(writer.module)
-    before = _outputs(run, [writer.module])
+    before = outputs_of(run, [writer.module])
     key = id(writer.module)
     if key not in before.outputs:
         return False
@@ -216,8 +217,8 @@ def _responds(run: LayerRun, writer: Writer) -> bool:
             expected = _predicted_experts(run, twin, edit)
             for expert in range(twin.down_proj.shape[0]):
                 _write(replace(writer, expert=expert), twin, edit, bias=False)
-    after = _outputs(run, [writer.module]).outputs[key]
-    return bool((after - expected).norm() <= _TOLERANCE * expected.norm())
+    after = outputs_of(run, [writer.module]).outputs[key]
+    return bool((after - expected).norm() <= TOLERANCE * expected.norm())
 
 
 def _predicted_experts(run: LayerRun, twin: Any, edit: Edit) -> Tensor:
@@ -253,7 +254,8 @@ def _gain(writer: Writer) -> Tensor:
     return torch.ones(1) if writer.gain is None else writer.gain
 
 
-def _flat(y: Tensor) -> Tensor:
+def flat(y: Tensor) -> Tensor:
+    """Tokens in one row: (N, D)."""
     return y.reshape(-1, y.shape[-1])
 
 
@@ -266,148 +268,3 @@ def _float(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return type(value)(_float(v) for v in value)
     return value
-
-
-# -- where no row tells ------------------------------------------------------------------------------
-
-
-def discover(model: Any) -> Anatomy:
-    """The anatomy of a model that no row describes, found by generic rules and then proven.
-
-    Of all matrices in a layer whose output has the residual's width, and of the norms that take just
-    such an output, those are writers without which the layer's output is not explained. Layers are
-    not skipped and padding is not trusted: slower, and right.
-
-    Raises:
-        UnknownArchitecture: no list of layers is found, or what is found does not explain them.
-    """
-    config: Any = model.config.get_text_config()
-    path, backbone, layers = _find_layers(model, config)
-    if "past_key_values" not in inspect.signature(type(backbone).forward).parameters:
-        raise UnknownArchitecture(
-            f"model type {config.model_type!r}: no data row describes it, and it keeps its states in "
-            "a way of its own instead of past_key_values: it cannot be decoded step by step here"
-        )
-    width = int(getattr(config, "hidden_size", 0))
-    bare = Anatomy(config.model_type, backbone, layers, (), width, 0, padding=False)
-    writers: list[Writer] = []
-    tuples = False
-    try:
-        for index, run in enumerate(layer_runs(model, bare)):
-            tuples = tuples or isinstance(run(), tuple)
-            writers += _find_writers(run, layers[index], index, f"{path}.{index}", width)
-    except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
-        raise UnknownArchitecture(
-            f"model type {config.model_type!r}: no data row says where its writers are, and its "
-            f"layers cannot be run alone to find them ({first_line(error)})"
-        ) from error
-    components = tuple(dict.fromkeys(writer.component for writer in writers))
-    found = replace(
-        bare,
-        writers=tuple(writers),
-        defaults=components,
-        returns_tuple=tuples,
-        notes=("writers: found by trial and proven on every layer, as no data row names them",),
-        tower=config is not model.config,
-    )
-    check_unshared(writers, config.model_type)
-    prove(model, found)
-    return found
-
-
-def _find_layers(model: Any, config: Any) -> tuple[str, Any, tuple[nn.Module, ...]]:
-    count = getattr(config, "num_hidden_layers", None)
-    for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            parent, _, _ = path.rpartition(".")
-            owner = model.get_submodule(parent)
-            if getattr(owner, "config", None) is config and owner is not model:
-                return path, owner, tuple(module)
-    raise UnknownArchitecture(
-        f"model type {config.model_type!r}: no data row says where its layers are, and no list of "
-        f"{count} layers is found in its language model"
-    )
-
-
-def _find_writers(
-    run: LayerRun, layer: nn.Module, index: int, path: str, width: int
-) -> list[Writer]:
-    """The writers of one layer: every candidate that the layer's output cannot be explained without."""
-    candidates = {name: m for name, m in layer.named_modules() if _could_write(m, width)}
-    norms = {n: m for n, m in layer.named_modules() if _is_norm(m, width)}
-    seen = _outputs(run, [*candidates.values(), *norms.values()])
-    columns, gains = {}, {}
-    for name, module in candidates.items():
-        y = seen.outputs.get(id(module))
-        if y is None or y.shape[-1] != width:
-            continue
-        gain = gains[name] = _chained_gain(seen, list(norms.values()), y)
-        columns[name] = _flat(y) if gain is None else _flat(y) * gain
-    for name in list(columns):
-        rest = {other: y for other, y in columns.items() if other != name}
-        if unexplained(run.given, rest, seen.result) <= _TOLERANCE:
-            columns = rest
-    return [
-        writer
-        for name in columns
-        for writer in _as_writers(candidates[name], name, index, path, gains[name])
-    ]
-
-
-def _could_write(module: Any, width: int) -> bool:
-    fused = getattr(module, "down_proj", None)
-    if isinstance(fused, nn.Parameter) and fused.dim() == 3:
-        return hasattr(module, "_apply_gate") and not module.has_post_expert_norm
-    if type(module).__name__ == "Conv1D":
-        return bool(module.weight.shape[1] == width)
-    return isinstance(module, nn.Linear) and module.out_features == width
-
-
-def _is_norm(module: Any, width: int) -> bool:
-    weight = getattr(module, "weight", None)
-    return isinstance(weight, nn.Parameter) and tuple(weight.shape) == (width,)
-
-
-def _chained_gain(seen: _Found, norms: list[nn.Module], y: Tensor) -> Tensor | None:
-    """Product of the gains of the norms that take just this output, one after the other."""
-    gain: Tensor | None = None
-    while True:
-        following = [
-            norm for norm in norms if id(norm) in seen.inputs and _same(seen.inputs[id(norm)], y)
-        ]
-        if not following:
-            return gain
-        norm, y = following[0], seen.outputs[id(following[0])]
-        norms = [other for other in norms if other is not norm]
-        own = _measured_gain(seen.inputs[id(norm)], y)
-        gain = own if gain is None else gain * own
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.numel() == b.numel() and torch.equal(a.reshape(-1), b.reshape(-1))
-
-
-def _measured_gain(x: Tensor, y: Tensor) -> Tensor:
-    """The gain (D,) that an RMS norm applied: y = gain x / rms(x), in the mean over tokens."""
-    scaled = x / x.square().mean(-1, keepdim=True).sqrt()
-    return ((y * scaled).flatten(0, -2).sum(0) / scaled.square().flatten(0, -2).sum(0)).float()
-
-
-def _as_writers(module: Any, name: str, index: int, path: str, gain: Tensor | None) -> list[Writer]:
-    component = re.sub(r"^self_attn\.", "attn.", name)
-    whole = f"{path}.{name}"
-    if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
-        conv = not isinstance(module, nn.Linear)
-        return [Writer(component, index, whole, module, gain, transposed=conv)]
-    return [
-        Writer(
-            f"{component}.down_proj",
-            index,
-            f"{whole}.{expert}.down_proj",
-            module,
-            gain,
-            expert,
-            transposed=experts_transposed(module),
-        )
-        for expert in range(module.down_proj.shape[0])
-    ]

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ from excise.directional import DirectionalMethod
 from excise.edits import Edit
 from excise.engine import Engine, Plan
 from excise.errors import MeasurementError
+from excise.experts import edited_forward, stack_experts
+from excise.forward import replaced_forward
 from excise.loading import Loaded
 from excise.methods import Method
 from excise.space import MOST_REFINED, Candidate, layer_key
@@ -212,13 +215,20 @@ def _edited(method: DirectionalMethod, edits: Sequence[Edit | None]) -> Iterator
 
         return apply
 
-    handles = [
-        writer.module.register_forward_hook(hook(edit))
-        for writer, edit in zip(method.writers, edits, strict=True)
-        if edit is not None
-    ]
+    pairs = [(w, e) for w, e in zip(method.writers, edits, strict=True) if e is not None]
+    fused: dict[nn.Module, dict[int, list[Edit | None]]] = {}
+    for writer, edit in pairs:
+        if writer.expert is not None:
+            fused.setdefault(writer.module, {})[writer.expert] = [edit]
+    one = torch.zeros(1, dtype=torch.long)
+    experts: dict[nn.Module, Callable[..., Any]] = {
+        module: partial(edited_forward, module, stack_experts(module, each, 1), one)
+        for module, each in fused.items()
+    }
+    handles = [w.module.register_forward_hook(hook(e)) for w, e in pairs if w.expert is None]
     try:
-        yield
+        with replaced_forward(experts):
+            yield
     finally:
         for handle in handles:
             handle.remove()
