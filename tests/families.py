@@ -11,11 +11,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from excise.anatomy import Anatomy, describe, has_row
+from excise.anatomy import Anatomy
 from excise.config import EditSection
 from excise.directional import DirectionalMethod
 from excise.directions import Directions, normalise
-from excise.discovering import discover
+from excise.discovering import anatomy_of
 from excise.loading import Loaded
 from excise.profiles import Profile
 from excise.space import Candidate
@@ -407,7 +407,7 @@ def randomised(built: Any) -> Any:
 
 def loaded(built: Any) -> Loaded:
     """The same as the engine takes it, without a checkpoint on disk."""
-    anatomy = describe(built) if has_row(built) else discover(built)
+    anatomy = anatomy_of(built)
     return Loaded(built, builders.tokenizer(), anatomy, "", None, Path(), torch.float32)
 
 

@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from test_families import save
 
-from excise.config import ModelSection
+from excise.config import EditSection, ModelSection
 from excise.loading import load
 from excise.merging import merge_checkpoint
 
@@ -88,3 +88,25 @@ def test_towers_see_and_hear_the_same(name, tmp_path):
 def test_what_is_not_edited_is_said():
     found = families.loaded(families.model("gemma4")).anatomy
     assert any("towers" in line for line in found.coverage().not_edited)
+
+
+@pytest.mark.parametrize("name", ["gemma3", "qwen3_vl", "opt"])
+def test_an_adapter_fits_the_language_model(name, tmp_path):
+    """Also where towers stand beside it, and where no data row names the writers."""
+    from peft import PeftModel
+
+    from excise.discovering import anatomy_of
+    from excise.export import export_adapter
+
+    model = families.model(name)
+    method = families.method(anatomy_of(model), EditSection(row_norms="none"))
+    edits = method.edits(families.flat(method_anatomy := anatomy_of(model)))
+    named = {w.name: e for w, e in zip(method.writers, edits, strict=True) if e is not None}
+    alone = families.merged(model, method.writers, edits)
+    export_adapter("base", tmp_path / "a", named, method.writers, rank=1)
+    ids = torch.tensor([[3, 40, 50, 60]])
+    expected = alone(ids).logits
+    again = PeftModel.from_pretrained(model, tmp_path / "a").merge_and_unload()
+    carried = torch.allclose(again(ids).logits, expected, atol=1e-3)
+    assert carried or any(w.bias is not None for w in method.writers)
+    assert anatomy_of(again).components == method_anatomy.components

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from excise import stage
-from excise.anatomy import Writer, describe
+from excise.anatomy import Writer
 from excise.card import model_card
 from excise.config import Config
+from excise.discovering import anatomy_of
 from excise.edits import Edit
 from excise.engine import Engine, Reference
 from excise.errors import OutputError
@@ -251,7 +252,7 @@ def _load_again(one: Exported, source: Loaded, config: Config, dtype: torch.dtyp
     return Loaded(
         model=merged,
         tokenizer=base.tokenizer,
-        anatomy=describe(merged),
+        anatomy=anatomy_of(merged),
         source=str(one.path),
         revision=None,
         folder=base.folder,

@@ -13,7 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from excise.anatomy import Anatomy, Writer, check_unshared, experts_transposed
+from excise.anatomy import (
+    Anatomy,
+    Writer,
+    check_unshared,
+    describe,
+    experts_transposed,
+    has_row,
+)
 from excise.errors import UnknownArchitecture, first_line
 from excise.probing import (
     TOLERANCE,
@@ -27,6 +34,15 @@ from excise.probing import (
 )
 
 _PASSES = 30  # of the least squares that measure a norm's gain
+
+
+def anatomy_of(model: Any) -> Anatomy:
+    """The anatomy of a model: as its data row says, or as it is discovered.
+
+    Raises:
+        UnknownArchitecture: neither is possible.
+    """
+    return describe(model) if has_row(model) else discover(model)
 
 
 def discover(model: Any) -> Anatomy:
