@@ -64,7 +64,7 @@ def test_reduced_coordinates_have_the_full_objective_and_gradient(point, keep_no
             q = stats.basis[g]
             matrix = (w[g] - w[g] @ q.T @ q + c[g].detach() @ q).requires_grad_()
             expected = plain(w[g], matrix, x[g], xc[g], point, keep_norms=keep_norms)
-            assert float(values[g]) == pytest.approx(float(expected.detach()), rel=1e-5)
+            assert float(values[g].detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
             (full,) = torch.autograd.grad(expected, matrix)
             inside = full @ q.T
             assert float((gradient[g] - inside).norm() / inside.norm()) < 1e-5
