@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from excise import cli, probing
+from excise.anatomy import architectures
 from excise.config import EditSection, ModelSection
 from excise.engine import Engine, Plan
 from excise.errors import UnknownArchitecture
@@ -132,6 +133,12 @@ def test_the_page_of_families_is_up_to_date():
         dict.fromkeys(families.ALL, families.PROOFS)
     ), "run `make families`"
     assert len({name.split()[0] for name in families.ALL}) >= 35
+
+
+def test_every_data_row_is_proven_here():
+    tested = {kind for kind, _ in families.FAMILIES.values()}
+    tested |= {kind for kind, _, _ in families.MULTIMODAL.values()}
+    assert set(architectures()) == tested
 
 
 def save(model, folder):
