@@ -8,7 +8,7 @@ import families
 import pytest
 import torch
 from test_families import save
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from excise import cli
@@ -91,3 +91,13 @@ def test_a_wrong_gain_is_noticed():
         wrong = replace(anatomy, writers=(replace(first, gain=gain), *rest))
         with pytest.raises(UnknownArchitecture, match="something besides"):
             prove(model, wrong)
+
+
+def test_mistral_4_behind_a_tower_is_found():
+    own = {"num_key_value_heads": 4, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4}
+    text = families._sized("mistral4", own).to_dict()
+    config = CONFIG_MAPPING["mistral3"](text_config=text, **families.MULTIMODAL["mistral3"][2])
+    found = discover(families.randomised(AutoModelForImageTextToText.from_config(config)))
+    assert found.tower
+    assert found.model_type == "mistral4"
+    assert {"attn.o_proj", "mlp.experts.down_proj"} <= set(found.components)
