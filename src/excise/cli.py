@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 import traceback
@@ -33,6 +34,8 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     arguments = build_parser().parse_args(argv)
+    if not arguments.debug:  # it tells of a kernel that it would have downloaded
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         command: Callable[[argparse.Namespace], int] = arguments.command
         return command(arguments)
