@@ -145,9 +145,9 @@ def test_hooks_go_after_an_error_and_others_hooks_stay(error):
 def test_gathered_edits_are_kept_while_they_fit_and_let_go_at_the_next_choice(room, monkeypatch):
     monkeypatch.setattr(stacking, "_GATHER_BYTES", room)
     takes = []
-    take = stacking._Part.take
+    take = stacking.PackedEdits.take
     monkeypatch.setattr(
-        stacking._Part, "take", lambda self, rows: takes.append(1) or take(self, rows)
+        stacking.PackedEdits, "take", lambda self, rows: takes.append(1) or take(self, rows)
     )
     candidates = [[edit(10 * c + w) for w in range(2)] for c in range(3)]
     chain = writers()

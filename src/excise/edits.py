@@ -17,6 +17,7 @@ once for every layer's direction give any candidate's edits in O(O + I) per writ
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -63,6 +64,60 @@ class Edit:
         if self.scale is not None:
             out = out * self.scale.to(out)
         return out if self.shift is None else out + self.shift.to(out)
+
+
+@dataclass(frozen=True)
+class PackedEdits:
+    """The edits of N matrices of one shape, padded to one rank, as products on activations want them."""
+
+    left: Tensor  # (N, R, O)
+    right: Tensor  # (N, I, R)
+    scale: Tensor | None  # (N, O)
+    shift: Tensor | None  # (N, O)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes that one matrix's edit takes."""
+        tensors = (self.left, self.right, self.scale, self.shift)
+        return sum(t[0].numel() * t.element_size() for t in tensors if t is not None)
+
+    def between(self, low: int, high: int) -> PackedEdits:
+        """The edits of the matrices low <= n < high, as views."""
+        return self._of(slice(low, high))
+
+    def take(self, which: Tensor) -> PackedEdits:
+        """The edits of these matrices, one per entry of `which`, copied."""
+        return self._of(which)
+
+    def _of(self, which: Tensor | slice) -> PackedEdits:
+        return PackedEdits(
+            self.left[which],
+            self.right[which],
+            None if self.scale is None else self.scale[which],
+            None if self.shift is None else self.shift[which],
+        )
+
+
+def pack(edits: Sequence[Edit | None], shape: tuple[int, ...], like: Tensor) -> PackedEdits:
+    """Edits of matrices (O, I), in the dtype and on the device of `like`; None changes nothing."""
+    some = [edit for edit in edits if edit is not None]
+    rank = max(edit.left.shape[1] for edit in some)
+    n, (o, i) = len(edits), shape
+    left = like.new_zeros(n, rank, o)
+    right = like.new_zeros(n, i, rank)
+    scale = like.new_ones(n, o) if any(e.scale is not None for e in some) else None
+    shift = like.new_zeros(n, o) if any(e.shift is not None for e in some) else None
+    for row, edit in enumerate(edits):
+        if edit is None:
+            continue
+        r = edit.left.shape[1]
+        left[row, :r] = edit.left.T
+        right[row, :, :r] = edit.right.T
+        if scale is not None and edit.scale is not None:
+            scale[row] = edit.scale
+        if shift is not None and edit.shift is not None:
+            shift[row] = edit.shift
+    return PackedEdits(left, right, scale, shift)
 
 
 @dataclass(frozen=True)

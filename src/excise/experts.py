@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from excise.anatomy import experts_transposed
-from excise.edits import Edit
+from excise.edits import Edit, PackedEdits, pack
 from excise.weights import device_of, present
 
 # Edits are gathered for as many pairs at a time as fit in this many bytes.
@@ -28,13 +28,9 @@ _GATHER_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
-class ExpertEdits:
-    """All candidates' edits of one module's experts; row c * E + e is candidate c's of expert e."""
+class ExpertEdits(PackedEdits):
+    """All candidates' edits of one module's experts; matrix c * E + e is candidate c's of expert e."""
 
-    left: Tensor  # (C*E, R, O)
-    right: Tensor  # (C*E, I, R)
-    scale: Tensor | None  # (C*E, O)
-    shift: Tensor | None  # (C*E, O)
     experts: int
 
     def apply(self, which: Tensor, _token: Tensor, inner: Tensor, y: Tensor) -> Tensor:
@@ -81,31 +77,12 @@ def stack_experts(
         weight.shape[1:] if not experts_transposed(module) else (weight.shape[2], weight.shape[1])
     )
     like = torch.empty(0, dtype=weight.dtype, device=device_of(module, "down_proj"))
-    some = [edit for row in edits.values() for edit in row if edit is not None]
-    rank = max(edit.left.shape[1] for edit in some)
-    shape = (candidates, experts)
-    left = like.new_zeros(*shape, rank, o)
-    right = like.new_zeros(*shape, i, rank)
-    scale = like.new_ones(*shape, o) if any(e.scale is not None for e in some) else None
-    shift = like.new_zeros(*shape, o) if any(e.shift is not None for e in some) else None
-    for expert, row in edits.items():
-        for candidate, edit in enumerate(row):
-            if edit is None:
-                continue
-            at, r = (candidate, expert), edit.left.shape[1]
-            left[at][:r] = edit.left.T
-            right[at][:, :r] = edit.right.T
-            if scale is not None and edit.scale is not None:
-                scale[at] = edit.scale
-            if shift is not None and edit.shift is not None:
-                shift[at] = edit.shift
-    return ExpertEdits(
-        left.flatten(0, 1),
-        right.flatten(0, 1),
-        None if scale is None else scale.flatten(0, 1),
-        None if shift is None else shift.flatten(0, 1),
-        experts,
-    )
+    flat = [
+        edits[expert][candidate] if expert in edits else None
+        for candidate in range(candidates)
+        for expert in range(experts)
+    ]
+    return ExpertEdits(**vars(pack(flat, (o, i), like)), experts=experts)
 
 
 def edited_forward(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from excise.anatomy import Anatomy
 from excise.kvcache import roomy_cache
+from excise.swapping import replaced_forward
 from excise.tokens import Batch
 
 # Room for the logits of one chunk and their temporaries, and the rows that it holds at the least: with
@@ -119,22 +120,6 @@ class Forward:
     def _as_layer(self, hidden: Tensor) -> Any:
         """Hidden states in the form that this family's layers give them."""
         return (hidden,) if self.anatomy.returns_tuple else hidden
-
-
-@contextmanager
-def replaced_forward(steps: dict[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Give modules another `forward`, and give back what they had, whatever happens."""
-    before = [(module, module.__dict__.get("forward")) for module in steps]
-    try:
-        for module, step in steps.items():
-            module.__dict__["forward"] = step
-        yield
-    finally:
-        for module, old in before:
-            if old is None:
-                module.__dict__.pop("forward", None)
-            else:
-                module.__dict__["forward"] = old
 
 
 def repeat_batch(batch: Batch, times: int) -> tuple[Tensor, Tensor, Tensor]:

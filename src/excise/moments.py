@@ -21,6 +21,7 @@ from excise.errors import MeasurementError, MemoryExhausted, is_out_of_memory
 from excise.events import OnEvent, track
 from excise.experts import ExpertWatch, edited_forward
 from excise.loading import Loaded
+from excise.swapping import replaced_forward
 from excise.tokens import Batch, batches, end_tokens, pad_token
 
 _ROWS = 64
@@ -58,21 +59,13 @@ def _watched(writers: Sequence[Writer], show: _Show) -> Iterator[None]:
             handles.append(writer.module.register_forward_hook(_hook(number, show)))
         else:
             fused.setdefault(writer.module, {})[writer.expert] = number
-    # Where weights are offloaded, `forward` fetches them and calls what it found there.
-    names = {m: "_old_forward" if hasattr(m, "_hf_hook") else "forward" for m in fused}
-    before = {module: module.__dict__.get(name) for module, name in names.items()}
+    watching = {module: _watching(module, numbers, show) for module, numbers in fused.items()}
     try:
-        for module, name in names.items():
-            module.__dict__[name] = _watching(module, fused[module], show)
-        yield
+        with replaced_forward(watching, fetched=True):
+            yield
     finally:
         for handle in handles:
             handle.remove()
-        for module, name in names.items():
-            if before[module] is None:
-                module.__dict__.pop(name, None)
-            else:
-                module.__dict__[name] = before[module]
 
 
 def _hook(number: int, show: _Show) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:

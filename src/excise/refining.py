@@ -24,10 +24,10 @@ from excise.edits import Edit
 from excise.engine import Engine, Plan
 from excise.errors import MeasurementError
 from excise.experts import edited_forward, stack_experts
-from excise.forward import replaced_forward
 from excise.loading import Loaded
 from excise.methods import Method
 from excise.space import MOST_REFINED, Candidate, layer_key
+from excise.swapping import replaced_forward
 from excise.tokens import Batch, end_tokens, left_pad, pad_token
 
 STEPS = 16
@@ -227,7 +227,7 @@ def _edited(method: DirectionalMethod, edits: Sequence[Edit | None]) -> Iterator
     }
     handles = [w.module.register_forward_hook(hook(e)) for w, e in pairs if w.expert is None]
     try:
-        with replaced_forward(experts):
+        with replaced_forward(experts, fetched=True):
             yield
     finally:
         for handle in handles:

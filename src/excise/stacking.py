@@ -12,15 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from excise.anatomy import Writer
-from excise.edits import Edit
+from excise.edits import Edit, PackedEdits, pack
 from excise.experts import ExpertEdits, edited_forward, stack_experts
+from excise.swapping import replaced_forward
 
 # One candidate: an edit per writer of the anatomy, None where it leaves the writer alone.
 CandidateEdits = Sequence[Edit | None]
@@ -29,44 +29,6 @@ CandidateEdits = Sequence[Edit | None]
 _GATHER_BYTES = 256 * 2**20
 # Above this rank a copy of the edit for every row costs more than a product per candidate.
 _GATHER_RANK = 4
-
-
-@dataclass(frozen=True)
-class _Part:
-    """All candidates' edits of one writer, in the writer's dtype and on its device."""
-
-    left: Tensor  # (C, R, O)
-    right: Tensor  # (C, I, R)
-    scale: Tensor | None  # (C, O)
-    shift: Tensor | None  # (C, O)
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes that one row's edit takes once gathered."""
-        tensors = (self.left, self.right, self.scale, self.shift)
-        return sum(t[0].numel() * t.element_size() for t in tensors if t is not None)
-
-    def one(self, candidate: int) -> _Part:
-        """The edit of one candidate, for one block."""
-        return self.between(candidate, candidate + 1)
-
-    def between(self, low: int, high: int) -> _Part:
-        """The edits of the candidates low <= c < high, one per block."""
-        return _Part(
-            self.left[low:high],
-            self.right[low:high],
-            None if self.scale is None else self.scale[low:high],
-            None if self.shift is None else self.shift[low:high],
-        )
-
-    def take(self, rows: Tensor) -> _Part:
-        """The edits of these candidates, one per row."""
-        return _Part(
-            self.left[rows],
-            self.right[rows],
-            None if self.scale is None else self.scale[rows],
-            None if self.shift is None else self.shift[rows],
-        )
 
 
 class Stack:
@@ -82,7 +44,9 @@ class Stack:
         ]
         self._first = min((writers[index].layer for index in touched), default=1 << 30)
         self._parts = {
-            index: _stack(writers[index], [edits[index] for edits in candidates])
+            index: pack(
+                [edits[index] for edits in candidates], writers[index].shape, writers[index].like
+            )
             for index in touched
             if writers[index].expert is None
         }
@@ -96,7 +60,7 @@ class Stack:
             module: stack_experts(module, experts, len(candidates))
             for module, experts in fused.items()
         }
-        self._gathered: dict[int, _Part] = {}
+        self._gathered: dict[int, PackedEdits] = {}
         self._rows: Tensor | None = None
         self._blocks: tuple[int, int] | None = None
         self._segments: list[tuple[int, int, int]] = []
@@ -126,21 +90,13 @@ class Stack:
     def applied(self) -> Iterator[None]:
         """Within this context the writers' outputs are the candidates'."""
         hooks = {self._writers[index].module: self._hook(index) for index in self._parts}
-        # Where weights are offloaded, `forward` fetches them and calls what it found there.
-        names = {m: "_old_forward" if hasattr(m, "_hf_hook") else "forward" for m in self._experts}
-        before = {module: module.__dict__.get(name) for module, name in names.items()}
+        experts = {module: self._expert_forward(module) for module in self._experts}
         try:
             for module, hook in hooks.items():
                 module.register_forward_hook(hook)
-            for module, name in names.items():
-                module.__dict__[name] = self._expert_forward(module)
-            yield
+            with replaced_forward(experts, fetched=True):
+                yield
         finally:
-            for module, name in names.items():
-                if before[module] is None:
-                    module.__dict__.pop(name, None)
-                else:
-                    module.__dict__[name] = before[module]
             # Found by identity, not by handle: an interrupt may strike before a handle is kept.
             for module, hook in hooks.items():
                 for key in [k for k, h in module._forward_hooks.items() if h is hook]:
@@ -176,18 +132,18 @@ class Stack:
             return self._by_candidate(part, *by_row).view(y.shape)
         return edit_output(self._gather(index, part, x.device), *by_row).view(y.shape)
 
-    def _by_candidate(self, part: _Part, x: Tensor, y: Tensor) -> Tensor:
+    def _by_candidate(self, part: PackedEdits, x: Tensor, y: Tensor) -> Tensor:
         """One product per candidate, over the rows that it has in this pass."""
         out = torch.empty_like(y)
         for candidate, start, stop in self._segments:
             out[start:stop] = edit_output(
-                part.one(candidate),
+                part.between(candidate, candidate + 1),
                 x[start:stop].reshape(1, -1, x.shape[-1]),
                 y[start:stop].reshape(1, -1, y.shape[-1]),
             ).view_as(out[start:stop])
         return out
 
-    def _gather(self, index: int, part: _Part, device: torch.device) -> _Part:
+    def _gather(self, index: int, part: PackedEdits, device: torch.device) -> PackedEdits:
         found = self._gathered.get(index)
         if found is None:
             assert self._rows is not None
@@ -197,7 +153,7 @@ class Stack:
         return found
 
 
-def edit_output(part: _Part, x: Tensor, y: Tensor) -> Tensor:
+def edit_output(part: PackedEdits, x: Tensor, y: Tensor) -> Tensor:
     """Edited outputs of blocks: x (N, T, I), y (N, T, O), and one edit per block."""
     coefficients = torch.bmm(x, part.right)  # (N, T, R)
     if part.left.shape[1] == 1:
@@ -207,25 +163,3 @@ def edit_output(part: _Part, x: Tensor, y: Tensor) -> Tensor:
     if part.scale is not None:
         out.mul_(part.scale[:, None])
     return out if part.shift is None else out.add_(part.shift[:, None])
-
-
-def _stack(writer: Writer, edits: Sequence[Edit | None]) -> _Part:
-    like = writer.like
-    rank = max(edit.left.shape[1] for edit in edits if edit is not None)
-    c, (o, i) = len(edits), writer.shape
-    left = like.new_zeros(c, rank, o)
-    right = like.new_zeros(c, i, rank)
-    some = [edit for edit in edits if edit is not None]
-    scale = like.new_ones(c, o) if any(e.scale is not None for e in some) else None
-    shift = like.new_zeros(c, o) if any(e.shift is not None for e in some) else None
-    for row, edit in enumerate(edits):
-        if edit is None:
-            continue
-        r = edit.left.shape[1]
-        left[row, :r] = edit.left.T
-        right[row, :, :r] = edit.right.T
-        if scale is not None and edit.scale is not None:
-            scale[row] = edit.scale
-        if shift is not None and edit.shift is not None:
-            shift[row] = edit.shift
-    return _Part(left, right, scale, shift)

@@ -1,0 +1,35 @@
+"""Modules with another `forward` for a while, and exactly what they had before given back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+
+@contextmanager
+def replaced_forward(
+    steps: Mapping[nn.Module, Callable[..., Any]], *, fetched: bool = False
+) -> Iterator[None]:
+    """Give modules another `forward`, and give back what they had, whatever happens.
+
+    With `fetched` it runs with the module's weights at hand: where they are offloaded, `forward` brings
+    them and calls what it found there, so that is what is replaced.
+    """
+    names = {
+        module: "_old_forward" if fetched and hasattr(module, "_hf_hook") else "forward"
+        for module in steps
+    }
+    before = {module: module.__dict__.get(name) for module, name in names.items()}
+    try:
+        for module, step in steps.items():
+            module.__dict__[names[module]] = step
+        yield
+    finally:
+        for module, name in names.items():
+            if before[module] is None:
+                module.__dict__.pop(name, None)
+            else:
+                module.__dict__[name] = before[module]
