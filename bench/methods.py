@@ -110,13 +110,8 @@ def on_holdout(record: Record, out: Path, config: Config) -> list[Scores]:
     """Every trial of the front on the holdout prompts."""
     loaded, sets = load(config.model), load_prompt_sets(config.prompts)
     scoring = stage.scoring(config)
-    opening = stage.read_opening(out / "directions.safetensors")
-    bare = stage.tokenise(loaded, sets, config)
-    tokens = stage.open_responses(loaded, bare, config, scoring.markers, opening)
-    known = stage.read_directions(out / "directions.safetensors")
-    assert known is not None
-    place = out / "method.safetensors"
-    method = stage.method_for(loaded, known[0], tokens, config, place, events.ignore, anew=False)
+    tokens = stage.stored_tokens(loaded, sets, config, scoring.markers, out)
+    method = stage.stored_method(loaded, tokens, config, out, events.ignore)
     plan = from_dict(record.engine).plan
     engine = stage.engine_for(loaded, method.writers, tokens, "holdout", config, plan)
     context = scoring.context(sets.target_holdout, sets.contrast_holdout)

@@ -27,6 +27,7 @@ from torch import Tensor
 from excise import events, methods, ridge_method, stage
 from excise.config import load_config
 from excise.edits import Edit
+from excise.keeping import DIRECTIONS, read_directions
 from excise.loading import load
 from excise.methods import Bench, Kind, Method
 from excise.panel import Panel
@@ -159,15 +160,10 @@ def main(folder: Path) -> None:
     config = load_config(file=folder / "config.toml")
     loaded, sets = load(config.model), load_prompt_sets(config.prompts)
     scoring = stage.scoring(config)
-    opening = stage.read_opening(folder / "directions.safetensors")
-    bare = stage.tokenise(loaded, sets, config)
-    tokens = stage.open_responses(loaded, bare, config, scoring.markers, opening)
-    known = stage.read_directions(folder / "directions.safetensors")
+    tokens = stage.stored_tokens(loaded, sets, config, scoring.markers, folder)
+    method: Any = stage.stored_method(loaded, tokens, config, folder, events.ignore)
+    known = read_directions(folder / DIRECTIONS)
     assert known is not None
-    place = folder / "method.safetensors"
-    method: Any = stage.method_for(
-        loaded, known[0], tokens, config, place, events.ignore, anew=False
-    )
     answers = stage._responses(loaded, tokens, config)
     bench = Bench(loaded, tokens, known[0], config, lambda: answers, lambda _: None, events.ignore)
     again = Again(bench, method)

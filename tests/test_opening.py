@@ -18,6 +18,7 @@ from tokenizers import AddedToken
 
 from excise import cli
 from excise.anatomy import describe
+from excise.keeping import read_opening
 from excise.loading import Loaded
 from excise.opening import (
     LONGEST,
@@ -28,7 +29,6 @@ from excise.opening import (
     shared_beginning,
     spoken_part,
 )
-from excise.stage import read_opening
 
 STEADY = settings(derandomize=True, deadline=None)
 ROWS = st.lists(st.lists(st.integers(0, 2), max_size=6).map(tuple), min_size=1, max_size=8)

@@ -75,9 +75,7 @@ def test_the_exported_models_logits_are_the_measured_ones(demo_run: Path):
     record = read_record(demo_run)
     config = load_config(file=demo_run / "config.toml")
     loaded = load(config.model)
-    directions, _ = stage.read_directions(demo_run / "directions.safetensors")
-    place = demo_run / "method.safetensors"
-    method = stage.method_for(loaded, directions, {}, config, place, events.ignore, anew=False)
+    method = stage.stored_method(loaded, {}, config, demo_run, events.ignore)
     edits = method.edits(method.candidate(record.chosen().params))
     exported = AutoModelForCausalLM.from_pretrained(demo_run / "model", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(demo_run / "model")

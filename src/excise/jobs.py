@@ -67,14 +67,9 @@ def export_run(
             sets, loaded = load_prompt_sets(config.prompts), load(config.model)
         check_formats([format_name], loaded.anatomy.select(config.edit.components))
         _check_unchanged(record, sets.all())
-        known = stage.read_directions(folder / "directions.safetensors")
-        if known is None:
-            raise RunStateError(f"{folder} has no readable directions.safetensors")
-        sizing, tokens = from_dict(record.engine), stage.tokenise(loaded, sets, config)
-        opening = stage.read_opening(folder / "directions.safetensors")
-        tokens = stage.open_responses(loaded, tokens, config, scoring.markers, opening)
-        stored = folder / "method.safetensors"
-        method = stage.method_for(loaded, known[0], tokens, config, stored, on_event, anew=False)
+        sizing = from_dict(record.engine)
+        tokens = stage.stored_tokens(loaded, sets, config, scoring.markers, folder)
+        method = stage.stored_method(loaded, tokens, config, folder, on_event)
         both = (sets.target_eval, sets.contrast_eval)
         engine = stage.engine_for(loaded, method.writers, tokens, "eval", config, sizing.plan)
         checker = Checker(engine, scoring, scoring.context(*both), config, tokens)
@@ -109,10 +104,8 @@ def survey(folder: Path, on_event: OnEvent = ignore) -> list[dict[str, float]]:
         with phase("load", on_event):
             sets, loaded = load_prompt_sets(config.prompts), load(config.model)
         _check_unchanged(record, sets.all())
-        bare = stage.tokenise(loaded, sets, config)
-        opening = stage.read_opening(folder / "directions.safetensors")
         markers = stage.scoring(config).markers
-        tokens = stage.open_responses(loaded, bare, config, markers, opening)
+        tokens = stage.stored_tokens(loaded, sets, config, markers, folder)
         target, contrast = (
             stage.residuals(loaded, side, tokens[side], config.directions.winsor, on_event)
             for side in ("target", "contrast")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from excise.export import check_formats
 from excise.finish import final_figures, summary, write_pages
 from excise.front import Objective, Point, choose, pareto, parse_rule
 from excise.ggufexport import plan_gguf
+from excise.keeping import CAPTURED, DIRECTIONS, read_directions, read_opening, save_directions
 from excise.loading import Loaded, load
 from excise.methods import Method, check_method
 from excise.panel import Panel
@@ -29,8 +30,6 @@ from excise.refining import refined, refiner_for
 from excise.search import Measure, Measured, Search
 
 CONFIG = "config.toml"
-DIRECTIONS = "directions.safetensors"
-CAPTURED = "method.safetensors"
 
 
 @dataclass
@@ -83,7 +82,7 @@ def run(
         if not resume:
             write_text(out / CONFIG, to_toml(config))
         with clock.phase("capture"):
-            known = stage.read_opening(out / DIRECTIONS) if resume else None
+            known = read_opening(out / DIRECTIONS) if resume else None
             tokens = stage.open_responses(loaded, tokens, config, scoring.markers, known)
             for note in (*loaded.notes, *tokens.notes):
                 on_event(events.Notice(note))
@@ -102,14 +101,7 @@ def run(
             search.run(config.search.trials, measurer(method, panel, goals), on_event)
         if config.search.refine:
             with clock.phase("refine", config.search.refine):
-
-                def propose(points: list[Point]) -> list[dict[str, Any]]:
-                    refiner = refiner_for(
-                        loaded, method, tokens, config, scoring.markers.shown, tokens.opening.spoken
-                    )
-                    starts = [search.records()[p.number].params for p in pareto(points, goals)]
-                    return refined(refiner, method, starts, config.search.refine)
-
+                propose = _refinement(loaded, method, tokens, config, scoring, search)
                 search.refine(propose, measurer(method, panel, goals), on_event)
         front = pareto(search.points(), goals)
         chosen = choose(config.search.select, front, goals)
@@ -178,12 +170,12 @@ def _prepare(
     on_event: OnEvent,
 ) -> tuple[Method, Separation]:
     path = out / DIRECTIONS
-    known = stage.read_directions(path) if resume else None
+    known = read_directions(path) if resume else None
     directions, separation = known or stage.find_directions(
         loaded, tokens, config.directions, on_event
     )
     if known is None:
-        stage.save_directions(path, directions, separation, tokens.opening)
+        save_directions(path, directions, separation, tokens.opening)
     place, anew = out / CAPTURED, known is None
     method = stage.method_for(loaded, directions, tokens, config, place, on_event, anew=anew)
     return method, separation
@@ -216,6 +208,26 @@ def _open_search(
         study, method.space(), goals, config.search, batch=sizing.batch, seed=config.seed
     )
     return sizing, search
+
+
+def _refinement(
+    loaded: Loaded,
+    method: Method,
+    tokens: stage.Tokens,
+    config: Config,
+    scoring: stage.Scoring,
+    search: Search,
+) -> Callable[[list[Point]], list[dict[str, Any]]]:
+    """Points so far -> parameters of new trials, refined from their front."""
+
+    def propose(points: list[Point]) -> list[dict[str, Any]]:
+        shown, spoken = scoring.markers.shown, tokens.opening.spoken
+        refiner = refiner_for(loaded, method, tokens, config, shown, spoken)
+        trials = search.records()
+        starts = [trials[p.number].params for p in pareto(points, scoring.goals())]
+        return refined(refiner, method, starts, config.search.refine)
+
+    return propose
 
 
 def _sizing(loaded: Loaded, tokens: stage.Tokens, config: Config) -> Sizing:

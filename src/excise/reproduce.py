@@ -23,6 +23,7 @@ from excise.errors import ConfigError
 from excise.events import OnEvent, ignore, phase
 from excise.export import Exported, export_adapter, export_safetensors
 from excise.finish import model_record, versions
+from excise.keeping import CAPTURED
 from excise.loading import Loaded, load, weight_files
 from excise.methods import Method, check_method
 from excise.prompts import PromptSets, load_prompt_sets
@@ -163,7 +164,7 @@ def _method(
     check_method(loaded.anatomy, prompts, config)
     with phase("capture", on_event):
         directions, _ = stage.find_directions(loaded, tokens, config.directions, on_event)
-        stored = room / "method.safetensors"
+        stored = room / CAPTURED
         return stage.method_for(loaded, directions, tokens, config, stored, on_event, anew=True)
 
 
@@ -189,7 +190,7 @@ def _rebuild(
             made = export_safetensors(loaded.folder, to, named, writers, on_event, card)
         else:
             rank = int(known.details.get("rank", 1)) if known is not None else 1
-            base = str(loaded.folder) if loaded.is_local else loaded.source
+            base = loaded.place
             made = export_adapter(
                 base,
                 to,

@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from excise.anatomy import Writer
@@ -21,12 +19,20 @@ from excise.directions import Directions, auc, from_means
 from excise.dressing import Dressing, dress
 from excise.edits import Edit
 from excise.engine import Engine, Plan, Reference
-from excise.errors import ConfigError, ExportError, MeasurementError, StorageError
+from excise.errors import ConfigError, MeasurementError, RunStateError
 from excise.events import OnEvent, track
 from excise.front import Objective
+from excise.keeping import (
+    CAPTURED,
+    DIRECTIONS,
+    read_directions,
+    read_opening,
+    read_tensors,
+    save_tensors,
+)
 from excise.loading import Loaded, load, read_config, weight_files
 from excise.methods import KINDS, Bench, Method
-from excise.opening import Opening, find_opening, from_dict, given_opening
+from excise.opening import Opening, find_opening, given_opening
 from excise.planning import Sizing
 from excise.prompts import PromptSet, PromptSets
 from excise.record import Separation
@@ -172,6 +178,14 @@ def open_responses(
     return tokens.opened(opening)
 
 
+def stored_tokens(
+    loaded: Loaded, sets: PromptSets, config: Config, markers: Markers, folder: Path
+) -> Tokens:
+    """The prompts' tokens as the run in `folder` put them to the model."""
+    bare = tokenise(loaded, sets, config)
+    return open_responses(loaded, bare, config, markers, read_opening(folder / DIRECTIONS))
+
+
 def engine_for(
     loaded: Loaded,
     writers: Sequence[Writer],
@@ -271,12 +285,27 @@ def method_for(
         lambda side: _pass(loaded, side, tokens[side], winsor, on_event),
         on_event,
     )
-    captured = None if anew else _read_tensors(stored)
+    captured = None if anew else read_tensors(stored)
     if captured is None:
         captured = kind.capture(bench)
         if captured:
-            _save_tensors(stored, captured, {"format": "pt"})
+            save_tensors(stored, captured, {"format": "pt"})
     return kind.bind(bench, captured)
+
+
+def stored_method(
+    loaded: Loaded, tokens: Tokens, config: Config, folder: Path, on_event: OnEvent
+) -> Method:
+    """The method of the run in `folder`, from what it found.
+
+    Raises:
+        RunStateError: the folder has no directions that can be read.
+    """
+    known = read_directions(folder / DIRECTIONS)
+    if known is None:
+        raise RunStateError(f"{folder} has no readable {DIRECTIONS}")
+    place = folder / CAPTURED
+    return method_for(loaded, known[0], tokens, config, place, on_event, anew=False)
 
 
 def own_edits(
@@ -293,17 +322,13 @@ def own_edits(
     That is the searched model, except where its matrices were packed as they were loaded.
 
     Raises:
-        ExportError: the run folder no longer has its directions.
+        RunStateError: the run folder no longer has its directions.
     """
     if loaded.quantize is not None:
         name = str(loaded.dtype).removeprefix("torch.")
         fields = {"quantize": None, "device_map": "cpu", "dtype": name}
         loaded = load(config.model.model_copy(update=fields))
-        known = read_directions(folder / "directions.safetensors")
-        if known is None:
-            raise ExportError(f"{folder} has no readable directions.safetensors")
-        stored = folder / "method.safetensors"
-        method = method_for(loaded, known[0], tokens, config, stored, on_event, anew=False)
+        method = stored_method(loaded, tokens, config, folder, on_event)
     return loaded, method.writers, method.edits(method.candidate(params))
 
 
@@ -343,58 +368,3 @@ def fingerprint(folder: Path) -> str:
         with file.open("rb") as stream:
             digest.update(stream.read(1 << 16))
     return digest.hexdigest()
-
-
-def save_directions(
-    path: Path, directions: Directions, separation: Separation, opening: Opening
-) -> None:
-    """Write `directions.safetensors`: unit (L, D), contrast (L, D), auc (L).
-
-    Its metadata hold the opening of the responses that the residuals were captured at.
-    """
-    tensors = {
-        "unit": directions.unit.contiguous(),
-        "contrast": directions.contrast.contiguous(),
-        "auc": torch.tensor(separation.auc, dtype=torch.float64),
-    }
-    metadata = {"format": "pt", "projected": str(directions.projected).lower()}
-    metadata["opening"] = json.dumps(opening.as_dict())
-    _save_tensors(path, tensors, metadata)
-
-
-def _save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        save_file(tensors, partial, metadata=metadata)
-        partial.replace(path)
-    except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
-        raise StorageError(f"cannot write {path}: {error}") from None
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor] | None:
-    """The tensors of a file; None when there is none to trust."""
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError):
-        return None
-
-
-def read_directions(path: Path) -> tuple[Directions, Separation] | None:
-    """The directions of a run that was interrupted; None when there are none to trust."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            projected = (file.metadata() or {}).get("projected") == "true"
-            found = Directions(file.get_tensor("unit"), file.get_tensor("contrast"), projected)
-            return found, Separation(auc=file.get_tensor("auc").tolist())
-    except (OSError, SafetensorError):
-        return None
-
-
-def read_opening(path: Path) -> Opening | None:
-    """What `save_directions` was given; None where there is nothing to trust."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return from_dict(json.loads((file.metadata() or {})["opening"]))
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError):
-        return None

@@ -51,21 +51,12 @@ def staged(destination: Path, size: int) -> Iterator[Path]:
         StorageError: less than `size` bytes are free, or a write within the context failed.
     """
     destination = destination.resolve()  # a link keeps pointing where it did
-    partial = _beside(destination)
-    full = _check_room(destination, size)
-    try:
-        partial.mkdir(parents=True)
+    with _beside(destination, size, f"cannot write {destination}") as partial:
         yield partial
         for path in [*partial.rglob("*"), partial]:
             _sync(path)
         partial.rename(destination)
         _sync(destination.parent)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise full from error
-        raise StorageError(f"cannot write {destination}: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextmanager
@@ -76,7 +67,14 @@ def scratch(destination: Path, size: int) -> Iterator[Path]:
         StorageError: less than `size` bytes are free, or a write within the context failed.
     """
     destination = destination.resolve()
-    folder = _beside(destination)
+    with _beside(destination, size, f"cannot write beside {destination}") as folder:
+        yield folder
+
+
+@contextmanager
+def _beside(destination: Path, size: int, failed: str) -> Iterator[Path]:
+    """A new folder beside `destination`; on leaving, what still bears its name is removed."""
+    folder = destination.parent / f".{destination.name}.partial-{uuid.uuid4().hex[:8]}"
     full = _check_room(destination, size)
     try:
         folder.mkdir(parents=True)
@@ -84,13 +82,9 @@ def scratch(destination: Path, size: int) -> Iterator[Path]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise full from error
-        raise StorageError(f"cannot write beside {destination}: {error}") from error
+        raise StorageError(f"{failed}: {error}") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _beside(destination: Path) -> Path:
-    return destination.parent / f".{destination.name}.partial-{uuid.uuid4().hex[:8]}"
 
 
 def _check_room(destination: Path, size: int) -> StorageError:

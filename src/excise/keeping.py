@@ -1,0 +1,79 @@
+"""What a run folder keeps of the model: its directions, how responses begin, what the method captured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from excise.directions import Directions
+from excise.errors import StorageError
+from excise.opening import Opening, from_dict
+from excise.record import Separation
+
+DIRECTIONS = "directions.safetensors"
+CAPTURED = "method.safetensors"
+
+
+def save_directions(
+    path: Path, directions: Directions, separation: Separation, opening: Opening
+) -> None:
+    """Write `directions.safetensors`: unit (L, D), contrast (L, D), auc (L).
+
+    Its metadata hold the opening of the responses that the residuals were captured at.
+    """
+    tensors = {
+        "unit": directions.unit.contiguous(),
+        "contrast": directions.contrast.contiguous(),
+        "auc": torch.tensor(separation.auc, dtype=torch.float64),
+    }
+    metadata = {"format": "pt", "projected": str(directions.projected).lower()}
+    metadata["opening"] = json.dumps(opening.as_dict())
+    save_tensors(path, tensors, metadata)
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a file of tensors, whole or not at all.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        save_file(tensors, partial, metadata=metadata)
+        partial.replace(path)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise StorageError(f"cannot write {path}: {error}") from None
+
+
+def read_tensors(path: Path) -> dict[str, Tensor] | None:
+    """The tensors of a file; None when there is none to trust."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError):
+        return None
+
+
+def read_directions(path: Path) -> tuple[Directions, Separation] | None:
+    """The directions of a run that was interrupted; None when there are none to trust."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            projected = (file.metadata() or {}).get("projected") == "true"
+            found = Directions(file.get_tensor("unit"), file.get_tensor("contrast"), projected)
+            return found, Separation(auc=file.get_tensor("auc").tolist())
+    except (OSError, SafetensorError):
+        return None
+
+
+def read_opening(path: Path) -> Opening | None:
+    """What `save_directions` was given; None where there is nothing to trust."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return from_dict(json.loads((file.metadata() or {})["opening"]))
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError):
+        return None
