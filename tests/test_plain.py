@@ -172,10 +172,14 @@ def test_methods_that_cannot_be_unpacked(settings, words):
 # -- whole runs ------------------------------------------------------------------------------------
 
 
-def test_a_run_on_fp8_exports_a_plain_model_that_is_measured_again(tiny, source, tmp_path, capsys):
+@pytest.mark.parametrize("method", ["directional", "ridge", "ara", "subspace"])
+def test_a_run_on_fp8_exports_a_plain_model_that_is_measured_again(
+    method, tiny, source, tmp_path, capsys
+):
     out = tmp_path / "run"
     before = {path: path.read_bytes() for path in source.iterdir()}
-    arguments = job(tiny, out, "--set", 'export.formats=["safetensors", "adapter"]')
+    formats = 'export.formats=["safetensors", "adapter"]'
+    arguments = job(tiny, out, "--method", method, "--set", formats)
     arguments[1] = str(source)
     assert cli.main(arguments) == 0
     record = json.loads((out / "record.json").read_text())
@@ -331,15 +335,18 @@ def test_an_mxfp4_checkpoint_is_what_transformers_unpacks(gpt_oss):
     assert "MXFP4" in loaded.notes[0]
 
 
-def test_a_run_on_mxfp4_edits_experts_and_begins_in_the_final_channel(tiny, gpt_oss, tmp_path):
+@pytest.mark.parametrize("method", ["directional", "ridge", "ara", "subspace"])
+def test_a_run_on_mxfp4_edits_experts_and_begins_in_the_final_channel(
+    method, tiny, gpt_oss, tmp_path
+):
     out = tmp_path / "run"
-    arguments = job(tiny, out, "--set", "model.dtype=bfloat16")
+    arguments = job(tiny, out, "--method", method, "--set", "model.dtype=bfloat16")
     arguments[1] = str(gpt_oss)
     assert cli.main(arguments) == 0
     record = json.loads((out / "record.json").read_text())
     assert record["formatting"]["header"] == "<|channel|>final<|message|>"
     key = "experts.down_proj.max_weight"
-    number = max(record["trials"], key=lambda trial: trial["params"][key])["number"]
+    number = max(record["trials"], key=lambda trial: trial["params"].get(key, 0.0))["number"]
     words = ["--to", str(tmp_path / "model"), "--trial", str(number), "--quiet"]
     assert cli.main(["export", str(out), *words]) == 0
     artifact = json.loads((out / "record.json").read_text())["artifacts"][-1]

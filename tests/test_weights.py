@@ -179,13 +179,22 @@ def test_stacked_edits_on_packed_weights_are_those_of_the_unpacked_matrix(wide):
     assert len(writers) == len(edits[0])
 
 
-@pytest.mark.parametrize("how", ["bnb-4bit", "bnb-8bit"])
+@pytest.mark.parametrize(
+    ("how", "method"),
+    [
+        ("bnb-4bit", "directional"),
+        ("bnb-8bit", "directional"),
+        ("bnb-4bit", "ridge"),
+        ("bnb-4bit", "ara"),
+        ("bnb-4bit", "subspace"),
+    ],
+)
 def test_a_packed_search_exports_the_edit_of_the_sources_own_weights(
-    tiny, wide, tmp_path, how, capsys
+    tiny, wide, tmp_path, how, method, capsys
 ):
     out = tmp_path / "run"
     formats = 'export.formats=["safetensors", "adapter"]'
-    more = ("--quantize", how, "--set", "model.dtype=float32", "--set", formats)
+    more = ("--quantize", how, "--method", method, "--set", "model.dtype=float32", "--set", formats)
     arguments = job(tiny, out, *more)
     arguments[1] = str(wide)
     assert cli.main(arguments) == 0
