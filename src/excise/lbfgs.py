@@ -56,13 +56,13 @@ class _History:
         q, alphas = gradient.clone(), []
         for s, y, rho in reversed(self.pairs):
             alpha = rho * _dot(s, q)
-            q -= alpha[:, None] * y
+            q.addcmul_(alpha[:, None], y, value=-1.0)
             alphas.append(alpha)
         if self.scale is not None:
             q *= self.scale[:, None]
         for (s, y, rho), alpha in zip(self.pairs, reversed(alphas), strict=True):
-            q += (alpha - rho * _dot(y, q))[:, None] * s
-        return -q
+            q.addcmul_((alpha - rho * _dot(y, q))[:, None], s)
+        return q.neg_()
 
 
 @dataclass(frozen=True)
