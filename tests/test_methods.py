@@ -230,10 +230,10 @@ def test_a_candidate_without_an_edit_is_a_failed_trial_with_a_reason(
 
     real = ridge_method.build
 
-    def sometimes(stats, members, point):
+    def sometimes(stats, members, point, shares):
         if point.neighbours % 2:
             raise MeasurementError("ridge: a linear system is singular")
-        return real(stats, members, point)
+        return real(stats, members, point, shares)
 
     monkeypatch.setattr(ridge_method, "build", sometimes)
     assert cli.main(job(tiny, tmp_path / "run", "--method", "ridge")) == 0

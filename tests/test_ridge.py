@@ -14,7 +14,10 @@ POINTS = [
     RidgePoint(3.0, 2.0, 4, 1e-3, 0.1),
     RidgePoint(0.01, 1.0, 1, 0.3, 3.0),
     RidgePoint(30.0, -1.5, 60, 1e-4, 1e-3),
+    RidgePoint(3.0, 2.0, 4, 1e-3, 0.1, shared=0.7),
+    RidgePoint(0.3, 1.5, 4, 0.1, 1.0, shared=1.0),
 ]
+ALL = [1.0, 1.0, 1.0]
 
 
 def world(seed, p=12, n=15, o=10, i=30, g=3, tokens=50):
@@ -64,7 +67,8 @@ def plain(seed, g, point, **shape):
     for row in y:
         order = (yc - row).norm(dim=1).argsort()[: point.neighbours]
         goal.append(yc[order].mean(0) - row)
-    wanted = point.overshoot * torch.stack(goal)
+    each = torch.stack(goal)
+    wanted = point.overshoot * ((1 - point.shared) * each + point.shared * each.mean(0))
     return point.strength / p * torch.linalg.solve(a, x.T @ wanted).T
 
 
@@ -77,7 +81,7 @@ def relative(found, expected):
 def test_dual_and_primal_forms_equal_the_dense_solution(point, shape):
     stats = prepared(1, restore=False, **shape)
     w = world(1, **shape)[0]
-    for g, edit in enumerate(build(stats, [0, 1, 2], point)):
+    for g, edit in enumerate(build(stats, [0, 1, 2], point, ALL)):
         found = edit.apply_to_weight(w[g]) - w[g]
         assert relative(found, plain(1, g, point, **shape)) < 1e-8
         assert edit.left.shape[1] <= min(w.shape[1:])
@@ -91,13 +95,17 @@ def test_dual_and_primal_forms_equal_the_dense_solution(point, shape):
     k=st.integers(1, 60),
     damping=st.floats(1e-4, 1),
     first=st.floats(1e-3, 10),
+    shared=st.sampled_from([0.0, 0.3, 0.999, 1.0]),
+    share=st.floats(0, 1),
 )
-def test_any_candidate_equals_the_dense_solution(seed, strength, overshoot, k, damping, first):
-    point = RidgePoint(strength, overshoot, k, damping, first)
+def test_any_candidate_equals_the_dense_solution(
+    seed, strength, overshoot, k, damping, first, shared, share
+):
+    point = RidgePoint(strength, overshoot, k, damping, first, shared)
     stats = prepared(seed, restore=False)
     w = world(seed)[0]
-    found = build(stats, [1], point)[0].apply_to_weight(w[1]) - w[1]
-    expected = plain(seed, 1, point)
+    found = build(stats, [1], point, [share])[0].apply_to_weight(w[1]) - w[1]
+    expected = share * plain(seed, 1, point)
     assert (found - expected).norm() <= 1e-8 * expected.norm() + 1e-12
 
 
@@ -109,7 +117,7 @@ def test_a_basis_that_spans_all_inputs_changes_nothing():
     shape = {"tokens": 8, "i": 60}
     for point in POINTS:
         stats = prepared(2, basis=basis, restore=False, **shape)
-        for g, edit in enumerate(build(stats, [0, 1, 2], point)):
+        for g, edit in enumerate(build(stats, [0, 1, 2], point, ALL)):
             found = edit.apply_to_weight(w[g]) - w[g]
             assert relative(found, plain(2, g, point, **shape)) < 1e-8
 
@@ -118,7 +126,7 @@ def test_in_a_smaller_basis_the_edit_is_the_best_of_those_that_lie_in_it():
     w, bias, x, xc, kept = (t[0] for t in world(3))
     point = POINTS[0]
     basis = basis_for(torch.cat([x, kept]), 16)[None].expand(3, -1, -1)
-    edit = build(prepared(3, basis=basis, restore=False), [0], point)[0]
+    edit = build(prepared(3, basis=basis, restore=False), [0], point, [1.0])[0]
     delta = edit.apply_to_weight(w) - w
     q = basis[0]
     assert relative(delta @ q.T @ q, delta) < 1e-12
@@ -143,7 +151,7 @@ def test_in_a_smaller_basis_the_edit_is_the_best_of_those_that_lie_in_it():
 def test_row_norms_are_restored_and_the_bias_stays():
     stats = prepared(4)
     w, bias = world(4)[:2]
-    for g, edit in enumerate(build(stats, [0, 1, 2], POINTS[0])):
+    for g, edit in enumerate(build(stats, [0, 1, 2], POINTS[0], ALL)):
         edited = edit.apply_to_weight(w[g])
         assert torch.allclose(edited.norm(dim=1), w[g].norm(dim=1), rtol=1e-12)
         delta = plain(4, g, POINTS[0])
@@ -162,7 +170,7 @@ def test_more_strength_brings_the_outputs_nearer_to_where_they_should_go():
     y = x[0] @ w[0].T + bias[0]
     goal = y + stats_goal(stats)
     missed = [
-        float((build(stats, [0], point)[0].apply_to_output(x[0], y) - goal).norm())
+        float((build(stats, [0], point, [1.0])[0].apply_to_output(x[0], y) - goal).norm())
         for point in (RidgePoint(r, 1.0, 3, 1e-3, 0.1) for r in (0.01, 0.1, 1.0, 10.0))
     ]
     assert missed == sorted(missed, reverse=True)
@@ -174,17 +182,28 @@ def stats_goal(stats):
     return goals(stats, torch.tensor([0]), RidgePoint(1.0, 1.0, 3, 1e-3, 0.1))[0]
 
 
+def test_with_one_goal_for_all_targets_the_edit_has_rank_one_and_is_the_limit_of_the_others():
+    stats = prepared(8, restore=False)
+    one, near = (
+        build(stats, [0, 1, 2], RidgePoint(2.0, 1.5, 4, 1e-2, 0.5, shared), ALL)
+        for shared in (1.0, 1 - 1e-9)
+    )
+    for a, b in zip(one, near, strict=True):
+        assert a.left.shape[1] == 1 < b.left.shape[1]
+        assert relative(a.left @ a.right, b.left @ b.right) < 1e-7
+
+
 def test_neighbours_are_clipped_to_the_prompts_there_are():
     stats = prepared(6)
-    few, many = (build(stats, [0], RidgePoint(1.0, 1.0, k, 1e-2, 0.1))[0] for k in (15, 60))
+    few, many = (build(stats, [0], RidgePoint(1.0, 1.0, k, 1e-2, 0.1), [1.0])[0] for k in (15, 60))
     assert torch.equal(few.right, many.right)
     assert torch.equal(few.left, many.left)
 
 
 def test_a_candidates_edit_does_not_depend_on_who_is_solved_beside_it():
     stats = prepared(7)
-    alone = build(stats, [2], POINTS[0])[0]
-    together = build(stats, [0, 1, 2], POINTS[0])[2]
+    alone = build(stats, [2], POINTS[0], [1.0])[0]
+    together = build(stats, [0, 1, 2], POINTS[0], ALL)[2]
     assert relative(together.left @ together.right, alone.left @ alone.right) < 1e-12
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from excise.record import ArtifactRecord, Record, ScoreRecord, Scores, TrialRecord
-from excise.space import Candidate, from_params
+from excise.space import Candidate, from_params, hill_of
 from excise.wording import assess
 
 _FIRST = ("behaviour_rate", "drift", "drift_first", "false_rate", "restored", "kept")
@@ -56,10 +56,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Shape:
-    """The strengths of a directional edit: component -> strength per layer (L)."""
+    """The strengths of an edit: component -> strength per layer (L), and what they say."""
 
     index: float | None
     strengths: dict[str, list[float]]
+    note: str
 
 
 def front_points(record: Record, chosen: int | None = None) -> list[FrontPoint]:
@@ -137,12 +138,22 @@ def artifact_of(record: Record, file_format: str, number: int) -> ArtifactRecord
 
 def shape(record: Record, trial: TrialRecord) -> Shape | None:
     """The edit's strength over the layers; None for methods that have no profile."""
+    layers = range(record.model.layers)
+    if record.method == "ridge" and "overshoot" in trial.params:
+        hill, peak = hill_of(trial.params), trial.params["overshoot"] + (not strengthened(record))
+        return Shape(
+            None,
+            {"every writer": [peak * hill.strength(layer) for layer in layers]},
+            "How far outputs are asked to move, by layer; 1 is all the way to their contrast neighbours.",
+        )
     if record.method != "directional" or "direction_scope" not in trial.params:
         return None
     candidate: Candidate = from_params(trial.params)
-    layers = range(record.model.layers)
     strengths = {n: [candidate.strength(n, layer) for layer in layers] for n in candidate.profiles}
-    return Shape(candidate.index, strengths)
+    source = "One direction everywhere, taken from the marked layer."
+    if candidate.index is None:
+        source = "Each layer uses its own direction."
+    return Shape(candidate.index, strengths, f"Strength per layer. {source}")
 
 
 def behaviour(record: Record) -> str:

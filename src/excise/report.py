@@ -23,6 +23,7 @@ from excise.digest import (
     FrontPoint,
     PromptSet,
     Row,
+    Shape,
     behaviour,
     evidence,
     formatting_notes,
@@ -76,7 +77,8 @@ class Table:
 def html_report(record: Record) -> str:
     """The report as one HTML document."""
     chosen = None if record.selected is None else record.trial(record.selected)
-    plots = {name: figure for name, figure in _figures(record, chosen).items() if figure}
+    profile = shape(record, chosen) if chosen is not None else None
+    plots = {name: figure for name, figure in _figures(record, profile).items() if figure}
     scripts = [get_plotlyjs(), (_DATA / "report.js").read_text(encoding="utf-8")]
     return _template().render(
         record=record,
@@ -86,6 +88,7 @@ def html_report(record: Record) -> str:
         chosen=chosen,
         effect=_effect(record, chosen),
         cards=_cards(record, chosen),
+        profile_note=profile.note if profile else "",
         scores=_scores(record, chosen),
         front=_front(record),
         thresholds=wording.thresholds(),
@@ -122,8 +125,7 @@ def _content_hash(script: str) -> str:
     return f"'sha256-{base64.b64encode(digest).decode()}'"
 
 
-def _figures(record: Record, chosen: TrialRecord | None) -> dict[str, go.Figure | None]:
-    profile = shape(record, chosen) if chosen is not None else None
+def _figures(record: Record, profile: Shape | None) -> dict[str, go.Figure | None]:
     auc = record.separation.auc if record.separation else []
     geometry = figures.geometry_figures(record.geometry)
     return {

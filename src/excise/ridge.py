@@ -9,7 +9,9 @@ R = s (N - Y) and A = S_keep + f S_first + (r/P) X^T X + e m 1, the edit is
     delta W = (r/P) R^T X A^-1,
 
 which minimises tr(D (S_keep + f S_first + e m 1) D^T) + (r/P) |X D^T - R|^2 over D. s = 1 + c takes the
-behaviour out and a negative s puts it in.
+behaviour out and a negative s puts it in. A share h of every row of R may be the mean of all rows in its
+place: the way that is common to all targets. With h = 1 the edit has rank one, and what tells one
+target from another is left alone.
 
 All of it happens in a basis Q of input space with orthonormal rows. Where Q spans input space the
 result is the plain one; where it does not, D = C Q is the minimiser among the edits whose rows lie in
@@ -24,6 +26,7 @@ the basis, R rank, K neighbours.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,6 +49,7 @@ class RidgePoint:
     neighbours: int  # k
     damping: float  # e
     first: float  # f
+    shared: float = 0.0  # h
 
 
 @dataclass(frozen=True)
@@ -94,13 +98,15 @@ def goals(stats: RidgeStats, members: Tensor, point: RidgePoint) -> Tensor:
     contrast, outputs = stats.contrast[members], stats.outputs[members]
     share = outputs.new_zeros(*chosen.shape[:2], contrast.shape[1])
     share.scatter_(2, chosen, 1.0 / chosen.shape[2])
-    return point.overshoot * (share @ contrast - outputs)
+    own = share @ contrast - outputs
+    return point.overshoot * own.lerp(own.mean(1, keepdim=True), point.shared)
 
 
 def deltas(stats: RidgeStats, members: Tensor, point: RidgePoint) -> tuple[Tensor, Tensor]:
     """delta W of the writers `members` (g,), in the basis, as left (g, O, R) and right (g, R, Q).
 
-    The dual form where it is smaller (P < Q), else the primal one with R = Q.
+    The dual form where it is smaller (P < Q), else the primal one with R = Q; R = 1 where all targets
+    share one goal.
 
     Raises:
         MeasurementError: a system is singular, even in float64.
@@ -111,25 +117,32 @@ def deltas(stats: RidgeStats, members: Tensor, point: RidgePoint) -> tuple[Tenso
     diagonal = point.damping * stats.mean_diagonal[members]
     system = stats.keep[members] + point.first * stats.first[members]
     system.diagonal(dim1=1, dim2=2).add_(diagonal[:, None])
-    if p < q:
+    if point.shared < 1 and p < q:
         right = solve(system, x.mT).mT  # (g, P, Q) X B^-1
         inner = right @ x.mT
         inner.diagonal(dim1=1, dim2=2).add_(1.0 / rate)
         return solve(inner, wanted).mT, right
     system = system + rate * (x.mT @ x)
+    if point.shared >= 1:  # X^T R = (X^T 1) R_1^T
+        return rate * wanted[:, :1].mT, solve(system, x.sum(1)[..., None]).mT
     solved = solve(system, x.mT @ wanted)  # (g, Q, O)
     eye = torch.eye(q, dtype=x.dtype, device=x.device).expand(len(members), q, q)
     return rate * solved.mT, eye
 
 
-def build(stats: RidgeStats, members: list[int], point: RidgePoint) -> list[Edit]:
+def build(
+    stats: RidgeStats, members: list[int], point: RidgePoint, shares: Sequence[float]
+) -> list[Edit]:
     """The edits of the writers `members`, each of the least rank that surely holds it.
+
+    `shares` say what share of its way to R each of them is asked to go.
 
     Raises:
         MeasurementError: a system is singular, or the edit is not finite.
     """
     index = torch.tensor(members, device=stats.keep.device)
     left, right = deltas(stats, index, point)
+    left = left * left.new_tensor(list(shares))[:, None, None]  # delta W is linear in R
     delta = left @ right  # (g, O, Q)
     if not bool(torch.isfinite(delta).all()):
         raise MeasurementError("ridge: the edit is not finite: the captured inputs are too large")

@@ -24,17 +24,18 @@ from excise.moments import (
     token_moments,
     token_sketches,
 )
+from excise.profiles import Profile
 from excise.ridge import RidgePoint, RidgeStats, basis_for, build, nearest
+from excise.space import hill, hill_of
 
 MOST_NEIGHBOURS = 60
 
 
 @dataclass(frozen=True)
 class RidgeCandidate:
-    """One point of the space: the layers first <= l < last are edited, all of them alike."""
+    """One point of the space: what is asked of every writer, and what share of it at each layer."""
 
-    first: int
-    last: int
+    profile: Profile
     point: RidgePoint
 
 
@@ -149,31 +150,32 @@ class RidgeMethod:
             self._groups.append((members, _stats(some, captured, self._most, restore)))
 
     def space(self) -> dict[str, BaseDistribution]:
-        """The search space, in the ranges of design section 3."""
-        half = self._layers // 2
+        """The search space; docs/methods.md says what its ranges were found by."""
         most = max((s.nearest.shape[2] for _, s in self._groups), default=1)
         return {
-            "first_layer": IntDistribution(0, half),
-            "last_layer": IntDistribution(half + 1, self._layers),
-            "strength": FloatDistribution(1e-3, 30.0, log=True),
+            **hill(self._layers),
+            "strength": FloatDistribution(0.01, 30.0, log=True),
             "overshoot": FloatDistribution(0.0, 4.0),
             "neighbours": IntDistribution(1, most),
-            "damping": FloatDistribution(1e-4, 1.0, log=True),
-            "first_token": FloatDistribution(1e-3, 10.0, log=True),
+            "damping": FloatDistribution(0.01, 1.0, log=True),
+            "first_token": FloatDistribution(0.1, 10.0, log=True),
+            "shared": FloatDistribution(
+                0.0, 1.2
+            ),  # above 1 means 1, which thus has a chance of its own
         }
 
     def candidate(self, params: Mapping[str, Any]) -> RidgeCandidate:
         """The candidate that these parameters name."""
         over = float(params["overshoot"])
         return RidgeCandidate(
-            int(params["first_layer"]),
-            int(params["last_layer"]),
+            hill_of(params),
             RidgePoint(
                 strength=float(params["strength"]),
                 overshoot=-over if self._strengthen else 1.0 + over,
                 neighbours=int(params["neighbours"]),
                 damping=float(params["damping"]),
                 first=float(params["first_token"]),
+                shared=min(1.0, float(params["shared"])),
             ),
         )
 
@@ -185,13 +187,12 @@ class RidgeMethod:
         """
         out: list[Edit | None] = [None] * len(self.writers)
         for members, stats in self._groups:
-            chosen = [
-                g
-                for g, number in enumerate(members)
-                if candidate.first <= self.writers[number].layer < candidate.last
-            ]
+            shares = [candidate.profile.strength(self.writers[n].layer) for n in members]
+            chosen = [g for g, share in enumerate(shares) if share]
             if chosen:
-                for g, edit in zip(chosen, build(stats, chosen, candidate.point), strict=True):
+                asked = [shares[g] for g in chosen]
+                edits = build(stats, chosen, candidate.point, asked)
+                for g, edit in zip(chosen, edits, strict=True):
                     out[members[g]] = edit
         return out
 

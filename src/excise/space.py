@@ -92,3 +92,23 @@ def _refined(params: Mapping[str, Any], component: str) -> tuple[float, ...]:
     while (key := layer_key(component, len(layers))) in params:
         layers.append(float(params[key]))
     return tuple(layers)
+
+
+def hill(layers: int) -> dict[str, BaseDistribution]:
+    """Where over L layers one profile peaks, and how it falls, in the names of `distributions`."""
+    n = max(layers - 1, 1)
+    return {
+        "max_weight_position": FloatDistribution(0.3 * n, n),
+        "min_weight": FloatDistribution(0.0, 1.0),
+        "min_weight_distance": FloatDistribution(min(1.0, 0.8 * n), max(1.0, 0.8 * n)),
+    }
+
+
+def hill_of(params: Mapping[str, Any]) -> Profile:
+    """The profile, of peak 1, that parameters of `hill` name."""
+    return Profile(
+        max_weight=1.0,
+        max_weight_position=float(params["max_weight_position"]),
+        min_weight=float(params["min_weight"]),
+        min_weight_distance=float(params["min_weight_distance"]),
+    )
