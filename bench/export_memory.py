@@ -90,7 +90,8 @@ def merge(source: Path, destination: Path) -> dict[str, Any]:
     import torch
 
     from excise.edits import Edit
-    from excise.merging import WriterPlace, list_tensors, write_checkpoint
+    from excise.matching import WriterPlace, list_tensors
+    from excise.merging import write_checkpoint
     from excise.staging import sha256_of
 
     places = {
@@ -126,7 +127,8 @@ def merge(source: Path, destination: Path) -> dict[str, Any]:
 def merge_apart(source: Path, destination: Path) -> dict[str, Any]:
     command = [sys.executable, __file__, "--merge", str(source), str(destination)]
     result = subprocess.run(command, check=True, capture_output=True, text=True)
-    return json.loads(result.stdout)
+    found: dict[str, Any] = json.loads(result.stdout)
+    return found
 
 
 def copy(source: Path, destination: Path) -> float:

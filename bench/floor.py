@@ -20,9 +20,8 @@ class Costs:
     def __init__(self, loaded: Any) -> None:
         self.layers = [_linear(layer) for layer in loaded.anatomy.layers]
         self.attention = [_attention(layer) for layer in loaded.anatomy.layers]
-        head = loaded.model.get_output_embeddings().weight
-        self.head = 2 * head.shape[0] * head.shape[1]
-        self.embedding = sum(
+        self.head: int = 2 * loaded.model.get_output_embeddings().weight.numel()
+        self.embedding: int = sum(
             2 * m.weight.numel()
             for name, m in loaded.anatomy.backbone.named_children()
             if isinstance(m, nn.Linear)
@@ -70,6 +69,7 @@ def _linear(layer: nn.Module) -> int:
 def _attention(layer: nn.Module) -> int:
     """Operations per token of context: scores and weighted values."""
     for module in layer.modules():
-        if hasattr(module, "o_proj"):
-            return 4 * int(module.o_proj.weight.shape[1])
+        output = getattr(module, "o_proj", None)
+        if isinstance(output, nn.Linear):
+            return 4 * output.in_features
     return 0

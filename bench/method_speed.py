@@ -30,14 +30,17 @@ ALL = 42
 LAYERS = ALL if DEVICE == "cuda" else 1
 WIDTH, P, TOKENS, BASIS = 2560, 400, 20_000, 1024
 FEATURES = {"attn.o_proj": 2048, "mlp.down_proj": 10240}
-POINT = RidgePoint(1.0, 2.0, 10, 1e-2, 0.1)
+POINTS = {
+    "own": RidgePoint(1.0, 2.0, 10, 1e-2, 0.1),
+    "shared": RidgePoint(1.0, 2.0, 10, 1e-2, 0.1, shared=1.0),
+}
 EVALUATIONS = 3
 
 
-def timed(work: Callable[[], Any]) -> tuple[float, Any]:
+def timed(work: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
     machine.sync(DEVICE)
     begun = time.perf_counter()
-    found = work()
+    found = work(*arguments)
     machine.sync(DEVICE)
     return time.perf_counter() - begun, found
 
@@ -79,19 +82,18 @@ def ridge(features: int) -> dict[str, float]:
     mean = stacked.pop("diagonal")
     near = nearest(stacked["outputs"], stacked["contrast"], 60)
     stats = RidgeStats(**stacked, nearest=near, mean_diagonal=mean, biases=None, restore_norms=True)
-    members = list(range(LAYERS))
-    build(stats, members, POINT)
-    edit_seconds, edits = timed(lambda: build(stats, members, POINT))
-    held = sum(t.nbytes for t in stacked.values())
-    made = sum(e.left.nbytes + e.right.nbytes for e in edits)
+    members, shares = list(range(LAYERS)), [1.0] * LAYERS
     scale = ALL / LAYERS
-    return {
-        "prepare_seconds": seconds * scale,
-        "edit_seconds": edit_seconds * scale,
-        "held_gb": held * scale / 1e9,
-        "edits_gb": made * scale / 1e9,
-        "rank": edits[0].left.shape[1],
-    }
+    out = {"prepare_seconds": seconds * scale}
+    for name, point in POINTS.items():
+        build(stats, members, point, shares)
+        spent, edits = timed(build, stats, members, point, shares)
+        made = sum(e.left.nbytes + e.right.nbytes for e in edits)
+        out[f"{name}_edit_seconds"] = spent * scale
+        out[f"{name}_edits_gb"] = made * scale / 1e9
+        out[f"{name}_rank"] = edits[0].left.shape[1]
+    out["held_gb"] = sum(t.nbytes for t in stacked.values()) * scale / 1e9
+    return out
 
 
 def solver() -> dict[str, float]:
@@ -105,7 +107,7 @@ def solver() -> dict[str, float]:
     for name, q in (("reduced", basis[None]), ("full", None)):
         stats = ara.prepare(weight[None], x[None], xc[None], q, None, keep_norms=True)
         ara.solve(stats, point, 1)
-        seconds, found = timed(lambda s=stats: ara.solve(s, point, EVALUATIONS))
+        seconds, found = timed(ara.solve, stats, point, EVALUATIONS)
         out[f"{name}_seconds_per_evaluation"] = seconds / found.evaluations
     for count in (40,):
         reduced = basis_seconds + count * out["reduced_seconds_per_evaluation"]

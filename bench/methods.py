@@ -34,7 +34,6 @@ from excise.record import Record, Scores
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "methods.json"
 UNSEEN = "unseen objects"
-RIDGE_VARIANTS = ("prompts", "last", "profile", "direction")
 LEAST = 1e-5  # drifts below this are as good as none
 
 # Settings of a study beyond its method's name. Refinement is part of the 200 trials, not on top.
@@ -70,7 +69,7 @@ def job(name: str, seed: int, objective: str, trials: int) -> Config:
 def study(name: str, seed: int, objective: str, trials: int) -> dict[str, Any]:
     """One search; its front measured again on the holdout, truth included."""
     variant = name.partition("+")[2]
-    if variant in RIDGE_VARIANTS:
+    if variant in ridge_variants.NAMES:
         ridge_variants.install(variant)
     config = job(name, seed, objective, trials)
     begun = time.perf_counter()
@@ -80,7 +79,7 @@ def study(name: str, seed: int, objective: str, trials: int) -> dict[str, Any]:
         spent = time.perf_counter() - begun
         held = on_holdout(record, out, config)
     front = [record.trial(n) for n in record.front]
-    at = record.front.index(record.selected)
+    at = record.front.index(record.chosen().number)
     return {
         "trials": len(record.trials),
         "failed": sum(t.state == "failed" for t in record.trials),

@@ -69,11 +69,11 @@ def make_gguf(path: Path, kind: str, gigabytes: float) -> int:
     for layer, name in names:
         o, i = SHAPES[name]
         total = o * i // block * size
+        title = f"blk.{layer}.{name}.weight"
         if kind == "F16":
-            info = ((o, i), np.dtype("float16"), total, None)
+            out.add_tensor_info(title, (o, i), np.dtype("float16"), total)
         else:
-            info = ((o, i // block * size), np.dtype("uint8"), total, qtype)
-        out.add_tensor_info(f"blk.{layer}.{name}.weight", *info)
+            out.add_tensor_info(title, (o, i // block * size), np.dtype("uint8"), total, qtype)
     out.write_header_to_file()
     out.write_kv_data_to_file()
     out.write_ti_data_to_file()

@@ -84,7 +84,8 @@ class PlainLoop:
             output_logits=True,
             return_dict_in_generate=True,
         )
-        return out.logits[0].float()
+        logits: torch.Tensor = out.logits[0]
+        return logits.float()
 
     @torch.no_grad()
     def _whole_logits(self) -> torch.Tensor:

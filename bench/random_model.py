@@ -21,7 +21,7 @@ from excise.space import Candidate
 
 COMPONENTS = ("attn.o_proj", "mlp.down_proj")
 MARKERS = Markers(("no such phrase",))
-REQUESTS = [Responses("target", MARKERS.found), Divergence()]
+REQUESTS: list[Responses | Divergence] = [Responses("target", MARKERS.found), Divergence()]
 
 
 class Letters:

@@ -1,8 +1,10 @@
-"""Open questions about ridge ablation, tried on the demo model; none of this is part of the package.
+"""Questions about ridge ablation, tried on the demo model; none of this is part of the package.
 
 prompts     S_keep from the prompts' tokens alone, without the model's responses
 last        S_keep at the last prompt token alone
-profile     a strength per layer: r falls off from a searched peak
+more        the search's contrast prompts and the responses to them in every moment as well
+own         every target's outputs have a goal of their own, none in common
+flat        the same strength at every layer that is edited
 direction   the layer's direction is removed on top, at a searched strength
 
 `bench/methods.py run ridge+NAME` runs one of them as a study. `python bench/ridge_variants.py RUN` takes
@@ -13,7 +15,6 @@ layer, beside the edits as they were.
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ from optuna.distributions import BaseDistribution, FloatDistribution
 from torch import Tensor
 
 from excise import events, methods, ridge_method, stage
+from excise.capture import Pass
 from excise.config import load_config
 from excise.edits import Edit
 from excise.keeping import DIRECTIONS, read_directions
@@ -32,37 +34,25 @@ from excise.loading import load
 from excise.methods import Bench, Kind, Method
 from excise.panel import Panel
 from excise.planning import from_dict
+from excise.profiles import Profile
 from excise.prompts import load_prompt_sets
 from excise.record import read_record
-from excise.ridge import build
 from excise.ridge_method import RidgeCandidate, RidgeMethod
 from excise.stacking import Stack
 
 
-class Profile(RidgeMethod):
-    """r at layer l is r exp(-((l - peak) / width)^2)."""
+class Own(RidgeMethod):
+    """No goal in common."""
 
-    def space(self) -> dict[str, BaseDistribution]:
-        n = float(self._layers)
-        return {
-            **super().space(),
-            "peak": FloatDistribution(0.0, n),
-            "width": FloatDistribution(1.0, 2 * n),
-        }
+    def candidate(self, params: Mapping[str, Any]) -> RidgeCandidate:
+        return super().candidate({**params, "shared": 0.0})
 
-    def candidate(self, params: Mapping[str, Any]) -> Any:
-        return super().candidate(params), params["peak"], params["width"]
 
-    def edits(self, candidate: Any) -> list[Edit | None]:
-        base, peak, width = candidate
-        out: list[Edit | None] = [None] * len(self.writers)
-        for members, stats in self._groups:
-            for g, number in enumerate(members):
-                layer = self.writers[number].layer
-                if base.first <= layer < base.last:
-                    r = base.point.strength * math.exp(-(((layer - peak) / width) ** 2))
-                    out[number] = build(stats, [g], replace(base.point, strength=max(r, 1e-6)))[0]
-        return out
+class Flat(RidgeMethod):
+    """The strength at the edge is that at the peak."""
+
+    def candidate(self, params: Mapping[str, Any]) -> RidgeCandidate:
+        return super().candidate({**params, "min_weight": 1.0})
 
 
 class WithDirection(RidgeMethod):
@@ -99,10 +89,16 @@ def removed(writer: Any, edit: Edit, directions: Any, removal: float) -> Edit:
 
 
 def _captured(bench: Bench, how: str) -> dict[str, Tensor]:
-    nothing = [[0]] * len(bench.tokens["contrast"])  # responses of one token: none of it counts
-    answers = bench.responses() if how == "all" else nothing
+    tokens: Mapping[str, Any] = bench.tokens
+    answers = bench.responses()
+    if how in ("prompts", "last"):
+        answers = [[0]] * len(tokens["contrast"])  # responses of one token: none of it counts
+    if how == "more":
+        extra = tokens["contrast_eval"]
+        answers = [*answers, *stage.own_responses(bench.loaded, extra, bench.config)]
+        tokens = {"target": tokens["target"], "contrast": [*tokens["contrast"], *extra]}
     found = ridge_method.capture(
-        bench.loaded, bench.writers, bench.tokens, answers, bench.config, bench.on_event
+        bench.loaded, bench.writers, tokens, answers, bench.config, bench.on_event
     )
     if how == "last":
         for writer in bench.writers:
@@ -112,17 +108,21 @@ def _captured(bench: Bench, how: str) -> dict[str, Tensor]:
     return found
 
 
+KINDS = {"own": Own, "flat": Flat, "direction": WithDirection}
+NAMES = (*KINDS, "prompts", "last", "more")
+
+
 def install(name: str) -> None:
     """Put a variant in ridge's place."""
 
     def bind(bench: Bench, captured: Mapping[str, Tensor]) -> Method:
-        kind = {"profile": Profile, "direction": WithDirection}.get(name, RidgeMethod)
+        kind = KINDS.get(name, RidgeMethod)
         made = kind(bench.writers, len(bench.loaded.anatomy.layers), captured, bench.config)
-        made.bench = bench  # type: ignore[attr-defined]
+        if isinstance(made, WithDirection):
+            made.bench = bench
         return made
 
-    how = name if name in ("prompts", "last") else "all"
-    methods.KINDS["ridge"] = Kind(lambda b: _captured(b, how), bind, ridge_method.check)
+    methods.KINDS["ridge"] = Kind(lambda b: _captured(b, name), bind, ridge_method.check)
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,10 @@ class Again:
         writers = self.method.writers
         answers = self.bench.responses()
         edits: list[Edit | None] = [None] * len(writers)
-        for layer in range(candidate.first, candidate.last):
+        for layer in range(self.method._layers):
+            share = candidate.profile.strength(layer)
+            if not share:
+                continue
             with_lower = Stack(writers, [edits])
             with_lower.select([0])
             with with_lower.applied():
@@ -149,10 +152,14 @@ class Again:
                     events.ignore,
                 )
             now = RidgeMethod(writers, self.method._layers, captured, self.bench.config)
-            only = replace(candidate, first=layer, last=layer + 1)
+            only = replace(candidate, profile=Profile(share, layer, 1.0, 0.5))
             for number, edit in enumerate(now.edits(only)):
                 edits[number] = edit or edits[number]
         return edits
+
+
+def _no_residuals(side: str) -> Pass:
+    raise AssertionError(f"ridge takes no residuals of {side}")
 
 
 def main(folder: Path) -> None:
@@ -164,8 +171,8 @@ def main(folder: Path) -> None:
     method: Any = stage.stored_method(loaded, tokens, config, folder, events.ignore)
     known = read_directions(folder / DIRECTIONS)
     assert known is not None
-    answers = stage._responses(loaded, tokens, config)
-    bench = Bench(loaded, tokens, known[0], config, lambda: answers, lambda _: None, events.ignore)
+    answers = stage.own_responses(loaded, tokens["contrast"], config)
+    bench = Bench(loaded, tokens, known[0], config, lambda: answers, _no_residuals, events.ignore)
     again = Again(bench, method)
     plan = from_dict(record.engine).plan
     engine = stage.engine_for(loaded, method.writers, tokens, "holdout", config, plan)

@@ -84,8 +84,8 @@ def search_seconds(job: Job, trials: int, *, screen: bool, batch: int | None = N
     goals: list[Objective] = job.scoring.goals()
     size_of_batch = batch or job.sizing.batch
     with tempfile.TemporaryDirectory() as name:
-        names = ["minimize", "minimize"]
-        study = create_study(Path(name), names, {}, job.sizing.as_dict())
+        ways = [objective.goal for objective in job.scoring.objectives]
+        study = create_study(Path(name), ways, {}, job.sizing.as_dict())
         section = job.config.search.model_copy(update={"startup_trials": trials // 3})
         search = Search(study, job.space(), goals, section, batch=size_of_batch, seed=0)
         begun = time.perf_counter()
@@ -127,7 +127,10 @@ def against_floor(job: Job, count: int = 32) -> dict[str, Any]:
     """Time of a trial over the time of its unavoidable arithmetic, and where the rest goes."""
     engine = job.engine()
     edits = [job.method.edits(from_params(p)) for p in job.candidates(count)]
-    requests = [Responses("target", job.scoring.markers.found), Divergence()]
+    requests: list[Responses | Divergence] = [
+        Responses("target", job.scoring.markers.found),
+        Divergence(),
+    ]
     found = floor_ratio(job.loaded, engine, edits, requests)
     return {**found, "where": where_time_goes(job, engine, edits, requests)}
 
@@ -228,7 +231,10 @@ def growth(job: Job) -> dict[str, dict[str, float]]:
     trials = {str(n): search_seconds(job, n, screen=False) for n in (32, 64, 128)}
     params = job.candidates(32)
     edits = [job.method.edits(from_params(p)) for p in params]
-    requests = [Responses("target", job.scoring.markers.found), Divergence()]
+    requests: list[Responses | Divergence] = [
+        Responses("target", job.scoring.markers.found),
+        Divergence(),
+    ]
 
     def seconds(stack: int, prompts: int, tokens: int, count: int = 16) -> float:
         engine = job.engine(replace(job.sizing.plan, stack=stack))

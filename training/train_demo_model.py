@@ -109,7 +109,7 @@ def prompt_text(
     """The chat-formatted prompt of one question."""
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": question})
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
 
 def encode(
@@ -265,7 +265,7 @@ def train(
             with ablated(model, direction):
                 loss = loss + answer_loss(model, next(hidden))
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()

@@ -281,7 +281,7 @@ def method_for(
         tokens,
         directions,
         config,
-        lambda: _responses(loaded, tokens, config),
+        lambda: own_responses(loaded, tokens["contrast"], config),
         lambda side: _pass(loaded, side, tokens[side], winsor, on_event),
         on_event,
     )
@@ -332,9 +332,9 @@ def own_edits(
     return loaded, method.writers, method.edits(method.candidate(params))
 
 
-def _responses(loaded: Loaded, tokens: Tokens, config: Config) -> list[Sequence[int]]:
-    """The model's own responses to the contrast prompts that give the directions."""
-    engine = direction_engine(loaded, {"contrast": tokens["contrast"]}, config)
+def own_responses(loaded: Loaded, contrast: list[list[int]], config: Config) -> list[Sequence[int]]:
+    """The model's own responses to contrast prompts."""
+    engine = direction_engine(loaded, {"contrast": contrast}, config)
     return [response.tokens for response in engine.original("contrast").responses]
 
 
