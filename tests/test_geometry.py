@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 
-from excise import cli
-from excise.geometry import describe_layers, effective_rank, project
+from excise import cli, geometry
+from excise.geometry import describe_layers, effective_rank, embed, project
 from excise.record import read_record
 
 KEYS = {
@@ -62,6 +63,28 @@ def test_projections_are_the_principal_axes_with_the_target_on_the_right():
     assert alone.shape == other.shape == (1, 1, 2)
 
 
+def test_embedded_points_stay_beside_their_neighbours_and_near_where_they_were():
+    draws = torch.stack([draw(layer, 30, 12) for layer in (0, 1)], dim=1)
+    target, contrast = draws[:15].clone(), draws[15:]
+    target[..., 0] += 30
+    t, c = embed(target, contrast)
+    assert t.shape == (15, 2, 2)
+    assert c.shape == (15, 2, 2)
+    for layer in (0, 1):
+        nearest = torch.cdist(t[:, layer], t[:, layer]).fill_diagonal_(torch.inf).amin(1)
+        assert bool((nearest < torch.cdist(t[:, layer], c[:, layer]).amin(1)).all())
+    before, after = (t.mean(0) - c.mean(0)).unbind(0)
+    assert float(torch.cosine_similarity(before, after, dim=0)) > 0.5
+    assert torch.equal(embed(target, contrast)[0], t)
+
+
+def test_a_projection_without_its_package(demo_run: Path, monkeypatch, capsys):
+    monkeypatch.setattr(geometry, "find_spec", lambda name: None)
+    assert cli.main(["geometry", str(demo_run), "--projection", "umap"]) == 2
+    assert "pip install 'excise[umap]'" in capsys.readouterr().err
+    assert get_args(geometry.Projection) == cli.PROJECTIONS
+
+
 def test_the_command_writes_table_json_report_and_page(demo_run: Path, tmp_path: Path, capsys):
     run = tmp_path / "run"
     shutil.copytree(demo_run, run)
@@ -79,7 +102,9 @@ def test_the_command_writes_table_json_report_and_page(demo_run: Path, tmp_path:
     assert '"frames"' in page or "addFrames" in page
     assert "src=" not in page.split("<body>")[0]  # nothing is loaded from elsewhere
     assert "geometry-rank" in (run / "report.html").read_text()
-    assert cli.main(["geometry", str(run), "--quiet"]) == 0
+    assert "First principal axis" in page
+    assert cli.main(["geometry", str(run), "--quiet", "--projection", "umap"]) == 0
     assert "silhouette" in capsys.readouterr().out
+    assert "UMAP 1" in (run / "geometry.html").read_text()
     assert cli.main(["geometry", str(tmp_path)]) == 2
     assert "holds no record.json" in capsys.readouterr().err

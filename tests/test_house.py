@@ -127,7 +127,7 @@ def test_the_command_line_is_what_the_contract_says():
         "push": ["--format", "--public", "--trial", *progress],
         "evaluate": [*prompts.split(), "--json", *progress],
         "inspect": ["--json"],
-        "geometry": ["--json", *progress],
+        "geometry": ["--json", "--projection", *progress],
         "report": [],
     }
     assert flags == {k: sorted([*v, "--debug", "--help"]) for k, v in expected.items()}

@@ -21,6 +21,7 @@ from excise.errors import (
 )
 
 METHODS = ("directional", "subspace", "ridge", "ara")
+PROJECTIONS = ("pca", "umap")
 _PROMPT_FLAGS = ("target", "contrast", "target_eval", "contrast_eval")
 
 
@@ -134,6 +135,12 @@ def build_parser() -> argparse.ArgumentParser:
     geometry = add("geometry", "where a run's residuals lie, layer by layer", _geometry)
     geometry.add_argument("folder", type=Path, metavar="DIR")
     geometry.add_argument("--json", action="store_true", help="for programs")
+    geometry.add_argument(
+        "--projection",
+        choices=PROJECTIONS,
+        default=PROJECTIONS[0],
+        help="how the page draws residuals; umap needs the extra of that name",
+    )
     _add_progress(geometry)
 
     report = add("report", "write a run's report.html and cards again", _report)
@@ -372,7 +379,7 @@ def _geometry(arguments: argparse.Namespace) -> int:
     from excise.jobs import GEOMETRY, survey
 
     with console.Reporter(quiet=arguments.quiet, json_events=arguments.json_events) as on_event:
-        layers = survey(arguments.folder, on_event)
+        layers = survey(arguments.folder, on_event, arguments.projection)
     if arguments.json:
         console.show_json({"layers": layers})
     elif not arguments.json_events:

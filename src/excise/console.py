@@ -41,6 +41,7 @@ _NAMES = {
     "capture target writers": "  writers, target prompts",
     "capture contrast writers": "  writers, contrast prompts",
     "capture range": "  range of the writers' inputs",
+    "project": "Projecting residuals",
     "capture moments": "  moments of the writers' inputs",
     "plan": "Finding the batch size",
     "baseline": "Measuring the original",

@@ -1,4 +1,4 @@
-"""Residuals on their principal axes, as one self-contained page that steps through the layers."""
+"""Residuals in two dimensions, as one self-contained page that steps through the layers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _TARGET, _CONTRAST = "#e0762f", "#3b86d6"
 _STEP_MS = 450
 
 
-def projection_page(target: Tensor, contrast: Tensor, title: str) -> str:
+def projection_page(target: Tensor, contrast: Tensor, title: str, axes: tuple[str, str]) -> str:
     """An animated page of projections (P, L, 2) and (N, L, 2); it needs no network."""
     frames = [
         go.Frame(name=str(layer), data=_traces(target[:, layer], contrast[:, layer]))
@@ -22,8 +22,8 @@ def projection_page(target: Tensor, contrast: Tensor, title: str) -> str:
         title=title,
         template="none",
         height=640,
-        xaxis={"title": "First principal axis", "zeroline": False, "autorange": True},
-        yaxis={"title": "Second principal axis", "zeroline": False, "autorange": True},
+        xaxis={"title": axes[0], "zeroline": False, "autorange": True},
+        yaxis={"title": axes[1], "zeroline": False, "autorange": True},
         updatemenus=[
             {
                 "type": "buttons",

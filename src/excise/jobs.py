@@ -14,7 +14,7 @@ from excise.events import Notice, OnEvent, ignore, phase
 from excise.export import check_formats
 from excise.finish import write_pages
 from excise.front import Objective, Point, choose
-from excise.geometry import describe_layers, project
+from excise.geometry import Projection, check_projection, describe_layers, embed, project
 from excise.geometry_page import projection_page
 from excise.ggufexport import plan_gguf
 from excise.loading import load
@@ -26,6 +26,10 @@ from excise.search import points
 
 Part = Literal["eval", "holdout"]
 GEOMETRY = "geometry.html"
+_AXES: dict[Projection, tuple[str, str]] = {
+    "pca": ("First principal axis", "Second principal axis"),
+    "umap": ("UMAP 1", "UMAP 2"),
+}
 
 
 def export_run(
@@ -89,15 +93,19 @@ def _with_options(config: Config, options: Mapping[str, Any]) -> Config:
     return validate({**tree, "export": {**tree["export"], **fields}})
 
 
-def survey(folder: Path, on_event: OnEvent = ignore) -> list[dict[str, float]]:
+def survey(
+    folder: Path, on_event: OnEvent = ignore, projection: Projection = "pca"
+) -> list[dict[str, float]]:
     """The geometry of a run's residuals by layer, put into its record and report.
 
-    Also writes `geometry.html`, the residuals on their principal axes.
+    Also writes `geometry.html`, the residuals in two dimensions.
 
     Raises:
+        ConfigError: the projection needs a package that is not there.
         RunStateError: no such run, or its prompts have changed.
         MeasurementError: residuals are not finite.
     """
+    check_projection(projection)
     record = read_record(folder)
     config = load_config(file=folder / "config.toml")
     with journal.hold(folder):
@@ -113,7 +121,9 @@ def survey(folder: Path, on_event: OnEvent = ignore) -> list[dict[str, float]]:
         layers = [layer.as_dict() for layer in describe_layers(target, contrast)]
         record = record.model_copy(update={"geometry": layers})
         title = f"{record.model.model_type}: residuals at the last prompt token"
-        write_text(folder / GEOMETRY, projection_page(*project(target, contrast), title))
+        with phase("project", on_event):
+            flat = (embed if projection == "umap" else project)(target, contrast)
+        write_text(folder / GEOMETRY, projection_page(*flat, title, _AXES[projection]))
         write_record(folder, record)
         write_pages(folder, record)
     return layers
