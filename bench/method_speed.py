@@ -30,10 +30,7 @@ ALL = 42
 LAYERS = ALL if DEVICE == "cuda" else 1
 WIDTH, P, TOKENS, BASIS = 2560, 400, 20_000, 1024
 FEATURES = {"attn.o_proj": 2048, "mlp.down_proj": 10240}
-POINTS = {
-    "own": RidgePoint(1.0, 2.0, 10, 1e-2, 0.1),
-    "shared": RidgePoint(1.0, 2.0, 10, 1e-2, 0.1, shared=1.0),
-}
+RANKS = (1, 8, P)  # the least, the default's largest, and all there is
 EVALUATIONS = 3
 
 
@@ -60,12 +57,13 @@ def prepare(weight: Tensor, seed: int) -> dict[str, Tensor]:
     draw = torch.randn(features, BASIS // 2, device=DEVICE)
     basis = joint_basis([x.cpu(), xc.cpu(), ((tokens @ draw).T @ tokens).cpu()], BASIS).to(DEVICE)
     z = tokens @ basis.T
-    first = xc @ basis.T
+    first, target = xc @ basis.T, x @ basis.T
     return {
         "basis": basis,
         "keep": z.T @ z / TOKENS,
         "first": first.T @ first / P,
-        "target": x @ basis.T,
+        "target": target,
+        "gram": target.T @ target / P,
         "weights": weight @ basis.T,
         "squares": weight.square().sum(1),
         "outputs": x @ weight.T,
@@ -85,13 +83,13 @@ def ridge(features: int) -> dict[str, float]:
     members, shares = list(range(LAYERS)), [1.0] * LAYERS
     scale = ALL / LAYERS
     out = {"prepare_seconds": seconds * scale}
-    for name, point in POINTS.items():
+    for rank in RANKS:
+        point = RidgePoint(1.0, 2.0, 10, 1e-2, 0.1, shared=0.3, rank=rank)
         build(stats, members, point, shares)
         spent, edits = timed(build, stats, members, point, shares)
         made = sum(e.left.nbytes + e.right.nbytes for e in edits)
-        out[f"{name}_edit_seconds"] = spent * scale
-        out[f"{name}_edits_gb"] = made * scale / 1e9
-        out[f"{name}_rank"] = edits[0].left.shape[1]
+        out[f"rank_{rank}_edit_seconds"] = spent * scale
+        out[f"rank_{rank}_edits_gb"] = made * scale / 1e9
     out["held_gb"] = sum(t.nbytes for t in stacked.values()) * scale / 1e9
     return out
 

@@ -11,11 +11,11 @@ from excise.errors import MeasurementError
 from excise.ridge import RidgePoint, RidgeStats, _attempt, basis_for, build, nearest, solve
 
 POINTS = [
-    RidgePoint(3.0, 2.0, 4, 1e-3, 0.1),
-    RidgePoint(0.01, 1.0, 1, 0.3, 3.0),
-    RidgePoint(30.0, -1.5, 60, 1e-4, 1e-3),
-    RidgePoint(3.0, 2.0, 4, 1e-3, 0.1, shared=0.7),
-    RidgePoint(0.3, 1.5, 4, 0.1, 1.0, shared=1.0),
+    RidgePoint(3.0, 2.0, 4, 1e-3, 0.1, 0.0, 99),
+    RidgePoint(0.01, 1.0, 1, 0.3, 3.0, 0.0, 99),
+    RidgePoint(30.0, -1.5, 60, 1e-4, 1e-3, 0.0, 3),
+    RidgePoint(3.0, 2.0, 4, 1e-3, 0.1, 0.7, 2),
+    RidgePoint(0.3, 1.5, 4, 0.1, 1.0, 1.0, 99),
 ]
 ALL = [1.0, 1.0, 1.0]
 
@@ -43,6 +43,7 @@ def prepared(seed, *, basis=None, restore=True, **shape):
         keep=keep if basis is None else basis @ keep @ basis.mT,
         first=first if basis is None else basis @ first @ basis.mT,
         target=seen(x),
+        gram=seen(x).mT @ seen(x) / x.shape[1],
         weights=seen(w),
         squares=w.square().sum(-1),
         outputs=y,
@@ -69,6 +70,9 @@ def plain(seed, g, point, **shape):
         goal.append(yc[order].mean(0) - row)
     each = torch.stack(goal)
     wanted = point.overshoot * ((1 - point.shared) * each + point.shared * each.mean(0))
+    left, size, right = torch.linalg.svd(wanted, full_matrices=False)
+    rank = min(point.rank, len(size))
+    wanted = left[:, :rank] * size[:rank] @ right[:rank]
     return point.strength / p * torch.linalg.solve(a, x.T @ wanted).T
 
 
@@ -78,13 +82,13 @@ def relative(found, expected):
 
 @pytest.mark.parametrize("point", POINTS)
 @pytest.mark.parametrize("shape", [{}, {"p": 40, "n": 50}, {"o": 35}, {"p": 40, "o": 60}])
-def test_dual_and_primal_forms_equal_the_dense_solution(point, shape):
+def test_edits_equal_the_dense_solution(point, shape):
     stats = prepared(1, restore=False, **shape)
     w = world(1, **shape)[0]
     for g, edit in enumerate(build(stats, [0, 1, 2], point, ALL)):
         found = edit.apply_to_weight(w[g]) - w[g]
         assert relative(found, plain(1, g, point, **shape)) < 1e-8
-        assert edit.left.shape[1] <= min(w.shape[1:])
+        assert edit.left.shape[1] <= min(point.rank, *w.shape[1:])
 
 
 @settings(max_examples=25, deadline=None)
@@ -96,12 +100,13 @@ def test_dual_and_primal_forms_equal_the_dense_solution(point, shape):
     damping=st.floats(1e-4, 1),
     first=st.floats(1e-3, 10),
     shared=st.sampled_from([0.0, 0.3, 0.999, 1.0]),
+    rank=st.integers(1, 20),
     share=st.floats(0, 1),
 )
 def test_any_candidate_equals_the_dense_solution(
-    seed, strength, overshoot, k, damping, first, shared, share
+    seed, strength, overshoot, k, damping, first, shared, rank, share
 ):
-    point = RidgePoint(strength, overshoot, k, damping, first, shared)
+    point = RidgePoint(strength, overshoot, k, damping, first, shared, rank)
     stats = prepared(seed, restore=False)
     w = world(seed)[0]
     found = build(stats, [1], point, [share])[0].apply_to_weight(w[1]) - w[1]
@@ -171,7 +176,7 @@ def test_more_strength_brings_the_outputs_nearer_to_where_they_should_go():
     goal = y + stats_goal(stats)
     missed = [
         float((build(stats, [0], point, [1.0])[0].apply_to_output(x[0], y) - goal).norm())
-        for point in (RidgePoint(r, 1.0, 3, 1e-3, 0.1) for r in (0.01, 0.1, 1.0, 10.0))
+        for point in (RidgePoint(r, 1.0, 3, 1e-3, 0.1, 0.0, 99) for r in (0.01, 0.1, 1.0, 10.0))
     ]
     assert missed == sorted(missed, reverse=True)
 
@@ -179,13 +184,14 @@ def test_more_strength_brings_the_outputs_nearer_to_where_they_should_go():
 def stats_goal(stats):
     from excise.ridge import goals
 
-    return goals(stats, torch.tensor([0]), RidgePoint(1.0, 1.0, 3, 1e-3, 0.1))[0]
+    u, b = goals(stats, torch.tensor([0]), RidgePoint(1.0, 1.0, 3, 1e-3, 0.1, 0.0, 99))
+    return (u @ b)[0]
 
 
 def test_with_one_goal_for_all_targets_the_edit_has_rank_one_and_is_the_limit_of_the_others():
     stats = prepared(8, restore=False)
     one, near = (
-        build(stats, [0, 1, 2], RidgePoint(2.0, 1.5, 4, 1e-2, 0.5, shared), ALL)
+        build(stats, [0, 1, 2], RidgePoint(2.0, 1.5, 4, 1e-2, 0.5, shared, 99), ALL)
         for shared in (1.0, 1 - 1e-9)
     )
     for a, b in zip(one, near, strict=True):
@@ -195,7 +201,9 @@ def test_with_one_goal_for_all_targets_the_edit_has_rank_one_and_is_the_limit_of
 
 def test_neighbours_are_clipped_to_the_prompts_there_are():
     stats = prepared(6)
-    few, many = (build(stats, [0], RidgePoint(1.0, 1.0, k, 1e-2, 0.1), [1.0])[0] for k in (15, 60))
+    few, many = (
+        build(stats, [0], RidgePoint(1.0, 1.0, k, 1e-2, 0.1, 0.0, 99), [1.0])[0] for k in (15, 60)
+    )
     assert torch.equal(few.right, many.right)
     assert torch.equal(few.left, many.left)
 

@@ -101,9 +101,13 @@ class SubspaceSection(Section):
 
 
 class RidgeSection(Section):
-    """Ridge ablation. `basis` bounds the dimensions it works in, `neighbours` the k it searches."""
+    """Ridge ablation.
+
+    `basis` bounds the dimensions it works in, `rank` and `neighbours` what the search tries of each.
+    """
 
     basis: int = Field(1024, ge=16)
+    rank: int = Field(8, ge=1)
     neighbours: int | None = Field(None, ge=1)
 
 

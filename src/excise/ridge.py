@@ -3,22 +3,22 @@
 In the manner of MEMIT's least squares (Meng et al. 2022, arXiv:2210.07229). Of one writer W (O, I):
 X (P, I) and Y (P, O) its inputs and outputs at the target prompts' last token, N (P, O) the mean of
 each one's k nearest contrast outputs, S_keep (I, I) the second moment of inputs whose outputs must
-stay, S_first the same at the contrast prompts' last token, m the mean diagonal of S_keep. With
+stay, S_first the same at the contrast prompts' last token, m the mean diagonal of S_keep. With the goals
 R = s (N - Y) and A = S_keep + f S_first + (r/P) X^T X + e m 1, the edit is
 
     delta W = (r/P) R^T X A^-1,
 
 which minimises tr(D (S_keep + f S_first + e m 1) D^T) + (r/P) |X D^T - R|^2 over D. s = 1 + c takes the
-behaviour out and a negative s puts it in. A share h of every row of R may be the mean of all rows in its
-place: the way that is common to all targets. With h = 1 the edit has rank one, and what tells one
-target from another is left alone.
+behaviour out and a negative s puts it in.
+
+Two things keep the goals from fitting the prompts instead of the behaviour. A share h of every row of R
+is the mean of all rows in its place: the way that all targets have in common. And R is the best
+approximation of itself of a rank R_max, which bounds the edit's rank too: with R = U B, U (P, R_max)
+orthonormal, the edit is the product of B^T and (r/P) U^T X A^-1.
 
 All of it happens in a basis Q of input space with orthonormal rows. Where Q spans input space the
 result is the plain one; where it does not, D = C Q is the minimiser among the edits whose rows lie in
 Q, because the objective then is the same one in the coordinates C.
-
-With B = A - (r/P) X^T X the dual form needs only P x P systems beside one factorisation:
-delta W = R^T (P/r 1 + X B^-1 X^T)^-1 X B^-1.
 
 Shapes: G writers of one shape, P target and N contrast prompts, O and I out and in features, Q rows of
 the basis, R rank, K neighbours.
@@ -49,7 +49,8 @@ class RidgePoint:
     neighbours: int  # k
     damping: float  # e
     first: float  # f
-    shared: float = 0.0  # h
+    shared: float  # h
+    rank: int  # R_max
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class RidgeStats:
         keep: (G, Q, Q) S_keep in the basis.
         first: (G, Q, Q) S_first in the basis.
         target: (G, P, Q) inputs at the target prompts' last token, in the basis.
+        gram: (G, Q, Q) their second moment, X^T X / P.
         weights: (G, O, Q) the matrices in the basis.
         squares: (G, O) squared row norms of the matrices.
         outputs: (G, P, O) outputs at the target prompts' last token.
@@ -75,6 +77,7 @@ class RidgeStats:
     keep: Tensor
     first: Tensor
     target: Tensor
+    gram: Tensor
     weights: Tensor
     squares: Tensor
     outputs: Tensor
@@ -92,42 +95,41 @@ def nearest(outputs: Tensor, contrast: Tensor, most: int) -> Tensor:
     return found  # (G, P, K)
 
 
-def goals(stats: RidgeStats, members: Tensor, point: RidgePoint) -> Tensor:
-    """R (g, P, O): how far every target output should move. k is clipped to the prompts there are."""
+def goals(stats: RidgeStats, members: Tensor, point: RidgePoint) -> tuple[Tensor, Tensor]:
+    """The goals as U (g, P, R) and B (g, R, O): every target output should move by its row of U B.
+
+    k and the rank are clipped to the prompts there are.
+    """
     chosen = stats.nearest[members][:, :, : point.neighbours]  # (g, P, k)
     contrast, outputs = stats.contrast[members], stats.outputs[members]
     share = outputs.new_zeros(*chosen.shape[:2], contrast.shape[1])
     share.scatter_(2, chosen, 1.0 / chosen.shape[2])
     own = share @ contrast - outputs
-    return point.overshoot * own.lerp(own.mean(1, keepdim=True), point.shared)
+    whole = point.overshoot * own.lerp(own.mean(1, keepdim=True), point.shared)
+    g, p = whole.shape[:2]
+    if point.shared >= 1:
+        return whole.new_ones(g, p, 1), whole[:, :1]
+    if point.rank >= p:
+        return torch.eye(p, dtype=whole.dtype, device=whole.device).expand(g, p, p), whole
+    _, vectors = torch.linalg.eigh(whole @ whole.mT)  # ascending
+    u = vectors[..., -point.rank :]
+    return u, u.mT @ whole
 
 
 def deltas(stats: RidgeStats, members: Tensor, point: RidgePoint) -> tuple[Tensor, Tensor]:
     """delta W of the writers `members` (g,), in the basis, as left (g, O, R) and right (g, R, Q).
 
-    The dual form where it is smaller (P < Q), else the primal one with R = Q; R = 1 where all targets
-    share one goal.
-
     Raises:
         MeasurementError: a system is singular, even in float64.
     """
-    x, wanted = stats.target[members], goals(stats, members, point)
-    p, q = x.shape[1:]
-    rate = point.strength / p
-    diagonal = point.damping * stats.mean_diagonal[members]
+    u, b = goals(stats, members, point)
+    x = stats.target[members]
     system = stats.keep[members] + point.first * stats.first[members]
+    system = system.add_(stats.gram[members], alpha=point.strength)
+    diagonal = point.damping * stats.mean_diagonal[members]
     system.diagonal(dim1=1, dim2=2).add_(diagonal[:, None])
-    if point.shared < 1 and p < q:
-        right = solve(system, x.mT).mT  # (g, P, Q) X B^-1
-        inner = right @ x.mT
-        inner.diagonal(dim1=1, dim2=2).add_(1.0 / rate)
-        return solve(inner, wanted).mT, right
-    system = system + rate * (x.mT @ x)
-    if point.shared >= 1:  # X^T R = (X^T 1) R_1^T
-        return rate * wanted[:, :1].mT, solve(system, x.sum(1)[..., None]).mT
-    solved = solve(system, x.mT @ wanted)  # (g, Q, O)
-    eye = torch.eye(q, dtype=x.dtype, device=x.device).expand(len(members), q, q)
-    return rate * solved.mT, eye
+    solved = solve(system, x.mT @ u)  # (g, Q, R)
+    return b.mT, (point.strength / x.shape[1]) * solved.mT
 
 
 def build(
@@ -143,18 +145,19 @@ def build(
     index = torch.tensor(members, device=stats.keep.device)
     left, right = deltas(stats, index, point)
     left = left * left.new_tensor(list(shares))[:, None, None]  # delta W is linear in R
-    delta = left @ right  # (g, O, Q)
-    if not bool(torch.isfinite(delta).all()):
+    if not bool(torch.isfinite(left).all() and torch.isfinite(right).all()):
         raise MeasurementError("ridge: the edit is not finite: the captured inputs are too large")
     scale, shift = None, None
     if stats.restore_norms:
         before = stats.squares[index]
-        after = before + (2 * stats.weights[index] + delta).mul_(delta).sum(-1)
+        moved = 2 * stats.weights[index] @ right.mT + left @ (right @ right.mT)  # (g, O, R)
+        after = before + (moved * left).sum(-1)
         scale = (before / after.clamp_min(_SMALLEST)).sqrt()
         if stats.biases is not None:  # a bias is no part of a row: it stays as it is
             shift = stats.biases[index] * (1 - scale)
-    out, q = delta.shape[1:]
+    out, q = left.shape[1], right.shape[2]
     if min(out, q) < left.shape[2]:
+        delta = left @ right
         eye = torch.eye(min(out, q), dtype=delta.dtype, device=delta.device)
         eye = eye.expand(len(members), *eye.shape)
         left, right = (eye, delta) if out <= q else (delta, eye)

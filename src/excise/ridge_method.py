@@ -133,6 +133,7 @@ class RidgeMethod:
         self._layers = layers
         self._strengthen = config.goal == "strengthen"
         self._most = config.ridge.neighbours or MOST_NEIGHBOURS
+        self._rank = config.ridge.rank
         self._groups: list[tuple[list[int], RidgeStats]] = []
         shapes: dict[tuple[int, ...], list[int]] = {}
         few, self.notes = few_prompts(writers, captured)
@@ -159,6 +160,7 @@ class RidgeMethod:
             "neighbours": IntDistribution(1, most),
             "damping": FloatDistribution(0.01, 1.0, log=True),
             "first_token": FloatDistribution(0.1, 10.0, log=True),
+            "rank": IntDistribution(1, self._rank, log=True),
             "shared": FloatDistribution(
                 0.0, 1.2
             ),  # above 1 means 1, which thus has a chance of its own
@@ -176,6 +178,7 @@ class RidgeMethod:
                 damping=float(params["damping"]),
                 first=float(params["first_token"]),
                 shared=min(1.0, float(params["shared"])),
+                rank=int(params["rank"]),
             ),
         )
 
@@ -207,12 +210,13 @@ def _stats(
 
     weights = torch.stack([w.weight.float() for w in writers])
     basis = stack("basis") if f"{writers[0].name}/basis" in captured else None
-    outputs, contrast = stack("outputs"), stack("contrast")
+    outputs, contrast, target = stack("outputs"), stack("contrast"), stack("target")
     return RidgeStats(
         basis=basis,
         keep=stack("keep"),
         first=stack("first"),
-        target=stack("target"),
+        target=target,
+        gram=target.mT @ target / target.shape[1],
         weights=weights if basis is None else weights @ basis.mT,
         squares=weights.square().sum(-1),
         outputs=outputs,
