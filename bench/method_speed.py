@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from excise import ara
+from excise.config import RidgeSection
 from excise.ridge import RidgePoint, RidgeStats, basis_for, build, nearest
 from excise.ridge_method import joint_basis
 
@@ -28,7 +29,7 @@ OUT = Path(__file__).resolve().parent / "method_speed.json"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ALL = 42
 LAYERS = ALL if DEVICE == "cuda" else 1
-WIDTH, P, TOKENS, BASIS = 2560, 400, 20_000, 1024
+WIDTH, P, TOKENS, BASIS = 2560, 400, 20_000, RidgeSection().basis
 FEATURES = {"attn.o_proj": 2048, "mlp.down_proj": 10240}
 RANKS = (1, 8, P)  # the least, the default's largest, and all there is
 EVALUATIONS = 3

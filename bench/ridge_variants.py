@@ -4,6 +4,7 @@ prompts     S_keep from the prompts' tokens alone, without the model's responses
 last        S_keep at the last prompt token alone
 more        the search's contrast prompts and the responses to them in every moment as well
 own         every target's outputs have a goal of their own, none in common
+full        goals of all the rank they have
 flat        the same strength at every layer that is edited
 direction   the layer's direction is removed on top, at a searched strength
 
@@ -46,6 +47,13 @@ class Own(RidgeMethod):
 
     def candidate(self, params: Mapping[str, Any]) -> RidgeCandidate:
         return super().candidate({**params, "shared": 0.0})
+
+
+class Full(RidgeMethod):
+    """Goals that are not cut to a rank."""
+
+    def candidate(self, params: Mapping[str, Any]) -> RidgeCandidate:
+        return super().candidate({**params, "rank": 1_000_000})
 
 
 class Flat(RidgeMethod):
@@ -108,7 +116,7 @@ def _captured(bench: Bench, how: str) -> dict[str, Tensor]:
     return found
 
 
-KINDS = {"own": Own, "flat": Flat, "direction": WithDirection}
+KINDS = {"own": Own, "full": Full, "flat": Flat, "direction": WithDirection}
 NAMES = (*KINDS, "prompts", "last", "more")
 
 

@@ -106,7 +106,7 @@ class RidgeSection(Section):
     `basis` bounds the dimensions it works in, `rank` and `neighbours` what the search tries of each.
     """
 
-    basis: int = Field(1024, ge=16)
+    basis: int = Field(512, ge=16)
     rank: int = Field(8, ge=1)
     neighbours: int | None = Field(None, ge=1)
 
