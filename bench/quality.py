@@ -44,6 +44,7 @@ def summary(record: Record) -> dict[str, Any]:
     before, after = record.holdout_baseline, record.holdout
     return {
         "seed": record.seed,
+        "method": record.method,
         "trials": len(record.trials),
         "screened": sum(t.screened for t in record.trials),
         "front": sorted(front),

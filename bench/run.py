@@ -116,8 +116,9 @@ def quality_page(found: list[dict[str, Any]]) -> str:
     return "\n\n".join(
         [
             "## Search quality, demo model",
-            f"{found[0]['trials']} trials, directional ablation, chosen by the knee. The unseen "
-            "objects stand in no direction or search prompt. That the demo model's behaviour is "
+            f"{found[0]['trials']} trials of the default method, {found[0]['method']}, chosen by the "
+            "knee; docs/methods.md has the other methods. The unseen objects stand in no direction or "
+            "search prompt. That the demo model's behaviour is "
             "mediated by a direction is built in by its training, so these figures show that the "
             "tool finds and measures it, not that other models are as easy.",
             table(head, rows),

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import builders
+import families
 import optuna
 import pytest
 import torch
@@ -14,11 +15,11 @@ from conftest import job
 
 from excise import cli, events
 from excise.capture import mean, residual_pass
-from excise.config import Config, validate
+from excise.config import validate
 from excise.directions import Directions, from_means
 from excise.engine import Engine, Plan
 from excise.evidence import Divergence
-from excise.methods import KINDS, Bench
+from excise.methods import KINDS, Bench, named
 from excise.record import read_record
 from excise.tokens import batches
 
@@ -191,8 +192,19 @@ def test_a_subspace_of_rank_one_is_directional_ablation_exactly(family, row_norm
                 assert torch.allclose(c.apply_to_bias(bias), b.apply_to_bias(bias), atol=2e-5)
 
 
-def test_the_default_configuration_names_a_method_there_is():
-    assert Config().method in KINDS
+@pytest.mark.parametrize(
+    ("family", "sections", "expected"),
+    [
+        ("qwen3", {}, "ridge"),
+        ("qwen3", {"search": {"refine": 2}}, "directional"),
+        ("qwen3", {"goal": "strengthen"}, "directional"),
+        ("qwen3_moe", {}, "directional"),
+        ("qwen3_moe", {"method": "ridge"}, "ridge"),
+    ],
+)
+def test_the_default_method(family, sections, expected):
+    config = validate(sections)
+    assert named(config, families.loaded(families.model(family)).anatomy).method == expected
     assert set(METHODS) == set(cli.METHODS)
 
 

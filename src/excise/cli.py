@@ -152,7 +152,7 @@ def _add_job(parser: argparse.ArgumentParser, *, search: bool = True) -> None:
     parser.add_argument("--behaviour", metavar="NAME|FILE.toml", help="demo, refusal, or your own")
     packed = ("bnb-4bit", "bnb-8bit")
     parser.add_argument("--quantize", choices=packed, help="pack the weights as they are loaded")
-    parser.add_argument("--method", choices=METHODS, help="how edits are made")
+    parser.add_argument("--method", choices=METHODS, help="how edits are made (default: ridge)")
     parser.add_argument("--strengthen", action="store_true", help="edit the behaviour in, not out")
     texts = ("give the directions: evoke it", "give the directions: do not", "score", "score")
     for name, text in zip(_PROMPT_FLAGS, texts, strict=True):

@@ -177,7 +177,7 @@ class Config(Section):
 
     behaviour: str = "custom"
     description: str = ""
-    method: MethodName = "directional"
+    method: MethodName | None = None  # None: `methods.named` says which
     goal: Literal["remove", "strengthen"] = "remove"
     seed: int = Field(0, ge=0)
     model: ModelSection = ModelSection()

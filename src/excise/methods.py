@@ -143,6 +143,26 @@ KINDS: dict[str, Kind] = {
 }
 
 
+def named(config: Config, anatomy: Anatomy) -> Config:
+    """The configuration with its method named; where it names none, the default.
+
+    That is `ridge`, which removes a behaviour at the least drift for its time (docs/methods.md), and
+    `directional` where only directions will do or ridge was not tried: for refinement, for
+    strengthening, and where experts are edited, whose moments would take more memory than the model.
+    """
+    if config.method is not None:
+        return config
+    experts = any(w.expert is not None for w in anatomy.select(config.edit.components))
+    plain = experts or config.search.refine > 0 or config.goal == "strengthen"
+    return config.model_copy(update={"method": "directional" if plain else "ridge"})
+
+
+def kind_of(config: Config) -> Kind:
+    """The method that a configuration names."""
+    assert config.method is not None, "`named` comes first"
+    return KINDS[config.method]
+
+
 def check_method(anatomy: Anatomy, sets: PromptSets, config: Config) -> None:
     """Whether the method can be set up as configured, as far as that is known before the capture.
 
@@ -160,4 +180,4 @@ def check_method(anatomy: Anatomy, sets: PromptSets, config: Config) -> None:
             "search.refine does not reach into fused experts: leave "
             f"{experts[0].component} out of edit.components, or search without --refine"
         )
-    KINDS[config.method].check(config, min(len(sets.target), len(sets.contrast)), anatomy)
+    kind_of(config).check(config, min(len(sets.target), len(sets.contrast)), anatomy)

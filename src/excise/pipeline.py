@@ -21,7 +21,7 @@ from excise.front import Objective, Point, choose, pareto, parse_rule
 from excise.ggufexport import plan_gguf
 from excise.keeping import CAPTURED, DIRECTIONS, read_directions, read_opening, save_directions
 from excise.loading import Loaded, load
-from excise.methods import Method, check_method
+from excise.methods import Method, check_method, named
 from excise.panel import Panel
 from excise.planning import Sizing, from_dict, size
 from excise.prompts import PromptSets, load_prompt_sets
@@ -74,6 +74,7 @@ def run(
         sets = load_prompt_sets(config.prompts)
     with clock.phase("load"):
         loaded = load(config.model)
+        config = named(config, loaded.anatomy)
         check_formats(config.export.formats, loaded.anatomy.select(config.edit.components))
         tokens = stage.tokenise(loaded, sets, config)
         scoring.check(sets)

@@ -31,7 +31,7 @@ from excise.keeping import (
     save_tensors,
 )
 from excise.loading import Loaded, load, read_config, weight_files
-from excise.methods import KINDS, Bench, Method
+from excise.methods import Bench, Method, kind_of
 from excise.opening import Opening, find_opening, given_opening
 from excise.planning import Sizing
 from excise.prompts import PromptSet, PromptSets
@@ -274,7 +274,7 @@ def method_for(
         MeasurementError: what was captured cannot be used.
         StorageError: it cannot be written.
     """
-    kind = KINDS[config.method]
+    kind = kind_of(config)
     winsor = config.directions.winsor
     bench = Bench(
         loaded,
@@ -342,12 +342,13 @@ def identity(
     loaded: Loaded, sets: PromptSets, tokens: Tokens, config: Config, sizing: Sizing
 ) -> dict[str, Any]:
     """What a study's trials belong to; two runs may share trials only if all of it is equal."""
+    method = str(config.method)
     return {
         "model": fingerprint(loaded.folder),
         "prompts": {s.role: s.sha256 for s in sets.all()},
-        "method": config.method,
+        "method": method,
         "goal": config.goal,
-        config.method: config.model_dump(mode="json").get(config.method),
+        method: config.model_dump(mode="json").get(method),
         "seed": config.seed,
         "directions": config.directions.model_dump(mode="json"),
         "edit": config.edit.model_dump(mode="json"),
