@@ -118,7 +118,11 @@ def solver() -> dict[str, float]:
 
 
 def main() -> dict[str, Any]:
-    found: dict[str, Any] = {"machine": machine.describe(), "layers_measured": LAYERS}
+    found: dict[str, Any] = {
+        "machine": machine.describe(),
+        "layers_measured": LAYERS,
+        "basis": BASIS,
+    }
     found |= {name: ridge(features) for name, features in FEATURES.items()}
     found["ara"] = solver()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6

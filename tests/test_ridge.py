@@ -234,3 +234,17 @@ def test_a_singular_system_is_said():
     broken = torch.full((1, 5, 5), float("nan"))
     with pytest.raises(MeasurementError, match="singular"):
         solve(broken, torch.ones(1, 5, 2))
+
+
+@pytest.mark.parametrize(
+    ("point", "value", "message"),
+    [
+        (POINTS[3], float("nan"), "outputs are not finite"),
+        (POINTS[0], 1.7e308, "edit is not finite"),
+    ],
+)
+def test_captures_that_are_not_finite_are_said(point, value, message):
+    stats = prepared(9)
+    stats.outputs[0, 0] = value
+    with pytest.raises(MeasurementError, match=message):
+        build(stats, [0], point, [1.0])

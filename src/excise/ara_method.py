@@ -81,7 +81,7 @@ class AraMethod:
         self._neighbours = min(wanted, contrast)
 
     def space(self) -> dict[str, BaseDistribution]:
-        """The search space, in the published ranges (design section 3)."""
+        """The search space, in the published ranges."""
         half = self._layers // 2
         return {
             "first_layer": IntDistribution(0, half),

@@ -1,6 +1,6 @@
 """What was done, in a versioned file: `record.json`. Cards, reports and exports read nothing else.
 
-The shape is a contract (design section 6): keys may be added, never renamed or removed.
+The shape is a contract: keys may be added, never renamed or removed.
 """
 
 from __future__ import annotations

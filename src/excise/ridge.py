@@ -99,6 +99,9 @@ def goals(stats: RidgeStats, members: Tensor, point: RidgePoint) -> tuple[Tensor
     """The goals as U (g, P, R) and B (g, R, O): every target output should move by its row of U B.
 
     k and the rank are clipped to the prompts there are.
+
+    Raises:
+        MeasurementError: the captured outputs are not finite.
     """
     chosen = stats.nearest[members][:, :, : point.neighbours]  # (g, P, k)
     contrast, outputs = stats.contrast[members], stats.outputs[members]
@@ -111,7 +114,12 @@ def goals(stats: RidgeStats, members: Tensor, point: RidgePoint) -> tuple[Tensor
         return whole.new_ones(g, p, 1), whole[:, :1]
     if point.rank >= p:
         return torch.eye(p, dtype=whole.dtype, device=whole.device).expand(g, p, p), whole
-    _, vectors = torch.linalg.eigh(whole @ whole.mT)  # ascending
+    try:
+        _, vectors = torch.linalg.eigh(whole @ whole.mT)  # ascending
+    except torch.linalg.LinAlgError:
+        raise MeasurementError(
+            "ridge: the goals cannot be cut to their rank: captured outputs are not finite"
+        ) from None
     u = vectors[..., -point.rank :]
     return u, u.mT @ whole
 
@@ -120,7 +128,7 @@ def deltas(stats: RidgeStats, members: Tensor, point: RidgePoint) -> tuple[Tenso
     """delta W of the writers `members` (g,), in the basis, as left (g, O, R) and right (g, R, Q).
 
     Raises:
-        MeasurementError: a system is singular, even in float64.
+        MeasurementError: a system is singular, even in float64, or what was captured is not finite.
     """
     u, b = goals(stats, members, point)
     x = stats.target[members]

@@ -1,6 +1,7 @@
-"""The directional search space: candidate <-> parameters, as Optuna sees them. Pure.
+"""Search spaces: candidate <-> parameters, as Optuna sees them. Pure.
 
-Ranges are those of design section 3, with N = L - 1.
+The directional one in ranges known to be good, with N = L - 1, and the profile of methods that
+edit every component alike.
 """
 
 from __future__ import annotations

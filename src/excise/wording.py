@@ -46,7 +46,7 @@ REMOVAL_WORDS = (
     (0.10, "removes some of the behaviour"),
 )
 # Drift below which the words apply. On two small models with known answers, 0.0004 cost no true
-# answer, 0.004 about one in a hundred, 0.01 about five, 0.3 about thirty (design section 3).
+# answer, 0.004 about one in a hundred, 0.01 about five, 0.3 about thirty.
 DRIFT_WORDS = (
     (0.001, "next to no drift"),
     (0.01, "a small drift"),
