@@ -30,5 +30,5 @@ def test_a_run_from_start_to_end(name, tmp_path):
     (artifact,) = record["artifacts"]
     for score, expected in artifact["expected"].items():
         assert artifact["measured"][score]["value"] == pytest.approx(expected["value"], abs=1e-3)
-    card = (tmp_path / "run" / "model" / "README.md").read_text()
+    card = (tmp_path / "run" / "model" / "README.md").read_text().replace("\\_", "_")
     assert all(component in card for component in anatomy.components)

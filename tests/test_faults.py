@@ -148,7 +148,7 @@ def test_a_full_disk_is_one_line_and_exit_code_1(
     elif name == "write_text":
         monkeypatch.setattr("excise.record.os.fsync", full)
     else:
-        monkeypatch.setattr("excise.stage.save_file", full)
+        monkeypatch.setattr("excise.keeping.save_file", full)
     assert cli.main(job(tiny, out)) == 1
     error = capsys.readouterr().err
     assert "No space left on device" in error
