@@ -14,7 +14,7 @@ from records import HOSTILE, LAYERS, SECRET_PROMPT, hostile_record, make_record,
 
 from excise.digest import front_points, shape
 from excise.figures import front_figure, profile_figure
-from excise.record import Record
+from excise.record import Record, ScoreRecord, read_record, write_record
 from excise.report import html_report
 from excise.wording import number
 
@@ -213,3 +213,10 @@ def test_the_profile_is_that_of_the_chosen_trial() -> None:
     assert all(len(trace.y) == LAYERS for trace in figure.data)
     lines = [s for s in figure.layout.shapes if s.x0 == found.index]
     assert len(lines) == (found.index is not None)
+
+
+def test_a_record_of_an_edit_that_broke_the_model_is_read_back(tmp_path):
+    record = make_record()
+    broken = {**record.holdout, "drift": ScoreRecord(value=float("inf"), n=10)}
+    write_record(tmp_path, record.model_copy(update={"holdout": broken}))
+    assert read_record(tmp_path).holdout["drift"].value == float("inf")

@@ -140,17 +140,25 @@ def test_two_processes_cannot_hold_one_run(tmp_path):
             other.acquire(timeout=0)
 
 
-def test_a_score_that_is_not_finite_fails_its_trial_only(tmp_path):
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"drift": ScoreRecord(value=float("nan"), n=10)},
+        {"drift": ScoreRecord(value=1.0, n=10, interval=(0.0, float("inf")))},
+        {"drift_first": ScoreRecord(value=float("inf"), n=10)},
+    ],
+)
+def test_a_score_that_is_not_finite_fails_its_trial_only(bad, tmp_path):
     def sometimes(params, finished):
         results = toy(params, finished)
-        bad = results[1].scores | {"drift": ScoreRecord(value=float("nan"), n=10)}
-        return [results[0], Measured(bad), *results[2:]]
+        return [results[0], Measured(results[1].scores | bad), *results[2:]]
 
     search = search_in(tmp_path)
     search.run(8, sometimes, ignore)
     states = [t.state for t in search.records()]
     assert states.count("failed") == 1
     assert search.records()[1].reason == "a score is not finite"
+    assert not search.records()[1].scores.keys() & bad.keys()
 
 
 def test_screened_trials_are_told_but_are_no_points(tmp_path):

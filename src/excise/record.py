@@ -23,7 +23,7 @@ FILE = "record.json"
 class Part(BaseModel):
     """Base of the record's parts: immutable; keys of later versions are kept."""
 
-    model_config = ConfigDict(frozen=True, extra="allow")
+    model_config = ConfigDict(frozen=True, extra="allow", ser_json_inf_nan="strings")
 
 
 class ScoreRecord(Part):

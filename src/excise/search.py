@@ -207,17 +207,22 @@ class Search:
             self.study.tell(trial, values)
 
     def _values(self, result: Measured) -> list[float] | None:
-        """The objectives of a result; None where one is missing or not finite."""
+        """The objectives of a result; None where one is missing or any score is not finite."""
         values = [result.scores[o.name].value for o in self.objectives if o.name in result.scores]
-        good = len(values) == len(self.objectives) and all(map(math.isfinite, values))
+        good = len(values) == len(self.objectives) and all(map(_finite, result.scores.values()))
         return values if good else None
 
 
+def _finite(score: ScoreRecord) -> bool:
+    return all(map(math.isfinite, (score.value, *(score.interval or ()))))
+
+
 def _stored(result: Measured, values: list[float] | None) -> dict[str, Any]:
-    """What a trial keeps of its measurement."""
+    """What a trial keeps of its measurement; JSON has no infinities, so such scores are left out."""
     good = values is not None
+    scores = {name: score for name, score in result.scores.items() if _finite(score)}
     return {
-        "scores": {k: v.model_dump(exclude_none=True) for k, v in result.scores.items()},
+        "scores": {k: v.model_dump(exclude_none=True) for k, v in scores.items()},
         "seconds": result.seconds,
         "screened": result.screened,
         "reason": result.reason if good or result.reason else "a score is not finite",
