@@ -116,7 +116,7 @@ def goals(stats: RidgeStats, members: Tensor, point: RidgePoint) -> tuple[Tensor
         return torch.eye(p, dtype=whole.dtype, device=whole.device).expand(g, p, p), whole
     try:
         _, vectors = torch.linalg.eigh(whole @ whole.mT)  # ascending
-    except torch.linalg.LinAlgError:
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         raise MeasurementError(
             "ridge: the goals cannot be cut to their rank: captured outputs are not finite"
         ) from None
