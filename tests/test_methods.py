@@ -201,6 +201,7 @@ def test_a_subspace_of_rank_one_is_directional_ablation_exactly(family, row_norm
         ("qwen3", {}, "ridge"),
         ("qwen3", {"search": {"refine": 2}}, "directional"),
         ("qwen3", {"goal": "strengthen"}, "directional"),
+        ("qwen3", {"edit": {"row_norms": "pre"}}, "directional"),
         ("qwen3_moe", {}, "directional"),
         ("qwen3_moe", {"method": "ridge"}, "ridge"),
     ],

@@ -147,13 +147,15 @@ def named(config: Config, anatomy: Anatomy) -> Config:
     """The configuration with its method named; where it names none, the default.
 
     That is `ridge`, which removes a behaviour at the least drift for its time (docs/methods.md), and
-    `directional` where only directions will do or ridge was not tried: for refinement, for
-    strengthening, and where experts are edited, whose moments would take more memory than the model.
+    `directional` where only directions will do or ridge was not tried: for refinement, for row
+    norms "pre", for strengthening, and where experts are edited, whose moments would take more memory
+    than the model.
     """
     if config.method is not None:
         return config
     experts = any(w.expert is not None for w in anatomy.select(config.edit.components))
-    plain = experts or config.search.refine > 0 or config.goal == "strengthen"
+    only = config.search.refine > 0 or config.edit.row_norms == "pre"
+    plain = experts or only or config.goal == "strengthen"
     return config.model_copy(update={"method": "directional" if plain else "ridge"})
 
 
