@@ -1,4 +1,4 @@
-"""`docs/methods.md` and its plot, from the studies in `bench/methods.json`. No figure by hand."""
+"""`docs/methods.md` and its plot: figures of `bench/methods.json`, text of `bench/methods_notes.md`."""
 
 from __future__ import annotations
 

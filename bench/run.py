@@ -39,13 +39,14 @@ def speed_page(found: dict[str, Any]) -> str:
     wide = found["floor_at_realistic_width"]
     ratio, screened = plain["plain_over_ours"], plain["plain_over_ours_with_screening"]
     edits = found["edit_building_ms"]
-    whole = plain.get("plain_with_whole_drift_over_ours")  # not in results of earlier runs
-    what = "over a plain loop that measures what ours does (whole responses)"
-    alike = [] if whole is None else [[what, f"{whole:.1f} x", ""]]
     rows = [
         ["trials a minute over the plain loop, no screening", f"{ratio:.1f} x", "at least 4"],
         ["the same with screening", f"{screened:.1f} x", ""],
-        *alike,
+        [
+            "over a plain loop that measures what ours does (whole responses)",
+            f"{plain['plain_with_whole_drift_over_ours']:.1f} x",
+            "",
+        ],
         [
             "time of a trial over its arithmetic floor, width 1024, 6 layers (random Gemma 4)",
             f"{wide['time_over_floor']:.1f}",
@@ -126,15 +127,19 @@ def quality_page(found: list[dict[str, Any]]) -> str:
     )
 
 
-def memory_page(found: dict[str, Any]) -> str:
+def listing(found: dict[str, Any]) -> str:
     rows = [[key.replace("_", " "), value] for key, value in found.items()]
+    return table(["what", "measured"], rows)
+
+
+def memory_page(found: dict[str, Any]) -> str:
     return "\n\n".join(
         [
             "## Export of a large checkpoint",
             "A random checkpoint in 8 shards; every attention and MLP out-projection edited. "
             "Wanted: at most 2 times the time of `cp -r`, and memory of a few times the largest "
             "tensor.",
-            table(["what", "measured"], rows),
+            listing(found),
         ]
     )
 
@@ -153,14 +158,13 @@ def patch_page(found: dict[str, dict[str, Any]]) -> str:
 
 
 def vocabulary_page(found: dict[str, Any]) -> str:
-    rows = [[key.replace("_", " "), value] for key, value in found.items()]
     return "\n\n".join(
         [
             "## Memory with a large vocabulary",
             "A random Gemma 4 text model of small width with a vocabulary of 262144, on the CPU: peak "
             "resident memory of each part over what was resident when it began, weights included "
             "there. Wanted: whole-response drift of 100 prompts under 1 GB (`bench/large_vocab.py`).",
-            table(["what", "measured"], rows),
+            listing(found),
         ]
     )
 
@@ -168,8 +172,7 @@ def vocabulary_page(found: dict[str, Any]) -> str:
 def gpu_page(title: str, script: str, found: dict[str, Any] | None) -> str:
     if found is None:
         return f"## {title}\n\nNot measured: the machine of this run has no GPU. `{script}` measures it."
-    rows = [[key.replace("_", " "), value] for key, value in found.items()]
-    return f"## {title}\n\n" + table(["what", "measured"], rows)
+    return f"## {title}\n\n{listing(found)}"
 
 
 def write_page(results: dict[str, Any]) -> None:
@@ -182,16 +185,19 @@ def write_page(results: dict[str, Any]) -> None:
         memory_page(results["export"]),
         patch_page(results["patch"]),
         vocabulary_page(results["large_vocabulary"]),
-        gpu_page("GPU, a model of a billion random parameters", "bench/gpu.py", results.get("gpu")),
-        gpu_page("GPU, the shapes of Gemma 4 E4B", "bench/gpu_e4b.py", results.get("gpu_e4b")),
+        gpu_page("GPU, a model of a billion random parameters", "bench/gpu.py", results["gpu"]),
+        gpu_page("GPU, the shapes of Gemma 4 E4B", "bench/gpu_e4b.py", results["gpu_e4b"]),
     ]
     PAGE.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
-def export_and_patch(section: str, gigabytes: float) -> dict[str, Any]:
+def exporting(gigabytes: float) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="excise-bench-") as folder:
-        if section == "export":
-            return export_memory.compare(Path(folder), gigabytes)
+        return export_memory.compare(Path(folder), gigabytes)
+
+
+def patching() -> dict[str, Any]:
+    with tempfile.TemporaryDirectory(prefix="excise-bench-") as folder:
         return {k: patch_memory.compare(Path(folder), k, 2.0) for k in ("Q8_0", "F16")}
 
 
@@ -208,8 +214,8 @@ def main() -> None:
     cuda = torch.cuda.is_available()
     sections: dict[str, Callable[[], Any]] = {
         "speed": speed.main,
-        "export": lambda: export_and_patch("export", arguments.gigabytes),
-        "patch": lambda: export_and_patch("patch", arguments.gigabytes),
+        "export": lambda: exporting(arguments.gigabytes),
+        "patch": patching,
         "large_vocabulary": large_vocab.main,
         "quality": lambda: quality.main(arguments.trials),
         "gpu": lambda: gpu.main() if cuda else None,

@@ -128,8 +128,8 @@ def embed(target: Tensor, contrast: Tensor) -> tuple[Tensor, Tensor]:
     rows = torch.cat([target, contrast]).double().numpy()  # (P + N, L, D)
     start = torch.cat([points[:, 0] for points in project(target[:, :1], contrast[:, :1])])
     place, out = start.numpy(), []
+    neighbours = max(2, min(_NEIGHBOURS, len(rows) - 1))
     for layer in range(rows.shape[1]):
-        neighbours = max(2, min(_NEIGHBOURS, len(rows) - 1))
         fitted = UMAP(n_neighbors=neighbours, init=place, random_state=_SEED, n_jobs=1)
         place = fitted.fit_transform(rows[:, layer])
         out.append(torch.from_numpy(place.copy()))

@@ -26,9 +26,10 @@ from excise.search import points
 
 Part = Literal["eval", "holdout"]
 GEOMETRY = "geometry.html"
-_AXES: dict[Projection, tuple[str, str]] = {
-    "pca": ("First principal axis", "Second principal axis"),
-    "umap": ("UMAP 1", "UMAP 2"),
+# How residuals come to two dimensions, and what these are called.
+_PROJECTIONS = {
+    "pca": (project, ("First principal axis", "Second principal axis")),
+    "umap": (embed, ("UMAP 1", "UMAP 2")),
 }
 
 
@@ -122,8 +123,9 @@ def survey(
         record = record.model_copy(update={"geometry": layers})
         title = f"{record.model.model_type}: residuals at the last prompt token"
         with phase("project", on_event):
-            flat = (embed if projection == "umap" else project)(target, contrast)
-        write_text(folder / GEOMETRY, projection_page(*flat, title, _AXES[projection]))
+            way, axes = _PROJECTIONS[projection]
+            flat = way(target, contrast)
+        write_text(folder / GEOMETRY, projection_page(*flat, title, axes))
         write_record(folder, record)
         write_pages(folder, record)
     return layers

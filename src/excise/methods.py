@@ -153,10 +153,13 @@ def named(config: Config, anatomy: Anatomy) -> Config:
     """
     if config.method is not None:
         return config
-    experts = any(w.expert is not None for w in anatomy.select(config.edit.components))
     only = config.search.refine > 0 or config.edit.row_norms == "pre"
-    plain = experts or only or config.goal == "strengthen"
+    plain = _edited_experts(anatomy, config) or only or config.goal == "strengthen"
     return config.model_copy(update={"method": "directional" if plain else "ridge"})
+
+
+def _edited_experts(anatomy: Anatomy, config: Config) -> list[Writer]:
+    return [w for w in anatomy.select(config.edit.components) if w.expert is not None]
 
 
 def kind_of(config: Config) -> Kind:
@@ -176,7 +179,7 @@ def check_method(anatomy: Anatomy, sets: PromptSets, config: Config) -> None:
             f"search.refine moves the strengths of directions, and method {config.method} has none: "
             "use --method directional with --refine"
         )
-    experts = [w for w in anatomy.select(config.edit.components) if w.expert is not None]
+    experts = _edited_experts(anatomy, config)
     if config.search.refine and experts:
         raise ConfigError(
             "search.refine does not reach into fused experts: leave "

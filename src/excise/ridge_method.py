@@ -161,9 +161,8 @@ class RidgeMethod:
             "damping": FloatDistribution(0.01, 1.0, log=True),
             "first_token": FloatDistribution(0.1, 10.0, log=True),
             "rank": IntDistribution(1, self._rank, log=True),
-            "shared": FloatDistribution(
-                0.0, 1.2
-            ),  # above 1 means 1, which thus has a chance of its own
+            # Above 1 means 1, which thus has a chance of its own.
+            "shared": FloatDistribution(0.0, 1.2),
         }
 
     def candidate(self, params: Mapping[str, Any]) -> RidgeCandidate:
