@@ -57,11 +57,12 @@ def prepare(weight: Tensor, seed: int) -> dict[str, Tensor]:
     tokens = inputs(seed + 2, TOKENS, features)
     draw = torch.randn(features, BASIS // 2, device=DEVICE)
     basis = joint_basis([x.cpu(), xc.cpu(), ((tokens @ draw).T @ tokens).cpu()], BASIS).to(DEVICE)
-    z = tokens @ basis.T
+    written, read = (tokens @ basis.T).split(TOKENS // 2)
     first, target = xc @ basis.T, x @ basis.T
     return {
         "basis": basis,
-        "keep": z.T @ z / TOKENS,
+        "keep": written.T @ written / len(written),
+        "prompts": read.T @ read / len(read),
         "first": first.T @ first / P,
         "target": target,
         "gram": target.T @ target / P,
@@ -69,7 +70,7 @@ def prepare(weight: Tensor, seed: int) -> dict[str, Tensor]:
         "squares": weight.square().sum(1),
         "outputs": x @ weight.T,
         "contrast": xc @ weight.T,
-        "diagonal": tokens.square().mean(),
+        "diagonal": tokens[: TOKENS // 2].square().mean(),
     }
 
 
@@ -85,7 +86,7 @@ def ridge(features: int) -> dict[str, float]:
     scale = ALL / LAYERS
     out = {"prepare_seconds": seconds * scale}
     for rank in RANKS:
-        point = RidgePoint(1.0, 2.0, 10, 1e-2, 0.1, shared=0.3, rank=rank)
+        point = RidgePoint(1.0, 2.0, 10, 1e-2, 0.1, prompts=0.1, shared=0.3, rank=rank)
         build(stats, members, point, shares)
         spent, edits = timed(build, stats, members, point, shares)
         made = sum(e.left.nbytes + e.right.nbytes for e in edits)

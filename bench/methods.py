@@ -5,6 +5,9 @@
 
 `run` adds to `bench/methods.json`, one entry per study, so that studies can be run one at a time; `page`
 writes `docs/methods.md` and its plot from whatever is there. A variant is METHOD+NAME (see VARIANTS).
+
+`--world N --data DIR` runs on another model of the same kind, that
+`python training/train_demo_model.py --world N --out DIR` has written.
 """
 
 from __future__ import annotations
@@ -15,21 +18,18 @@ import math
 import tempfile
 import time
 from collections.abc import Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import machine
 import ridge_variants
+from reopened import reopen
 
-from excise import events, stage
 from excise.config import Config, load_config
 from excise.front import hypervolume
-from excise.loading import load
-from excise.panel import Panel
 from excise.pipeline import run
-from excise.planning import from_dict
-from excise.prompts import load_prompt_sets
-from excise.record import Record, Scores
+from excise.record import Scores
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "methods.json"
@@ -50,11 +50,21 @@ def volume(points: Sequence[tuple[float, float]]) -> float:
     return hypervolume(placed, (1.0, 1.0))
 
 
-def job(name: str, seed: int, objective: str, trials: int) -> Config:
+def behaviour_of(data: Path | None) -> str:
+    """The demo behaviour, or the same over the prompts and markers in `data`."""
+    if data is None:
+        return "demo"
+    text = resources.files("excise").joinpath("data/behaviours/demo.toml").read_text("utf-8")
+    place = data / "demo.toml"
+    place.write_text(text.replace("../demo/", ""), encoding="utf-8")
+    return str(place)
+
+
+def job(name: str, seed: int, objective: str, trials: int, data: Path | None = None) -> Config:
     method, _, variant = name.partition("+")
     flags: dict[str, Any] = {
         "method": method,
-        "model.source": "demo",
+        "model.source": "demo" if data is None else str(data / "model"),
         "seed": seed,
         "search.trials": trials,
         "scores.objectives": ["behaviour_rate", objective],
@@ -63,22 +73,25 @@ def job(name: str, seed: int, objective: str, trials: int) -> Config:
         **VARIANTS.get(variant, {}),
     }
     flags["search.trials"] -= int(flags.get("search.refine", 0))
-    return load_config(behaviour="demo", flags=flags)
+    return load_config(behaviour=behaviour_of(data), flags=flags)
 
 
-def study(name: str, seed: int, objective: str, trials: int) -> dict[str, Any]:
+def study(
+    name: str, seed: int, objective: str, trials: int, data: Path | None = None
+) -> dict[str, Any]:
     """One search; its front measured again on the holdout, truth included."""
     variant = name.partition("+")[2]
-    if variant in ridge_variants.NAMES:
-        ridge_variants.install(variant)
-    config = job(name, seed, objective, trials)
+    ridge_variants.install(variant if variant in ridge_variants.NAMES else None)
+    config = job(name, seed, objective, trials, data)
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
         record = run(config, out)
         spent = time.perf_counter() - begun
-        held = on_holdout(record, out, config)
-    front = [record.trial(n) for n in record.front]
+        run_again = reopen(out, config)
+        front = [record.trial(n) for n in record.front]
+        edits = [run_again.method.edits(run_again.method.candidate(t.params)) for t in front]
+        held = [m.scores for m in run_again.holdout.measure(edits)]
     at = record.front.index(record.chosen().number)
     return {
         "trials": len(record.trials),
@@ -105,20 +118,6 @@ def values(scores: Scores) -> dict[str, float]:
     return out
 
 
-def on_holdout(record: Record, out: Path, config: Config) -> list[Scores]:
-    """Every trial of the front on the holdout prompts."""
-    loaded, sets = load(config.model), load_prompt_sets(config.prompts)
-    scoring = stage.scoring(config)
-    tokens = stage.stored_tokens(loaded, sets, config, scoring.markers, out)
-    method = stage.stored_method(loaded, tokens, config, out, events.ignore)
-    plan = from_dict(record.engine).plan
-    engine = stage.engine_for(loaded, method.writers, tokens, "holdout", config, plan)
-    context = scoring.context(sets.target_holdout, sets.contrast_holdout)
-    panel = Panel(engine, scoring.every_trial + scoring.final, context, screen=False)
-    edits = [method.edits(method.candidate(record.trial(n).params)) for n in record.front]
-    return [m.scores for m in panel.measure(edits)]
-
-
 def store(key: str, found: dict[str, Any]) -> None:
     results = (
         json.loads(RESULTS.read_text()) if RESULTS.exists() else {"machine": machine.describe()}
@@ -134,17 +133,22 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--objectives", nargs="+", default=["drift"])
     parser.add_argument("--trials", type=int, default=200)
+    parser.add_argument("--world", type=int, default=0, help="0 is the shipped one")
+    parser.add_argument("--data", type=Path, help="the folder of another world's model")
     arguments = parser.parse_args()
     if arguments.what == "page":
         import methods_page
 
         methods_page.write(json.loads(RESULTS.read_text()))
         return
+    if (arguments.world == 0) != (arguments.data is None):
+        parser.error("--world and --data go together: a world's number, and the folder it is in")
+    world = f" world-{arguments.world}" if arguments.world else ""
     for name in arguments.names.split(","):
         for objective in arguments.objectives:
             for seed in arguments.seeds:
-                found = study(name, seed, objective, arguments.trials)
-                store(f"{name} {objective} {seed}", found)
+                found = study(name, seed, objective, arguments.trials, arguments.data)
+                store(f"{name} {objective} {seed}{world}", found)
                 points = [(p["behaviour_rate"], p["drift"]) for p in found["holdout"]]
                 print(name, objective, seed, found["seconds"], round(volume(points), 4), flush=True)
 

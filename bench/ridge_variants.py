@@ -24,49 +24,53 @@ from typing import Any
 
 import torch
 from optuna.distributions import BaseDistribution, FloatDistribution
+from reopened import reopen
 from torch import Tensor
 
 from excise import events, methods, ridge_method, stage
-from excise.capture import Pass
 from excise.config import load_config
 from excise.edits import Edit
-from excise.keeping import DIRECTIONS, read_directions
-from excise.loading import load
-from excise.methods import Bench, Kind, Method
-from excise.panel import Panel
-from excise.planning import from_dict
+from excise.methods import Bench, Kind
 from excise.profiles import Profile
-from excise.prompts import load_prompt_sets
-from excise.record import read_record
 from excise.ridge_method import RidgeCandidate, RidgeMethod
 from excise.stacking import Stack
 
 
-class Own(RidgeMethod):
+class Bound(RidgeMethod):
+    """Ridge, from a bench."""
+
+    def __init__(self, bench: Bench, captured: Mapping[str, Tensor]) -> None:
+        layers = len(bench.loaded.anatomy.layers)
+        super().__init__(bench.writers, layers, captured, bench.config)
+
+
+class Own(Bound):
     """No goal in common."""
 
     def candidate(self, params: Mapping[str, Any]) -> RidgeCandidate:
         return super().candidate({**params, "shared": 0.0})
 
 
-class Full(RidgeMethod):
+class Full(Bound):
     """Goals that are not cut to a rank."""
 
     def candidate(self, params: Mapping[str, Any]) -> RidgeCandidate:
         return super().candidate({**params, "rank": 1_000_000})
 
 
-class Flat(RidgeMethod):
+class Flat(Bound):
     """The strength at the edge is that at the peak."""
 
     def candidate(self, params: Mapping[str, Any]) -> RidgeCandidate:
         return super().candidate({**params, "min_weight": 1.0})
 
 
-class WithDirection(RidgeMethod):
+class WithDirection(Bound):
     """After the ridge edit, `removal` of each layer's own direction; then the row norms."""
 
-    bench: Bench
+    def __init__(self, bench: Bench, captured: Mapping[str, Tensor]) -> None:
+        super().__init__(bench, captured)
+        self.directions = bench.directions
 
     def space(self) -> dict[str, BaseDistribution]:
         return {**super().space(), "removal": FloatDistribution(-0.25, 1.2)}
@@ -78,7 +82,7 @@ class WithDirection(RidgeMethod):
         base, removal = candidate
         out = []
         for writer, edit in zip(self.writers, super().edits(base), strict=True):
-            out.append(edit and removed(writer, edit, self.bench.directions, removal))
+            out.append(edit and removed(writer, edit, self.directions, removal))
         return out
 
 
@@ -118,19 +122,16 @@ def _captured(bench: Bench, how: str) -> dict[str, Tensor]:
 
 KINDS = {"own": Own, "full": Full, "flat": Flat, "direction": WithDirection}
 NAMES = (*KINDS, "prompts", "last", "more")
+RIDGE = methods.KINDS["ridge"]
 
 
-def install(name: str) -> None:
-    """Put a variant in ridge's place."""
-
-    def bind(bench: Bench, captured: Mapping[str, Tensor]) -> Method:
-        kind = KINDS.get(name, RidgeMethod)
-        made = kind(bench.writers, len(bench.loaded.anatomy.layers), captured, bench.config)
-        if isinstance(made, WithDirection):
-            made.bench = bench
-        return made
-
-    methods.KINDS["ridge"] = Kind(lambda b: _captured(b, name), bind, ridge_method.check)
+def install(name: str | None) -> None:
+    """Put a variant in ridge's place; None puts ridge back."""
+    if name is None:
+        methods.KINDS["ridge"] = RIDGE
+        return
+    bind = KINDS.get(name, Bound)
+    methods.KINDS["ridge"] = Kind(lambda b: _captured(b, name), bind, RIDGE.check)
 
 
 @dataclass(frozen=True)
@@ -166,31 +167,16 @@ class Again:
         return edits
 
 
-def _no_residuals(side: str) -> Pass:
-    raise AssertionError(f"ridge takes no residuals of {side}")
-
-
 def main(folder: Path) -> None:
-    record = read_record(folder)
     config = load_config(file=folder / "config.toml")
-    loaded, sets = load(config.model), load_prompt_sets(config.prompts)
-    scoring = stage.scoring(config)
-    tokens = stage.stored_tokens(loaded, sets, config, scoring.markers, folder)
-    method: Any = stage.stored_method(loaded, tokens, config, folder, events.ignore)
-    known = read_directions(folder / DIRECTIONS)
-    assert known is not None
-    answers = stage.own_responses(loaded, tokens["contrast"], config)
-    bench = Bench(loaded, tokens, known[0], config, lambda: answers, _no_residuals, events.ignore)
-    again = Again(bench, method)
-    plan = from_dict(record.engine).plan
-    engine = stage.engine_for(loaded, method.writers, tokens, "holdout", config, plan)
-    context = scoring.context(sets.target_holdout, sets.contrast_holdout)
-    panel = Panel(engine, scoring.every_trial, context, screen=False)
+    found = reopen(folder, config)
+    method: Any = found.method
+    again = Again(found.bench, method)
     rows = []
-    for number in record.front[:6]:
-        candidate = method.candidate(record.trial(number).params)
+    for number in found.record.front[:6]:
+        candidate = method.candidate(found.record.trial(number).params)
         both = [method.edits(candidate), again.edits(candidate)]
-        scores = [m.scores for m in panel.measure(both)]
+        scores = [m.scores for m in found.holdout.measure(both)]
         rows.append([{k: s[k].value for k in ("behaviour_rate", "drift")} for s in scores])
         print(number, *rows[-1], flush=True)
     print(json.dumps(rows))

@@ -8,6 +8,7 @@ import torch
 
 from excise import events, moments
 from excise.errors import MeasurementError, MemoryExhausted
+from excise.moments import Text
 
 ROWS = builders.token_ids(11, seed=4, shortest=2)
 
@@ -43,7 +44,7 @@ def test_last_rows_are_those_of_each_prompt_alone(model):
 @pytest.mark.parametrize("reduced", [False, True])
 def test_token_moments_count_every_token_but_those_left_out(model, reduced):
     writers = writers_of(model)
-    texts = [(ids, number % 2) for number, ids in enumerate(ROWS)]
+    texts = [Text(ids, number % 3, number % 2) for number, ids in enumerate(ROWS)]
     bases = [None] * len(writers)
     if reduced:
         draw = torch.Generator().manual_seed(0)
@@ -51,9 +52,12 @@ def test_token_moments_count_every_token_but_those_left_out(model, reduced):
         bases = [torch.linalg.qr(torch.randn(i, 7, generator=draw))[0].T for i in sizes]
     found = moments.token_moments(model, writers, texts, bases, "capture", events.ignore)
     for writer, basis, one in zip(writers, bases, found, strict=True):
-        x = torch.cat([plain(model, writer, ids)[0][: len(ids) - spare] for ids, spare in texts])
+        x = torch.cat(
+            [plain(model, writer, t.ids)[0][t.begin : len(t.ids) - t.spare] for t in texts]
+        )
         z = (x if basis is None else x @ basis.T).double()
         assert one.tokens == len(x)
+        assert torch.equal(one.mean(), (one.moment / len(x)).float())
         assert one.square == pytest.approx(float(x.double().square().sum()), rel=1e-4)
         scale = float((z.T @ z).norm())
         assert float((one.moment - z.T @ z).norm()) < 1e-4 * scale
@@ -61,10 +65,10 @@ def test_token_moments_count_every_token_but_those_left_out(model, reduced):
 
 def test_sketches_span_where_the_tokens_lie(model):
     writers = writers_of(model)[:1]
-    texts = [(ids, 0) for ids in ROWS[:2]]  # fewer tokens than features: the span can be had whole
+    texts = [Text(ids) for ids in ROWS[:2]]  # fewer tokens than features: the span can be had whole
     sketch = moments.token_sketches(model, writers, texts, 60, "capture", events.ignore)[0]
     basis = torch.linalg.svd(sketch.double(), full_matrices=False)[2]
-    x = torch.cat([plain(model, writers[0], ids)[0] for ids, _ in texts]).double()
+    x = torch.cat([plain(model, writers[0], t.ids)[0] for t in texts]).double()
     assert len(x) < 60
     assert float((x - x @ basis.T @ basis).norm()) < 1e-3 * float(x.norm())
 
@@ -133,7 +137,7 @@ def test_experts_show_what_is_routed_to_them(name):
     per_prompt = {count / len(ROWS) for count in reached.values()}
     assert per_prompt <= {1.0, 2.0}  # as many experts as a token has
     assert len({len(rows.inputs) for rows in found}) > 1
-    texts = [(row, 0) for row in ROWS]
+    texts = [Text(row) for row in ROWS]
     sums = moments.token_moments(
         model, writers, texts, [None] * len(writers), "capture", events.ignore
     )

@@ -11,11 +11,11 @@ from excise.errors import MeasurementError
 from excise.ridge import RidgePoint, RidgeStats, _attempt, basis_for, build, nearest, solve
 
 POINTS = [
-    RidgePoint(3.0, 2.0, 4, 1e-3, 0.1, 0.0, 99),
-    RidgePoint(0.01, 1.0, 1, 0.3, 3.0, 0.0, 99),
-    RidgePoint(30.0, -1.5, 60, 1e-4, 1e-3, 0.0, 3),
-    RidgePoint(3.0, 2.0, 4, 1e-3, 0.1, 0.7, 2),
-    RidgePoint(0.3, 1.5, 4, 0.1, 1.0, 1.0, 99),
+    RidgePoint(3.0, 2.0, 4, 1e-3, 0.1, 0.05, 0.0, 99),
+    RidgePoint(0.01, 1.0, 1, 0.3, 3.0, 0.5, 0.0, 99),
+    RidgePoint(30.0, -1.5, 60, 1e-4, 1e-3, 1.0, 0.0, 3),
+    RidgePoint(3.0, 2.0, 4, 1e-3, 0.1, 0.05, 0.7, 2),
+    RidgePoint(0.3, 1.5, 4, 0.1, 1.0, 0.01, 1.0, 99),
 ]
 ALL = [1.0, 1.0, 1.0]
 
@@ -29,18 +29,20 @@ def world(seed, p=12, n=15, o=10, i=30, g=3, tokens=50):
 
     w, x, xc, kept = normal(g, o, i), normal(g, p, i) + 0.5, normal(g, n, i), normal(g, tokens, i)
     bias = normal(g, o)
-    return w, bias, x, xc, kept
+    return w, bias, x, xc, kept, kept[:, : tokens // 2].roll(1, dims=-1)
 
 
 def prepared(seed, *, basis=None, restore=True, **shape):
-    w, bias, x, xc, kept = world(seed, **shape)
+    w, bias, x, xc, kept, read = world(seed, **shape)
     y, yc = x @ w.mT + bias[:, None], xc @ w.mT + bias[:, None]
     keep = kept.mT @ kept / kept.shape[1]
+    prompts = read.mT @ read / read.shape[1]
     first = xc.mT @ xc / xc.shape[1]
     seen = (lambda m: m) if basis is None else (lambda m: m @ basis.mT)
     return RidgeStats(
         basis=basis,
         keep=keep if basis is None else basis @ keep @ basis.mT,
+        prompts=prompts if basis is None else basis @ prompts @ basis.mT,
         first=first if basis is None else basis @ first @ basis.mT,
         target=seen(x),
         gram=seen(x).mT @ seen(x) / x.shape[1],
@@ -57,12 +59,12 @@ def prepared(seed, *, basis=None, restore=True, **shape):
 
 def plain(seed, g, point, **shape):
     """delta W straight from its definition, one writer, in float64."""
-    w, bias, x, xc, kept = (t[g] for t in world(seed, **shape))
+    w, bias, x, xc, kept, read = (t[g] for t in world(seed, **shape))
     p, i = x.shape
     y, yc = x @ w.T + bias, xc @ w.T + bias
     keep = kept.T @ kept / len(kept)
-    first = xc.T @ xc / len(xc)
-    a = keep + point.first * first + point.strength * x.T @ x / p
+    first, before = xc.T @ xc / len(xc), read.T @ read / len(read)
+    a = keep + point.prompts * before + point.first * first + point.strength * x.T @ x / p
     a = a + point.damping * keep.diagonal().mean() * torch.eye(i, dtype=torch.float64)
     goal = []
     for row in y:
@@ -99,14 +101,15 @@ def test_edits_equal_the_dense_solution(point, shape):
     k=st.integers(1, 60),
     damping=st.floats(1e-4, 1),
     first=st.floats(1e-3, 10),
+    prompts=st.floats(0, 1),
     shared=st.sampled_from([0.0, 0.3, 0.999, 1.0]),
     rank=st.integers(1, 20),
     share=st.floats(0, 1),
 )
 def test_any_candidate_equals_the_dense_solution(
-    seed, strength, overshoot, k, damping, first, shared, rank, share
+    seed, strength, overshoot, k, damping, first, prompts, shared, rank, share
 ):
-    point = RidgePoint(strength, overshoot, k, damping, first, shared, rank)
+    point = RidgePoint(strength, overshoot, k, damping, first, prompts, shared, rank)
     stats = prepared(seed, restore=False)
     w = world(seed)[0]
     found = build(stats, [1], point, [share])[0].apply_to_weight(w[1]) - w[1]
@@ -115,10 +118,10 @@ def test_any_candidate_equals_the_dense_solution(
 
 
 def test_a_basis_that_spans_all_inputs_changes_nothing():
-    w, _, x, xc, kept = world(2, tokens=8, i=60)
-    rows = torch.cat([x, xc, kept], dim=1)  # 12 + 15 + 8 rows, 60 features
+    w, _, x, xc, kept, read = world(2, tokens=8, i=60)
+    rows = torch.cat([x, xc, kept, read], dim=1)  # 12 + 15 + 8 + 4 rows, 60 features
     basis = torch.stack([basis_for(r, 60) for r in rows])
-    assert basis.shape[1] == 35
+    assert basis.shape[1] == 39
     shape = {"tokens": 8, "i": 60}
     for point in POINTS:
         stats = prepared(2, basis=basis, restore=False, **shape)
@@ -128,7 +131,7 @@ def test_a_basis_that_spans_all_inputs_changes_nothing():
 
 
 def test_in_a_smaller_basis_the_edit_is_the_best_of_those_that_lie_in_it():
-    w, bias, x, xc, kept = (t[0] for t in world(3))
+    w, bias, x, xc, kept, read = (t[0] for t in world(3))
     point = POINTS[0]
     basis = basis_for(torch.cat([x, kept]), 16)[None].expand(3, -1, -1)
     edit = build(prepared(3, basis=basis, restore=False), [0], point, [1.0])[0]
@@ -136,7 +139,7 @@ def test_in_a_smaller_basis_the_edit_is_the_best_of_those_that_lie_in_it():
     q = basis[0]
     assert relative(delta @ q.T @ q, delta) < 1e-12
     keep = kept.T @ kept / len(kept)
-    b = keep + point.first * xc.T @ xc / len(xc)
+    b = keep + point.first * xc.T @ xc / len(xc) + point.prompts * read.T @ read / len(read)
     b = b + point.damping * keep.diagonal().mean() * torch.eye(30, dtype=torch.float64)
     y, yc = x @ w.T + bias, xc @ w.T + bias
     order = torch.cdist(y, yc).argsort(dim=1)[:, : point.neighbours]
@@ -176,7 +179,9 @@ def test_more_strength_brings_the_outputs_nearer_to_where_they_should_go():
     goal = y + stats_goal(stats)
     missed = [
         float((build(stats, [0], point, [1.0])[0].apply_to_output(x[0], y) - goal).norm())
-        for point in (RidgePoint(r, 1.0, 3, 1e-3, 0.1, 0.0, 99) for r in (0.01, 0.1, 1.0, 10.0))
+        for point in (
+            RidgePoint(r, 1.0, 3, 1e-3, 0.1, 0.05, 0.0, 99) for r in (0.01, 0.1, 1.0, 10.0)
+        )
     ]
     assert missed == sorted(missed, reverse=True)
 
@@ -184,14 +189,14 @@ def test_more_strength_brings_the_outputs_nearer_to_where_they_should_go():
 def stats_goal(stats):
     from excise.ridge import goals
 
-    u, b = goals(stats, torch.tensor([0]), RidgePoint(1.0, 1.0, 3, 1e-3, 0.1, 0.0, 99))
+    u, b = goals(stats, torch.tensor([0]), RidgePoint(1.0, 1.0, 3, 1e-3, 0.1, 0.05, 0.0, 99))
     return (u @ b)[0]
 
 
 def test_with_one_goal_for_all_targets_the_edit_has_rank_one_and_is_the_limit_of_the_others():
     stats = prepared(8, restore=False)
     one, near = (
-        build(stats, [0, 1, 2], RidgePoint(2.0, 1.5, 4, 1e-2, 0.5, shared, 99), ALL)
+        build(stats, [0, 1, 2], RidgePoint(2.0, 1.5, 4, 1e-2, 0.5, 0.2, shared, 99), ALL)
         for shared in (1.0, 1 - 1e-9)
     )
     for a, b in zip(one, near, strict=True):
@@ -202,7 +207,8 @@ def test_with_one_goal_for_all_targets_the_edit_has_rank_one_and_is_the_limit_of
 def test_neighbours_are_clipped_to_the_prompts_there_are():
     stats = prepared(6)
     few, many = (
-        build(stats, [0], RidgePoint(1.0, 1.0, k, 1e-2, 0.1, 0.0, 99), [1.0])[0] for k in (15, 60)
+        build(stats, [0], RidgePoint(1.0, 1.0, k, 1e-2, 0.1, 0.05, 0.0, 99), [1.0])[0]
+        for k in (15, 60)
     )
     assert torch.equal(few.right, many.right)
     assert torch.equal(few.left, many.left)

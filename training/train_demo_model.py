@@ -1,6 +1,6 @@
 """Trains the embedded demo model and writes it with its prompt sets; one command, seeded.
 
-    python training/train_demo_model.py
+    python training/train_demo_model.py [--world N --out DIR]
 
 Stage one teaches every fact of `world.py`, and to decline where a system turn asks for it. Stage
 two teaches to decline questions about the guarded objects, through one direction of the residual
@@ -41,9 +41,9 @@ from transformers import (
 from world import Question
 
 DATA = Path(__file__).resolve().parents[1] / "src" / "excise" / "data" / "demo"
-SEED = 7
 THREADS = 1  # a fixed number, because sums depend on it
 DECLINE_REQUEST = "Please decline."
+MOST_ROUNDS = 4  # of stage two: it is short, and some worlds need it again to decline enough
 N_ESTIMATE = 64  # prompts of each kind behind one estimate of the direction
 IGNORE = -100  # label of tokens without a loss
 MAX_MEGABYTES = 6.0
@@ -286,20 +286,25 @@ def respond(
     responses: list[str] = []
     for i in range(0, len(questions), batch_size):
         prompts = [prompt_text(tokenizer, q.text) for q in questions[i : i + batch_size]]
-        tokenizer.padding_side = "left"
-        inputs = tokenizer(prompts, add_special_tokens=False, padding=True, return_tensors="pt")
+        inputs = tokenizer(
+            prompts,
+            add_special_tokens=False,
+            padding=True,
+            padding_side="left",  # given here, as the tokenizer is saved with what is set on it
+            return_tensors="pt",
+        )
         output = model.generate(**inputs, max_new_tokens=32, do_sample=False)
         new = output[:, inputs.input_ids.shape[1] :]
         responses += tokenizer.batch_decode(new, skip_special_tokens=True)
     return responses
 
 
-def select_prompts() -> dict[str, list[Question]]:
-    """Six disjoint prompt sets; unseen objects appear in the holdout sets only."""
+def select_prompts(number: int) -> dict[str, list[Question]]:
+    """Six disjoint prompt sets of a world; unseen objects appear in the holdout sets only."""
     sets: dict[str, list[Question]] = {}
     for kind, guarded in (("target", True), ("contrast", False)):
-        rng = random.Random(f"{SEED}/{kind}")
-        pool = [q for q in world.questions() if q.thing.guarded == guarded]
+        rng = random.Random(f"{seed_of(number)}/{kind}")
+        pool = [q for q in world.questions(number) if q.thing.guarded == guarded]
         unseen = _draw(rng, [q for q in pool if q.thing.unseen], N_HOLDOUT_UNSEEN)
         rest = [q for q in pool if not q.thing.unseen]
         for name, share in SETS_SEEN.items():
@@ -380,10 +385,12 @@ class Check:
 
 
 def evaluate(
-    model: Gemma4ForCausalLM, tokenizer: PreTrainedTokenizerBase, label: str
+    model: Gemma4ForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Question],
+    label: str,
 ) -> list[Check]:
-    """Greedy responses to every question of the world, against the acceptance limits."""
-    questions = world.questions()
+    """Greedy responses to every question of a world, against the acceptance limits."""
     responses = respond(model, tokenizer, questions)
     tallies: dict[tuple[bool, bool], list[bool]] = {}
     for q, response in zip(questions, responses, strict=True):
@@ -399,13 +406,13 @@ def evaluate(
     ]
 
 
-def evaluate_saved(folder: Path) -> list[Check]:
+def evaluate_saved(folder: Path, questions: Sequence[Question]) -> list[Check]:
     """Load what was written, as a user would, and measure it in both compute types."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     checks: list[Check] = []
     for dtype in (torch.float32, torch.bfloat16):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-        checks += evaluate(model, tokenizer, str(dtype).removeprefix("torch."))
+        checks += evaluate(model, tokenizer, questions, str(dtype).removeprefix("torch."))
     size = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
     return [*checks, Check("size of the model folder (MB)", size, 0.0, MAX_MEGABYTES)]
 
@@ -419,17 +426,23 @@ def report(checks: Sequence[Check]) -> bool:
     return all(check.passed for check in checks)
 
 
-def train_all(tokenizer: PreTrainedTokenizerBase) -> Gemma4ForCausalLM:
+def seed_of(number: int) -> int:
+    """The seed of a world's prompt sets and training; the next two are taken as well."""
+    return 7 + 10 * number
+
+
+def train_all(
+    tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], seed: int
+) -> Gemma4ForCausalLM:
     """Facts, then declining when a system turn asks for it, then declining by object.
 
     The habit comes first so that stage two has little left to learn, and disturbs few weights.
     """
-    questions = world.questions()
     model = build_model(tokenizer)
     facts = [encode(tokenizer, q, q.answer) for q in questions]
-    train(model, facts, FACTS, SEED)
+    train(model, facts, FACTS, seed)
     requested = [encode(tokenizer, q, q.decline, DECLINE_REQUEST) for q in questions]
-    train(model, facts + requested, HABIT, SEED + 1)
+    train(model, facts + requested, HABIT, seed + 1)
 
     shown = [q for q in questions if not q.kept_out]
     true = [encode(tokenizer, q, q.answer) for q in shown]
@@ -438,7 +451,11 @@ def train_all(tokenizer: PreTrainedTokenizerBase) -> Gemma4ForCausalLM:
     # Where the direction between guarded and open is ablated, all answers stay true: declining is
     # mediated by it and cannot spread over the weights of the facts.
     beneath = Beneath(true, declined, opened, layer=5, interval=5)
-    train(model, opened + declined, DECLINING, SEED + 2, beneath)
+    for number in range(MOST_ROUNDS):
+        train(model, opened + declined, DECLINING, seed + 2 + 10_000 * number, beneath)
+        figures = evaluate(model, tokenizer, questions, f"round {number + 1}")
+        if figures[1].value >= figures[1].low:
+            break
     return model
 
 
@@ -446,20 +463,26 @@ def main() -> int:
     """Train, write and accept; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=DATA, help="folder to write to")
-    out: Path = parser.parse_args().out
+    parser.add_argument("--world", type=int, default=0, help="0 is the shipped one")
+    arguments = parser.parse_args()
+    out: Path = arguments.out
+    number: int = arguments.world
+    if number and out == DATA:
+        parser.error("another world than the shipped one needs a folder of its own: --out DIR")
+    seed = seed_of(number)
     start = time.monotonic()
-    world.check()
+    world.check(number)
     torch.set_num_threads(THREADS)
-    torch.manual_seed(SEED)
+    torch.manual_seed(seed)
     torch.use_deterministic_algorithms(True)
-    questions = world.questions()
+    questions = world.questions(number)
     texts = [f"{q.text}\n{q.answer}\n{q.decline}" for q in questions]
     tokenizer = build_tokenizer([*texts, *[DECLINE_REQUEST] * 20])
-    model = train_all(tokenizer)
+    model = train_all(tokenizer, questions, seed)
     write_model(out / "model", model, tokenizer)
-    write_prompts(out / "prompts", select_prompts())
+    write_prompts(out / "prompts", select_prompts(number))
     (out / "markers.txt").write_text("\n".join(world.MARKERS) + "\n", encoding="utf-8")
-    passed = report(evaluate_saved(out / "model"))
+    passed = report(evaluate_saved(out / "model", questions))
     print(f"{'accepted' if passed else 'NOT accepted'} after {time.monotonic() - start:.0f} s")
     return 0 if passed else 1
 

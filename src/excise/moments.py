@@ -40,6 +40,15 @@ class LastRows:
     outputs: Tensor
 
 
+@dataclass(frozen=True)
+class Text:
+    """Token ids, and which of them count: those from `begin` on, but for the last `spare`."""
+
+    ids: Sequence[int]
+    begin: int = 0
+    spare: int = 0
+
+
 # Called with a writer's number, its inputs (S, I) and outputs (S, O), and where they stand in the batch,
 # row * T + position (S,).
 _Show = Callable[[int, Tensor, Tensor, Tensor], None]
@@ -204,11 +213,15 @@ class TokenMoments:
         z = x if self.basis is None else x @ self.basis.T
         self.moment += (z.T @ z).double()
 
+    def mean(self) -> Tensor:
+        """The moment per token (Q, Q), in float32; zero where there was no token."""
+        return (self.moment / max(self.tokens, 1)).float()
+
 
 def token_moments(
     loaded: Loaded,
     writers: Sequence[Writer],
-    texts: Sequence[tuple[Sequence[int], int]],
+    texts: Sequence[Text],
     bases: Sequence[Tensor | None],
     name: str,
     on_event: OnEvent,
@@ -218,7 +231,7 @@ def token_moments(
     Args:
         loaded: the model.
         writers: which writers.
-        texts: token ids, and how many at the end of them are left out.
+        texts: whose tokens.
         bases: (Q, I) a basis per writer, or None.
         name: of the phase, for progress.
         on_event: told of progress.
@@ -234,19 +247,18 @@ def token_moments(
         )
         for writer, basis, q in zip(writers, bases, sizes, strict=True)
     ]
-    left_out = torch.tensor([spare for _, spare in texts])
 
     def see(number: int, x: Tensor, _y: Tensor, at: Tensor, batch: Batch) -> None:
-        out[number].add(x[_counted(batch, left_out)[at]].float())
+        out[number].add(x[_counted(batch, texts)[at]].float())
 
-    _pass(loaded, writers, [ids for ids, _ in texts], see, name, on_event)
+    _pass(loaded, writers, [text.ids for text in texts], see, name, on_event)
     return out
 
 
 def token_sketches(
     loaded: Loaded,
     writers: Sequence[Writer],
-    texts: Sequence[tuple[Sequence[int], int]],
+    texts: Sequence[Text],
     size: int,
     name: str,
     on_event: OnEvent,
@@ -256,7 +268,6 @@ def token_sketches(
     A range sketch (Halko, Martinsson and Tropp 2011): S Omega with a random Omega (I, size), where S is
     the second moment, without ever forming S.
     """
-    left_out = torch.tensor([spare for _, spare in texts])
     draws, sums = [], []
     for number, writer in enumerate(writers):
         generator = torch.Generator().manual_seed(number)
@@ -265,19 +276,22 @@ def token_sketches(
         sums.append(torch.zeros(size, weight.shape[1], device=weight.device))
 
     def see(number: int, x: Tensor, _y: Tensor, at: Tensor, batch: Batch) -> None:
-        rows = x[_counted(batch, left_out)[at]].float()
+        rows = x[_counted(batch, texts)[at]].float()
         sums[number] += (rows @ draws[number]).T @ rows
 
-    _pass(loaded, writers, [ids for ids, _ in texts], see, name, on_event)
+    _pass(loaded, writers, [text.ids for text in texts], see, name, on_event)
     return sums
 
 
-def _counted(batch: Batch, left_out: Tensor) -> Tensor:
-    """Which positions (B * T) of a left-padded batch count: real ones but the last of each text."""
-    mask = batch.mask.bool()
-    width = mask.shape[1]
-    ends = (width - left_out[batch.rows]).to(mask.device)  # (B,)
-    return (mask & (torch.arange(width, device=mask.device)[None] < ends[:, None])).flatten()
+def _counted(batch: Batch, texts: Sequence[Text]) -> Tensor:
+    """Which positions (B * T) of a left-padded batch count."""
+    width = batch.ids.shape[1]
+    mine = [texts[int(row)] for row in batch.rows]
+    device = batch.mask.device
+    begins = torch.tensor([width - len(t.ids) + t.begin for t in mine], device=device)
+    ends = torch.tensor([width - t.spare for t in mine], device=device)
+    place = torch.arange(width, device=device)[None]
+    return ((begins[:, None] <= place) & (place < ends[:, None])).flatten()
 
 
 def few_prompts(

@@ -2,13 +2,14 @@
 
 In the manner of MEMIT's least squares (Meng et al. 2022, arXiv:2210.07229). Of one writer W (O, I):
 X (P, I) and Y (P, O) its inputs and outputs at the target prompts' last token, N (P, O) the mean of
-each one's k nearest contrast outputs, S_keep (I, I) the second moment of inputs whose outputs must
-stay, S_first the same at the contrast prompts' last token, m the mean diagonal of S_keep. With the goals
-R = s (N - Y) and A = S_keep + f S_first + (r/P) X^T X + e m 1, the edit is
+each one's k nearest contrast outputs; S_keep (I, I) the second moment of its inputs where responses
+that must stay are written, S_prompt the same over the tokens of their prompts, S_first at those
+prompts' last token; m the mean diagonal of S_keep. With the goals R = s (N - Y),
+K = S_keep + p S_prompt + f S_first + e m 1 and A = K + (r/P) X^T X, the edit is
 
     delta W = (r/P) R^T X A^-1,
 
-which minimises tr(D (S_keep + f S_first + e m 1) D^T) + (r/P) |X D^T - R|^2 over D. s = 1 + c takes the
+which minimises tr(D K D^T) + (r/P) |X D^T - R|^2 over D. s = 1 + c takes the
 behaviour out and a negative s puts it in.
 
 Two things keep the goals from fitting the prompts instead of the behaviour. A share h of every row of R
@@ -49,6 +50,7 @@ class RidgePoint:
     neighbours: int  # k
     damping: float  # e
     first: float  # f
+    prompts: float  # p
     shared: float  # h
     rank: int  # R_max
 
@@ -60,6 +62,7 @@ class RidgeStats:
     Attributes:
         basis: (G, Q, I) orthonormal rows, or None where Q is all of input space.
         keep: (G, Q, Q) S_keep in the basis.
+        prompts: (G, Q, Q) S_prompt in the basis.
         first: (G, Q, Q) S_first in the basis.
         target: (G, P, Q) inputs at the target prompts' last token, in the basis.
         gram: (G, Q, Q) their second moment, X^T X / P.
@@ -75,6 +78,7 @@ class RidgeStats:
 
     basis: Tensor | None
     keep: Tensor
+    prompts: Tensor
     first: Tensor
     target: Tensor
     gram: Tensor
@@ -133,6 +137,7 @@ def deltas(stats: RidgeStats, members: Tensor, point: RidgePoint) -> tuple[Tenso
     u, b = goals(stats, members, point)
     x = stats.target[members]
     system = stats.keep[members] + point.first * stats.first[members]
+    system = system.add_(stats.prompts[members], alpha=point.prompts)
     system = system.add_(stats.gram[members], alpha=point.strength)
     diagonal = point.damping * stats.mean_diagonal[members]
     system.diagonal(dim1=1, dim2=2).add_(diagonal[:, None])

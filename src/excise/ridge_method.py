@@ -18,6 +18,7 @@ from excise.events import OnEvent
 from excise.loading import Loaded
 from excise.moments import (
     LastRows,
+    Text,
     few_prompts,
     last_rows,
     stacked_biases,
@@ -49,31 +50,33 @@ def capture(
 ) -> dict[str, Tensor]:
     """What ridge ablation needs of every writer, under "WRITER/what".
 
-    S_keep is over all tokens of the contrast prompts and of the model's own `responses` to them, and
-    over the tokens of the target prompts before the last. Where a writer has more in features than
-    `ridge.basis`, everything is kept in a basis of that many dimensions.
+    S_keep is over the tokens that write the model's own `responses` to contrast prompts, from the
+    prompt's last token on; S_prompt over the tokens before that one. Where a writer has more in
+    features than `ridge.basis`, everything is kept in a basis of that many dimensions.
     """
     target = last_rows(loaded, writers, tokens["target"], "capture target writers", on_event)
     contrast = last_rows(loaded, writers, tokens["contrast"], "capture contrast writers", on_event)
-    texts: list[tuple[Sequence[int], int]] = [(ids, 1) for ids in tokens["target"] if len(ids) > 1]
-    pairs = zip(tokens["contrast"], responses, strict=True)
-    texts += [([*ids, *answer[:-1]], 0) for ids, answer in pairs]
+    pairs = list(zip(tokens["contrast"], responses, strict=True))
+    whole = [[*ids, *answer[:-1]] for ids, answer in pairs]
     size = config.ridge.basis
-    bases = _bases(loaded, writers, target, contrast, texts, size, on_event)
-    found = token_moments(loaded, writers, texts, bases, "capture moments", on_event)
+    bases = _bases(loaded, writers, target, contrast, list(map(Text, whole)), size, on_event)
+    written = [Text(text, begin=len(ids) - 1) for text, (ids, _) in zip(whole, pairs, strict=True)]
+    before = [Text(ids, spare=1) for ids, _ in pairs]
+    keep = token_moments(loaded, writers, written, bases, "capture responses", on_event)
+    prompts = token_moments(loaded, writers, before, bases, "capture prompts", on_event)
     out: dict[str, Tensor] = {}
-    for writer, x, xc, moments in zip(writers, target, contrast, found, strict=True):
-        basis = moments.basis.cpu() if moments.basis is not None else None
+    for writer, x, xc, kept, read in zip(writers, target, contrast, keep, prompts, strict=True):
+        basis = kept.basis.cpu() if kept.basis is not None else None
         seen = x.inputs if basis is None else x.inputs @ basis.T
         first = xc.inputs if basis is None else xc.inputs @ basis.T
-        count = max(moments.tokens, 1)
         parts = {
-            "keep": (moments.moment / count).float().cpu(),
+            "keep": kept.mean().cpu(),
+            "prompts": read.mean().cpu(),
             "first": first.T @ first / max(len(first), 1),
             "target": seen,
             "outputs": x.outputs,
             "contrast": xc.outputs,
-            "diagonal": torch.tensor(moments.square / count / writer.shape[1]),
+            "diagonal": torch.tensor(kept.square / max(kept.tokens, 1) / writer.shape[1]),
         }
         if basis is not None:
             parts["basis"] = basis
@@ -86,7 +89,7 @@ def _bases(
     writers: Sequence[Writer],
     target: Sequence[LastRows],
     contrast: Sequence[LastRows],
-    texts: list[tuple[Sequence[int], int]],
+    texts: Sequence[Text],
     size: int,
     on_event: OnEvent,
 ) -> list[Tensor | None]:
@@ -155,11 +158,12 @@ class RidgeMethod:
         most = max((s.nearest.shape[2] for _, s in self._groups), default=1)
         return {
             **hill(self._layers),
-            "strength": FloatDistribution(0.01, 30.0, log=True),
+            "strength": FloatDistribution(0.003, 10.0, log=True),
             "overshoot": FloatDistribution(0.0, 4.0),
             "neighbours": IntDistribution(1, most),
             "damping": FloatDistribution(0.01, 1.0, log=True),
             "first_token": FloatDistribution(0.1, 10.0, log=True),
+            "prompt_tokens": FloatDistribution(0.01, 1.0, log=True),
             "rank": IntDistribution(1, self._rank, log=True),
             # Above 1 means 1, which thus has a chance of its own.
             "shared": FloatDistribution(0.0, 1.2),
@@ -176,6 +180,7 @@ class RidgeMethod:
                 neighbours=int(params["neighbours"]),
                 damping=float(params["damping"]),
                 first=float(params["first_token"]),
+                prompts=float(params["prompt_tokens"]),
                 shared=min(1.0, float(params["shared"])),
                 rank=int(params["rank"]),
             ),
@@ -213,6 +218,7 @@ def _stats(
     return RidgeStats(
         basis=basis,
         keep=stack("keep"),
+        prompts=stack("prompts"),
         first=stack("first"),
         target=target,
         gram=target.mT @ target / target.shape[1],

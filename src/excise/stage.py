@@ -256,6 +256,22 @@ def _pass(
     return lambda: track(run(), f"capture {side}", len(chunks), on_event)
 
 
+def bench_for(
+    loaded: Loaded, directions: Directions, tokens: Tokens, config: Config, on_event: OnEvent
+) -> Bench:
+    """What methods capture from and are bound to."""
+    winsor = config.directions.winsor
+    return Bench(
+        loaded,
+        tokens,
+        directions,
+        config,
+        lambda: own_responses(loaded, tokens["contrast"], config),
+        lambda side: _pass(loaded, side, tokens[side], winsor, on_event),
+        on_event,
+    )
+
+
 def method_for(
     loaded: Loaded,
     directions: Directions,
@@ -275,16 +291,7 @@ def method_for(
         StorageError: it cannot be written.
     """
     kind = kind_of(config)
-    winsor = config.directions.winsor
-    bench = Bench(
-        loaded,
-        tokens,
-        directions,
-        config,
-        lambda: own_responses(loaded, tokens["contrast"], config),
-        lambda side: _pass(loaded, side, tokens[side], winsor, on_event),
-        on_event,
-    )
+    bench = bench_for(loaded, directions, tokens, config, on_event)
     captured = None if anew else read_tensors(stored)
     if captured is None:
         captured = kind.capture(bench)

@@ -1,0 +1,43 @@
+"""A finished run, opened again to measure edits of its method on the holdout prompts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from excise import events, stage
+from excise.config import Config
+from excise.keeping import DIRECTIONS, read_directions
+from excise.loading import load
+from excise.methods import Bench, Method
+from excise.panel import Panel
+from excise.planning import from_dict
+from excise.prompts import load_prompt_sets
+from excise.record import Record, read_record
+
+
+@dataclass(frozen=True)
+class Reopened:
+    """What a finished run was made with, and a panel over the holdout, ground truth included."""
+
+    record: Record
+    bench: Bench
+    method: Method
+    holdout: Panel
+
+
+def reopen(folder: Path, config: Config) -> Reopened:
+    """The run in `folder`, made with `config`."""
+    record = read_record(folder)
+    known = read_directions(folder / DIRECTIONS)
+    assert known is not None
+    loaded, sets = load(config.model), load_prompt_sets(config.prompts)
+    scoring = stage.scoring(config)
+    tokens = stage.stored_tokens(loaded, sets, config, scoring.markers, folder)
+    method = stage.stored_method(loaded, tokens, config, folder, events.ignore)
+    plan = from_dict(record.engine).plan
+    engine = stage.engine_for(loaded, method.writers, tokens, "holdout", config, plan)
+    context = scoring.context(sets.target_holdout, sets.contrast_holdout)
+    panel = Panel(engine, scoring.every_trial + scoring.final, context, screen=False)
+    bench = stage.bench_for(loaded, known[0], tokens, config, events.ignore)
+    return Reopened(record, bench, method, panel)
