@@ -158,7 +158,7 @@ class RidgeMethod:
         most = max((s.nearest.shape[2] for _, s in self._groups), default=1)
         return {
             **hill(self._layers),
-            "strength": FloatDistribution(0.003, 10.0, log=True),
+            "strength": FloatDistribution(0.01, 10.0, log=True),
             "overshoot": FloatDistribution(0.0, 4.0),
             "neighbours": IntDistribution(1, most),
             "damping": FloatDistribution(0.01, 1.0, log=True),
