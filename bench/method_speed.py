@@ -57,7 +57,8 @@ def prepare(weight: Tensor, seed: int) -> dict[str, Tensor]:
     tokens = inputs(seed + 2, TOKENS, features)
     draw = torch.randn(features, BASIS // 2, device=DEVICE)
     basis = joint_basis([x.cpu(), xc.cpu(), ((tokens @ draw).T @ tokens).cpu()], BASIS).to(DEVICE)
-    written, read = (tokens @ basis.T).split(TOKENS // 2)
+    z, half = tokens @ basis.T, TOKENS // 2
+    written, read = z[:half], z[half:]
     first, target = xc @ basis.T, x @ basis.T
     return {
         "basis": basis,
@@ -70,7 +71,7 @@ def prepare(weight: Tensor, seed: int) -> dict[str, Tensor]:
         "squares": weight.square().sum(1),
         "outputs": x @ weight.T,
         "contrast": xc @ weight.T,
-        "diagonal": tokens[: TOKENS // 2].square().mean(),
+        "diagonal": tokens[:half].square().mean(),
     }
 
 

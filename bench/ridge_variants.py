@@ -1,7 +1,9 @@
 """Questions about ridge ablation, tried on the demo model; none of this is part of the package.
 
-prompts     S_keep from the prompts' tokens alone, without the model's responses
-last        S_keep at the last prompt token alone
+prompts     S_keep at the last prompt token alone, without the model's responses
+last        the same, and no other token of the prompts at all
+targets     the tokens of target prompts before the last are kept as those of contrast prompts are
+alike       every token is kept alike: responses, their prompts, and target prompts before the last
 more        the search's contrast prompts and the responses to them in every moment as well
 own         every target's outputs have a goal of their own, none in common
 full        goals of all the rank they have
@@ -31,6 +33,7 @@ from excise import events, methods, ridge_method, stage
 from excise.config import load_config
 from excise.edits import Edit
 from excise.methods import Bench, Kind
+from excise.moments import Text, token_moments
 from excise.profiles import Profile
 from excise.ridge_method import RidgeCandidate, RidgeMethod
 from excise.stacking import Stack
@@ -63,6 +66,13 @@ class Flat(Bound):
 
     def candidate(self, params: Mapping[str, Any]) -> RidgeCandidate:
         return super().candidate({**params, "min_weight": 1.0})
+
+
+class Written(Bound):
+    """Nothing but S_keep and S_first is kept."""
+
+    def candidate(self, params: Mapping[str, Any]) -> RidgeCandidate:
+        return super().candidate({**params, "prompt_tokens": 0.0})
 
 
 class WithDirection(Bound):
@@ -104,7 +114,7 @@ def _captured(bench: Bench, how: str) -> dict[str, Tensor]:
     tokens: Mapping[str, Any] = bench.tokens
     answers = bench.responses()
     if how in ("prompts", "last"):
-        answers = [[0]] * len(tokens["contrast"])  # responses of one token: none of it counts
+        answers = [[0]] * len(tokens["contrast"])  # responses of one token: none of it is read
     if how == "more":
         extra = tokens["contrast_eval"]
         answers = [*answers, *stage.own_responses(bench.loaded, extra, bench.config)]
@@ -112,16 +122,45 @@ def _captured(bench: Bench, how: str) -> dict[str, Tensor]:
     found = ridge_method.capture(
         bench.loaded, bench.writers, tokens, answers, bench.config, bench.on_event
     )
-    if how == "last":
+    if how in ("targets", "alike"):
+        _keep_targets(bench, found)
+    if how == "alike":
+        written = sum(map(len, answers))
+        read = sum(len(ids) - 1 for side in ("target", "contrast") for ids in tokens[side])
         for writer in bench.writers:
-            first = found[f"{writer.name}/first"]
-            found[f"{writer.name}/keep"] = first.clone()
-            found[f"{writer.name}/diagonal"] = first.diagonal().mean()
+            mixed = _mixed(
+                found[f"{writer.name}/keep"], written, found[f"{writer.name}/prompts"], read
+            )
+            found[f"{writer.name}/keep"] = mixed
+            found[f"{writer.name}/diagonal"] = mixed.diagonal().mean()
     return found
 
 
-KINDS = {"own": Own, "full": Full, "flat": Flat, "direction": WithDirection}
-NAMES = (*KINDS, "prompts", "last", "more")
+def _keep_targets(bench: Bench, found: dict[str, Tensor]) -> None:
+    """Put the tokens of target prompts before the last into S_prompt."""
+    bases = [found.get(f"{writer.name}/basis") for writer in bench.writers]
+    texts = [Text(ids, spare=1) for ids in bench.tokens["target"]]
+    own = sum(len(ids) - 1 for ids in bench.tokens["contrast"])
+    moments = token_moments(bench.loaded, bench.writers, texts, bases, "targets", bench.on_event)
+    for writer, more in zip(bench.writers, moments, strict=True):
+        key = f"{writer.name}/prompts"
+        found[key] = _mixed(found[key], own, more.mean().cpu(), more.tokens)
+
+
+def _mixed(a: Tensor, count: int, b: Tensor, other: int) -> Tensor:
+    """The mean of two means, each of as many."""
+    return (count * a + other * b) / (count + other)
+
+
+KINDS = {
+    "own": Own,
+    "full": Full,
+    "flat": Flat,
+    "direction": WithDirection,
+    "last": Written,
+    "alike": Written,
+}
+NAMES = (*KINDS, "prompts", "targets", "more")
 RIDGE = methods.KINDS["ridge"]
 
 
