@@ -27,17 +27,25 @@ from excise.moments import (
 )
 from excise.profiles import Profile
 from excise.ridge import RidgePoint, RidgeStats, basis_for, build, nearest
-from excise.space import hill, hill_of
+from excise.space import followers, hill, hill_of
 
 MOST_NEIGHBOURS = 60
 
 
 @dataclass(frozen=True)
 class RidgeCandidate:
-    """One point of the space: what is asked of every writer, and what share of it at each layer."""
+    """One point of the space: what is asked of every writer, and what share of it at each layer.
+
+    `shares` are further shares of components that go less far than the others.
+    """
 
     profile: Profile
     point: RidgePoint
+    shares: Mapping[str, float]
+
+    def share(self, writer: Writer) -> float:
+        """What share of its way a writer goes; 0 leaves it alone."""
+        return self.profile.strength(writer.layer) * self.shares.get(writer.component, 1.0)
 
 
 def capture(
@@ -137,6 +145,7 @@ class RidgeMethod:
         self._strengthen = config.goal == "strengthen"
         self._most = config.ridge.neighbours or MOST_NEIGHBOURS
         self._rank = config.ridge.rank
+        self._followers = followers(list(dict.fromkeys(w.component for w in writers)))
         self._groups: list[tuple[list[int], RidgeStats]] = []
         shapes: dict[tuple[int, ...], list[int]] = {}
         few, self.notes = few_prompts(writers, captured)
@@ -158,6 +167,8 @@ class RidgeMethod:
         most = max((s.nearest.shape[2] for _, s in self._groups), default=1)
         return {
             **hill(self._layers),
+            # Below 0 means 0, which thus has a chance of its own.
+            **{share_key(name): FloatDistribution(-0.5, 1.0) for name in self._followers},
             "strength": FloatDistribution(0.01, 10.0, log=True),
             "overshoot": FloatDistribution(0.0, 4.0),
             "neighbours": IntDistribution(1, most),
@@ -184,6 +195,7 @@ class RidgeMethod:
                 shared=min(1.0, float(params["shared"])),
                 rank=int(params["rank"]),
             ),
+            {name: max(0.0, float(params[share_key(name)])) for name in self._followers},
         )
 
     def edits(self, candidate: RidgeCandidate) -> list[Edit | None]:
@@ -194,7 +206,7 @@ class RidgeMethod:
         """
         out: list[Edit | None] = [None] * len(self.writers)
         for members, stats in self._groups:
-            shares = [candidate.profile.strength(self.writers[n].layer) for n in members]
+            shares = [candidate.share(self.writers[n]) for n in members]
             chosen = [g for g, share in enumerate(shares) if share]
             if chosen:
                 asked = [shares[g] for g in chosen]
@@ -231,6 +243,11 @@ def _stats(
         biases=stacked_biases(writers),
         restore_norms=restore,
     )
+
+
+def share_key(component: str) -> str:
+    """The parameter that holds a component's share."""
+    return f"{component}.share"
 
 
 def check(config: Config, prompts: int, _anatomy: Anatomy) -> None:

@@ -6,7 +6,7 @@ edit every component alike.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,6 +93,16 @@ def _refined(params: Mapping[str, Any], component: str) -> tuple[float, ...]:
     while (key := layer_key(component, len(layers))) in params:
         layers.append(float(params[key]))
     return tuple(layers)
+
+
+def followers(components: Sequence[str]) -> tuple[str, ...]:
+    """The components that go a share of the way of attention, or of what stands in its place.
+
+    None where nothing stands there: then all go the whole way.
+    """
+    if not any(name in _MAX_WEIGHT for name in components):
+        return ()
+    return tuple(name for name in components if name not in _MAX_WEIGHT)
 
 
 def hill(layers: int) -> dict[str, BaseDistribution]:
