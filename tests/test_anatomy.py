@@ -204,7 +204,7 @@ def test_coverage_names_what_is_edited_and_what_is_not():
     [([0], "0"), ([0, 1, 2, 5], "0-2, 5"), ([7, 3, 4, 0], "0, 3-4, 7"), ([1, 3, 5], "1, 3, 5")],
 )
 def test_spans(numbers, text):
-    assert anatomy._spans(numbers) == text
+    assert anatomy.spans(numbers) == text
 
 
 @pytest.mark.parametrize(

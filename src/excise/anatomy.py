@@ -169,7 +169,7 @@ class Anatomy:
         edited, other = [], ["embedding: not a writer of a layer", *self.notes]
         for name in self.components:
             rows = [w for w in self.writers if w.component == name]
-            line = f"{name}: {len(rows)} matrices, layers {_spans([w.layer for w in rows])}"
+            line = f"{name}: {len(rows)} matrices, layers {spans([w.layer for w in rows])}"
             experts = len({w.expert for w in rows} - {None})
             line += f", {experts} experts each" if experts else ""
             if name in names:
@@ -378,7 +378,7 @@ def _get(root: nn.Module, path: str, model_type: str) -> Any:
         ) from None
 
 
-def _spans(numbers: list[int]) -> str:
+def spans(numbers: list[int]) -> str:
     """[0, 1, 2, 5] -> '0-2, 5'."""
     spans: list[list[int]] = []
     for number in sorted(set(numbers)):

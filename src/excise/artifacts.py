@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from excise import stage
-from excise.anatomy import Writer
+from excise.anatomy import Writer, spans
 from excise.card import model_card
 from excise.config import Config
 from excise.discovering import anatomy_of
@@ -39,7 +39,7 @@ from excise.methods import Method
 from excise.ollama import modelfile
 from excise.panel import Panel
 from excise.patching import PATCHED
-from excise.record import ArtifactRecord, Record, Scores, TrialRecord
+from excise.record import ArtifactRecord, CoverageRecord, Record, Scores, TrialRecord
 from excise.scorers import ScoreContext
 from excise.wording import public_source
 
@@ -129,6 +129,7 @@ def export(
         _write(name, path, record, trial, source, writers, edits, checker, plan, on_event)
         for name, path in places
     ]
+    touched = touched_by(writers, edits, record.coverage)
     del source, writers, edits
     measured = _measure(made, loaded, checker, plan, on_event)
     artifacts = list(record.artifacts)
@@ -136,7 +137,7 @@ def export(
         for line in apart(trial.scores, scores):
             on_event(Notice(f"{one.format}: {line}"))
         artifacts = [a for a in artifacts if a.path != _relative(one.path, out)]
-        artifacts.append(_artifact(one, trial, scores, out))
+        artifacts.append(_artifact(one, trial, scores, touched, out))
     return record.model_copy(update={"artifacts": artifacts})
 
 
@@ -260,7 +261,24 @@ def _load_again(one: Exported, source: Loaded, config: Config, dtype: torch.dtyp
     )
 
 
-def _artifact(one: Exported, trial: TrialRecord, measured: Scores, out: Path) -> ArtifactRecord:
+def touched_by(
+    writers: Sequence[Writer], edits: Sequence[Edit | None], searched: CoverageRecord
+) -> CoverageRecord:
+    """What one trial's edits touch, of what the search could have edited."""
+    edited, left = [], []
+    for name in dict.fromkeys(writer.component for writer in writers):
+        mine = [n for n, writer in enumerate(writers) if writer.component == name]
+        layers = [writers[n].layer for n in mine if edits[n] is not None]
+        if layers:
+            edited.append(f"{name}: {len(layers)} of {len(mine)} matrices, layers {spans(layers)}")
+        else:
+            left.append(f"{name}: {len(mine)} matrices, left alone by this edit")
+    return CoverageRecord(edited=edited, not_edited=[*left, *searched.not_edited])
+
+
+def _artifact(
+    one: Exported, trial: TrialRecord, measured: Scores, touched: CoverageRecord, out: Path
+) -> ArtifactRecord:
     return ArtifactRecord(
         path=_relative(one.path, out),
         format=one.format,
@@ -269,6 +287,7 @@ def _artifact(one: Exported, trial: TrialRecord, measured: Scores, out: Path) ->
         bytes=one.bytes,
         expected=trial.scores,
         measured=measured,
+        coverage=touched,
         details=one.details,
     )
 

@@ -78,7 +78,7 @@ def model_card(
     sections = [
         _introduction(record, shown),
         _details(record, shown, artifact_format, artifact),
-        _edit(record, shown, artifact_format),
+        _edit(record, shown, artifact_format, artifact),
         _figures(record, shown),
         _formatting(record),
         _front(record, shown),
@@ -183,12 +183,15 @@ def _counts(record: Record) -> str:
     return ", ".join(f"{count} {word}" for word, count in trial_counts(record).items())
 
 
-def _edit(record: Record, trial: TrialRecord, artifact_format: str) -> str:
+def _edit(
+    record: Record, trial: TrialRecord, artifact_format: str, artifact: ArtifactRecord | None
+) -> str:
     parts = ["## What was edited"]
-    if record.coverage.edited:
-        parts.append("Edited:\n\n" + bullets(map(plain, record.coverage.edited)))
-    if record.coverage.not_edited:
-        parts.append("Not edited:\n\n" + bullets(map(plain, record.coverage.not_edited)))
+    coverage = (artifact and artifact.coverage) or record.coverage
+    if coverage.edited:
+        parts.append("Edited:\n\n" + bullets(map(plain, coverage.edited)))
+    if coverage.not_edited:
+        parts.append("Not edited:\n\n" + bullets(map(plain, coverage.not_edited)))
     parts.append(FORMATS[artifact_format].rest)
     if trial.params:
         rows = [(code(key), code(_parameter(value))) for key, value in trial.params.items()]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from excise.record import ArtifactRecord, Record, ScoreRecord, Scores, TrialRecord
-from excise.space import Candidate, from_params, hill_of
+from excise.space import Candidate, from_params, hill_of, shares_of
 from excise.wording import assess
 
 _FIRST = ("behaviour_rate", "drift", "drift_first", "false_rate", "restored", "kept")
@@ -141,9 +141,12 @@ def shape(record: Record, trial: TrialRecord) -> Shape | None:
     layers = range(record.model.layers)
     if record.method == "ridge" and "overshoot" in trial.params:
         hill, peak = hill_of(trial.params), trial.params["overshoot"] + (not strengthened(record))
+        whole = [peak * hill.strength(layer) for layer in layers]
+        shares = shares_of(trial.params)
+        lines = {name: [share * strength for strength in whole] for name, share in shares.items()}
         return Shape(
             None,
-            {"every writer": [peak * hill.strength(layer) for layer in layers]},
+            {_leaders(record, shares): whole, **lines},
             "How far outputs are asked to move, by layer; 1 is all the way to their contrast neighbours.",
         )
     if record.method != "directional" or "direction_scope" not in trial.params:
@@ -154,6 +157,12 @@ def shape(record: Record, trial: TrialRecord) -> Shape | None:
     if candidate.index is None:
         source = "Each layer uses its own direction."
     return Shape(candidate.index, strengths, f"Strength per layer. {source}")
+
+
+def _leaders(record: Record, shares: Mapping[str, float]) -> str:
+    """The edited components that go the whole way, by name."""
+    names = [line.partition(":")[0] for line in record.coverage.edited]
+    return ", ".join(name for name in names if name not in shares) or "every writer"
 
 
 def behaviour(record: Record) -> str:

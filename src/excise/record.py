@@ -104,7 +104,8 @@ class ArtifactRecord(Part):
     """An exported model: loaded again, and measured again beside what the search measured.
 
     `expected` was measured by the search's engine, `measured` on the loaded artifact, both on the
-    search prompts; `sha256` is over the names and hashes of the files that hold weights.
+    search prompts; `sha256` is over the names and hashes of the files that hold weights. `coverage`
+    says what this trial's edit touches, which may be less than what the search could have edited.
     """
 
     path: str
@@ -114,6 +115,7 @@ class ArtifactRecord(Part):
     bytes: int
     expected: Scores = {}
     measured: Scores = {}
+    coverage: CoverageRecord | None = None
     details: dict[str, Any] = {}
 
 

@@ -27,7 +27,7 @@ from excise.moments import (
 )
 from excise.profiles import Profile
 from excise.ridge import RidgePoint, RidgeStats, basis_for, build, nearest
-from excise.space import followers, hill, hill_of
+from excise.space import followers, hill, hill_of, share_key, shares_of
 
 MOST_NEIGHBOURS = 60
 
@@ -195,7 +195,7 @@ class RidgeMethod:
                 shared=min(1.0, float(params["shared"])),
                 rank=int(params["rank"]),
             ),
-            {name: max(0.0, float(params[share_key(name)])) for name in self._followers},
+            shares_of(params),
         )
 
     def edits(self, candidate: RidgeCandidate) -> list[Edit | None]:
@@ -243,11 +243,6 @@ def _stats(
         biases=stacked_biases(writers),
         restore_norms=restore,
     )
-
-
-def share_key(component: str) -> str:
-    """The parameter that holds a component's share."""
-    return f"{component}.share"
 
 
 def check(config: Config, prompts: int, _anatomy: Anatomy) -> None:

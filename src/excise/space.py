@@ -21,6 +21,7 @@ _MAX_WEIGHT = dict.fromkeys(_MIXERS, (0.8, 1.5))
 _OTHER_MAX_WEIGHT = (-0.25, 1.5)
 _SCOPES = ("global", "per layer")
 MOST_REFINED = 2.0
+_SHARE = ".share"
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,17 @@ def followers(components: Sequence[str]) -> tuple[str, ...]:
     if not any(name in _MAX_WEIGHT for name in components):
         return ()
     return tuple(name for name in components if name not in _MAX_WEIGHT)
+
+
+def share_key(component: str) -> str:
+    """The parameter that holds a follower's share."""
+    return component + _SHARE
+
+
+def shares_of(params: Mapping[str, Any]) -> dict[str, float]:
+    """Follower -> its share of the way; below 0 means 0."""
+    found = {key: float(value) for key, value in params.items() if key.endswith(_SHARE)}
+    return {key.removesuffix(_SHARE): max(0.0, share) for key, share in found.items()}
 
 
 def hill(layers: int) -> dict[str, BaseDistribution]:
