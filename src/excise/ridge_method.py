@@ -169,7 +169,7 @@ class RidgeMethod:
             **hill(self._layers),
             # Below 0 means 0, which thus has a chance of its own.
             **{share_key(name): FloatDistribution(-0.5, 1.0) for name in self._followers},
-            "strength": FloatDistribution(0.01, 10.0, log=True),
+            "strength": FloatDistribution(0.03, 30.0, log=True),
             "overshoot": FloatDistribution(0.0, 4.0),
             "neighbours": IntDistribution(1, most),
             "damping": FloatDistribution(0.01, 1.0, log=True),
