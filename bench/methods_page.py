@@ -30,17 +30,21 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
-def studies(results: dict[str, Any]) -> dict[tuple[str, str], dict[int, dict[str, Any]]]:
-    """(name, objective) -> seed -> study."""
-    out: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
+Groups = dict[tuple[str, str], dict[int, dict[str, Any]]]
+
+
+def studies(results: dict[str, Any], world: str = "") -> Groups:
+    """(name, objective) -> seed -> study, in the order of `COLORS`; of the shipped world by default."""
+    out: Groups = {}
     for key, found in results.items():
-        if key.count(" ") == 2:
-            name, objective, seed = key.split()
-            out.setdefault((name, objective), {})[int(seed)] = found
-    return out
+        match key.split():
+            case [name, objective, seed, *rest] if rest == world.split():
+                out.setdefault((name, objective), {})[int(seed)] = found
+    order = list(COLORS)
+    return dict(sorted(out.items(), key=lambda g: order.index(g[0][0]) if g[0][0] in order else 99))
 
 
-def spread(values: Sequence[float], show: Any) -> str:
+def spread(values: Sequence[Any], show: Any) -> str:
     """Each seed's value, in order."""
     return ", ".join(show(v) for v in values)
 
@@ -67,7 +71,7 @@ def least_drift(found: dict[str, Any], side: str, limit: float) -> float | None:
     return min(drifts, default=None)
 
 
-def overview(groups: dict[tuple[str, str], dict[int, dict[str, Any]]], objective: str) -> str:
+def overview(groups: Groups, objective: str) -> str:
     rows = []
     for (name, driven), seeds in groups.items():
         if driven != objective or name not in COLORS:
@@ -103,7 +107,7 @@ def overview(groups: dict[tuple[str, str], dict[int, dict[str, Any]]], objective
     return table(head, rows)
 
 
-def at_equal_rate(groups: dict[tuple[str, str], dict[int, dict[str, Any]]], side: str) -> str:
+def at_equal_rate(groups: Groups, side: str) -> str:
     """Every method's least drifts by seed, and the ratio of their medians to directional's."""
     medians: dict[str, list[float | None]] = {}
     rows = []
@@ -122,30 +126,51 @@ def at_equal_rate(groups: dict[tuple[str, str], dict[int, dict[str, Any]]], side
     return table(head, rows)
 
 
-def variants(groups: dict[tuple[str, str], dict[int, dict[str, Any]]]) -> str:
-    """Variants of ridge beside ridge itself, on the seeds that both were run with."""
-    base = groups[("ridge", "drift")]
+def variants(groups: Groups) -> str:
+    """Variants of ridge beside ridge itself, by seed."""
     rows = []
     for (name, driven), seeds in groups.items():
         if driven != "drift" or not name.startswith("ridge"):
             continue
-        for seed in sorted(seeds.keys() & base.keys()) if name != "ridge" else [min(base)]:
-            found = seeds[seed]
-            chosen = found["holdout"][found["chosen"]]
-            least = [least_drift(found, "holdout", limit) for limit in LIMITS[1:]]
-            rows.append(
-                [
-                    name.removeprefix("ridge+"),
-                    seed,
-                    *(f"{volume(plain(found[side])):.3f}" for side in ("front", "holdout")),
-                    *("none" if v is None else significant(v) for v in least),
-                    f"{percent(chosen['behaviour_rate, unseen'])}, {significant(chosen['drift'])}",
-                    percent(chosen["kept, unseen"]),
-                ]
-            )
-    limits = (f"unseen, rate at most {percent(limit)}" for limit in LIMITS[1:])
-    head = ("variant", "seed", "volume, search", "volume, holdout", *limits, "knee", "kept")
-    return table(head, rows)
+        found = [seeds[s] for s in sorted(seeds)]
+        chosen = [f["holdout"][f["chosen"]] for f in found]
+        least = [[least_drift(f, "holdout", limit) for f in found] for limit in LIMITS[2:]]
+        rows.append(
+            [
+                name.removeprefix("ridge+"),
+                spread([volume(plain(f["front"])) for f in found], lambda v: f"{v:.3f}"),
+                spread([volume(plain(f["holdout"])) for f in found], lambda v: f"{v:.3f}"),
+                *(
+                    spread(values, lambda v: "none" if v is None else significant(v))
+                    for values in least
+                ),
+                spread([c["behaviour_rate, unseen"] for c in chosen], percent),
+                spread([c["kept, unseen"] for c in chosen], percent),
+            ]
+        )
+    limits = (f"unseen, rate at most {percent(limit)}" for limit in LIMITS[2:])
+    return table(
+        ("variant", "volume, search", "volume, holdout", *limits, "knee, unseen", "kept, unseen"),
+        rows,
+    )
+
+
+def paired(results: dict[str, Any], question: str) -> str:
+    """The same random candidates under several settings."""
+    found = results.get(f"paired {question}")
+    if found is None:
+        return "Not measured."
+    rows = [
+        [
+            name,
+            row["pairs"],
+            f"{row['drift']:.2f} x",
+            f"{100 * row['rate']:+.1f} points",
+            f"{100 * row['kept']:+.1f} points",
+        ]
+        for name, row in found["settings"].items()
+    ]
+    return table(("setting", "candidates", "drift, median", "rate, mean", "kept, mean"), rows)
 
 
 def median(values: Sequence[float | None]) -> float | None:
@@ -158,7 +183,7 @@ def ratio(value: float | None, base: float | None) -> str:
     return "" if value is None or base is None else f" ({value / base:.2f} x)"
 
 
-def plot(groups: dict[tuple[str, str], dict[int, dict[str, Any]]]) -> str:
+def plot(groups: Groups) -> str:
     """The holdout fronts as an SVG: behaviour rate over drift, logarithmic."""
     width, height, left, bottom = 760, 420, 60, 50
     low, high = -5.0, 0.0
@@ -248,10 +273,7 @@ def speed() -> str:
 
 def write(results: dict[str, Any]) -> None:
     groups = studies(results)
-    order = list(COLORS)
-    groups = dict(
-        sorted(groups.items(), key=lambda g: order.index(g[0][0]) if g[0][0] in order else 99)
-    )
+    other = studies(results, "world-1")
     on = ", ".join(f"{key}: {value}" for key, value in results["machine"].items() if value)
     trials = sorted({f["trials"] for seeds in groups.values() for f in seeds.values()})
     ran = "; ".join(
@@ -285,7 +307,21 @@ def write(results: dict[str, Any]) -> None:
             "of whole responses all the same.",
             overview(groups, "drift_first"),
         ]
-    parts += [notes.replace("(variants)", variants(groups)), speed()]
+    if other:
+        parts += [
+            "## Another model",
+            "Trained by `python training/train_demo_model.py --world 1 --out DIR`: other facts, other "
+            "guarded objects, other weights. No choice of Excise was made by looking at it.",
+            overview(other, "drift"),
+            "### Least drift at equal rate, search prompts",
+            at_equal_rate(other, "front"),
+            "### Least drift at equal rate, unseen objects",
+            at_equal_rate(other, "holdout"),
+        ]
+    notes = notes.replace("(variants)", variants(groups))
+    for question in ("rank", "basis"):
+        notes = notes.replace(f"({question})", paired(results, question))
+    parts += [notes, speed()]
     (DOCS / "methods.svg").write_text(plot(groups), encoding="utf-8")
     (DOCS / "methods.md").write_text("\n\n".join(p for p in parts if p) + "\n", encoding="utf-8")
 
