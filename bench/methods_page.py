@@ -173,6 +173,18 @@ def paired(results: dict[str, Any], question: str) -> str:
     return table(("setting", "candidates", "drift, median", "rate, mean", "kept, mean"), rows)
 
 
+def again(results: dict[str, Any]) -> str:
+    """Edits of one capture beside those of a capture after every edited layer."""
+    found = results.get("again")
+    if found is None:
+        return "Not measured."
+    rows = [
+        [row["trial"], *(f"{percent(r)}, {significant(d)}" for r, d in (row["once"], row["again"]))]
+        for row in found["rows"]
+    ]
+    return table(("trial", "one capture: rate, drift", "captured again: rate, drift"), rows)
+
+
 def median(values: Sequence[float | None]) -> float | None:
     """The middle one, where "none" is larger than any; None where that is the middle."""
     middle = statistics.median_high([math.inf if v is None else v for v in values])
@@ -321,7 +333,7 @@ def write(results: dict[str, Any]) -> None:
     notes = notes.replace("(variants)", variants(groups))
     for question in ("rank", "basis"):
         notes = notes.replace(f"({question})", paired(results, question))
-    parts += [notes, speed()]
+    parts += [notes.replace("(again)", again(results)), speed()]
     (DOCS / "methods.svg").write_text(plot(groups), encoding="utf-8")
     (DOCS / "methods.md").write_text("\n\n".join(p for p in parts if p) + "\n", encoding="utf-8")
 

@@ -1,23 +1,22 @@
 """Questions about ridge ablation, tried on the demo model; none of this is part of the package.
 
-prompts     S_keep at the last prompt token alone, without the model's responses
-last        the same, and no other token of the prompts at all
+last        the last prompt token alone is kept, without the model's responses
 targets     the tokens of target prompts before the last are kept as those of contrast prompts are
 alike       every token is kept alike: responses, their prompts, and target prompts before the last
 more        the search's contrast prompts and the responses to them in every moment as well
 own         every target's outputs have a goal of their own, none in common
 full        goals of all the rank they have
 flat        the same strength at every layer that is edited
+together    every component goes the whole way
 direction   the layer's direction is removed on top, at a searched strength
 
 `bench/methods.py run ridge+NAME` runs one of them as a study. `python bench/ridge_variants.py RUN` takes
 the front of a finished ridge run and builds each of its edits anew with a capture after every edited
-layer, beside the edits as they were.
+layer, beside the edits as they were, and adds both to `bench/methods.json`.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -68,6 +67,13 @@ class Flat(Bound):
         return super().candidate({**params, "min_weight": 1.0})
 
 
+class Together(Bound):
+    """MLPs go as far as attention does."""
+
+    def candidate(self, params: Mapping[str, Any]) -> RidgeCandidate:
+        return replace(super().candidate(params), shares={})
+
+
 class Written(Bound):
     """Nothing but S_keep and S_first is kept."""
 
@@ -113,7 +119,7 @@ def removed(writer: Any, edit: Edit, directions: Any, removal: float) -> Edit:
 def _captured(bench: Bench, how: str) -> dict[str, Tensor]:
     tokens: Mapping[str, Any] = bench.tokens
     answers = bench.responses()
-    if how in ("prompts", "last"):
+    if how == "last":
         answers = [[0]] * len(tokens["contrast"])  # responses of one token: none of it is read
     if how == "more":
         extra = tokens["contrast_eval"]
@@ -156,11 +162,12 @@ KINDS = {
     "own": Own,
     "full": Full,
     "flat": Flat,
+    "together": Together,
     "direction": WithDirection,
     "last": Written,
     "alike": Written,
 }
-NAMES = (*KINDS, "prompts", "targets", "more")
+NAMES = (*KINDS, "targets", "more")
 RIDGE = methods.KINDS["ridge"]
 
 
@@ -207,6 +214,8 @@ class Again:
 
 
 def main(folder: Path) -> None:
+    from methods import store
+
     config = load_config(file=folder / "config.toml")
     found = reopen(folder, config)
     method: Any = found.method
@@ -216,9 +225,10 @@ def main(folder: Path) -> None:
         candidate = method.candidate(found.record.trial(number).params)
         both = [method.edits(candidate), again.edits(candidate)]
         scores = [m.scores for m in found.holdout.measure(both)]
-        rows.append([{k: s[k].value for k in ("behaviour_rate", "drift")} for s in scores])
-        print(number, *rows[-1], flush=True)
-    print(json.dumps(rows))
+        figures = [[s[k].value for k in ("behaviour_rate", "drift")] for s in scores]
+        rows.append({"trial": number, "once": figures[0], "again": figures[1]})
+        print(rows[-1], flush=True)
+    store("again", {"trials": len(found.record.trials), "rows": rows})
 
 
 if __name__ == "__main__":
