@@ -129,6 +129,18 @@ def test_parameters_and_coverage_are_listed() -> None:
         assert plain(line) in text
 
 
+def test_what_the_exported_trial_leaves_alone_is_not_called_edited() -> None:
+    record = make_record()
+    own = {"edited": ["attn.o_proj: 3 of 16 matrices"], "not_edited": ["mlp.down_proj: left alone"]}
+    data = record.model_dump(by_alias=True)
+    data["artifacts"][0] |= {"coverage": own}
+    text = section(model_card(Record.model_validate(data)), "What was edited")
+    edited, left = text.split("Not edited:")
+    assert plain("attn.o_proj: 3 of 16 matrices") in edited
+    assert "mlp" not in edited
+    assert plain("mlp.down_proj: left alone") in left
+
+
 def test_the_export_check_compares_expected_and_measured() -> None:
     record = make_record()
     text = section(model_card(record), "Export check")

@@ -17,10 +17,12 @@ from torch import Tensor
 
 from excise import export
 from excise.anatomy import Writer, describe
+from excise.artifacts import touched_by
 from excise.edits import Edit
 from excise.errors import ExportError, OutputError, StorageError
 from excise.events import Event, Notice, Progress
 from excise.export import export_adapter, export_safetensors, low_rank, rank_for, weight_difference
+from excise.record import CoverageRecord
 from excise.staging import sha256_of
 
 IDS = torch.arange(3, 23).view(2, 10)
@@ -302,3 +304,19 @@ def test_the_adapter_is_laid_out_as_vllm_loads_it(tmp_path: Path) -> None:
         expected[f"base_model.model.{name}.lora_A.weight"] = (4, i)
         expected[f"base_model.model.{name}.lora_B.weight"] = (o, 4)
     assert {key: tuple(tensor.shape) for key, tensor in tensors.items()} == expected
+
+
+def test_what_a_trial_touches_is_said_by_component_and_layer(tmp_path: Path) -> None:
+    _, writers = source_and_writers(tmp_path)
+    edits = random_edits(writers)
+    names = {w.name for w in writers if w.component == "attn.o_proj" and w.layer > 0}
+    of_trial = [edits[w.name] if w.name in names else None for w in writers]
+    searched = CoverageRecord(edited=["attn.o_proj", "mlp.down_proj"], not_edited=["embedding"])
+    touched = touched_by(writers, of_trial, searched)
+    layers = len(names) + 1
+    spanned = "1" if layers == 2 else f"1-{layers - 1}"
+    assert touched.edited == [f"attn.o_proj: {len(names)} of {layers} matrices, layers {spanned}"]
+    assert touched.not_edited == [
+        f"mlp.down_proj: {layers} matrices, left alone by this edit",
+        "embedding",
+    ]

@@ -260,3 +260,53 @@ def test_a_candidate_without_an_edit_is_a_failed_trial_with_a_reason(
     for trial in record.trials:
         assert (trial.state == "failed") == (trial.params["neighbours"] % 2 == 1)
     assert all("singular" in str(t.reason) for t in failed)
+
+
+def inputs_of(loaded, writer, ids):
+    """A writer's inputs (T, I) over one text."""
+    seen = []
+    handle = writer.module.register_forward_hook(lambda _m, args, _y: seen.append(args[0][0]))
+    with torch.inference_mode():
+        loaded.anatomy.backbone(input_ids=torch.tensor([ids]), use_cache=False)
+    handle.remove()
+    return seen[0].double()
+
+
+def test_ridge_keeps_what_responses_write_apart_from_their_prompts_and_no_token_of_targets():
+    loaded, bench, captured, method = method_of("ridge", ridge={"basis": 4096})
+    writer = method.writers[-1]
+    written, before = [], []
+    for ids, answer in zip(bench.tokens["contrast"], bench.responses(), strict=True):
+        x = inputs_of(loaded, writer, [*ids, *answer[:-1]])
+        written.append(x[len(ids) - 1 :])
+        before.append(x[: len(ids) - 1])
+    for what, rows in (("keep", torch.cat(written)), ("prompts", torch.cat(before))):
+        expected = (rows.T @ rows / len(rows)).float()
+        found = captured[f"{writer.name}/{what}"]
+        assert float((found - expected).norm()) < 1e-3 * float(expected.norm())
+
+
+def test_ridge_lets_mlps_go_a_share_of_the_way_or_none_of_it():
+    _, _, _, method = method_of("ridge", edit={"row_norms": "none"})
+    params = params_of(method, 1)[0] | {"min_weight": 1.0}
+
+    def changes(share):
+        edits = method.edits(method.candidate(params | {"mlp.down_proj.share": share}))
+        return {w.key: e and change(w, e) for w, e in zip(method.writers, edits, strict=True)}
+
+    whole, half, none = changes(1.0), changes(0.5), changes(-0.3)
+    for key, most in whole.items():
+        if most is None:
+            assert half[key] is none[key] is None
+        elif key.startswith("mlp"):
+            assert none[key] is None
+            assert torch.allclose(half[key], most / 2, rtol=1e-4, atol=1e-7)
+        else:
+            assert torch.equal(half[key], most)
+            assert torch.equal(none[key], most)
+    assert {key.partition(".")[0] for key, d in whole.items() if d is not None} == {"attn", "mlp"}
+
+
+def test_where_nothing_stands_for_attention_all_components_go_the_whole_way():
+    _, _, _, method = method_of("ridge", edit={"components": ("mlp.down_proj",)})
+    assert not [name for name in method.space() if name.endswith(".share")]

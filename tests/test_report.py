@@ -215,6 +215,23 @@ def test_the_profile_is_that_of_the_chosen_trial() -> None:
     assert len(lines) == (found.index is not None)
 
 
+def test_the_profile_of_ridge_has_a_line_for_components_that_go_less_far() -> None:
+    params = {
+        "max_weight_position": 2.0,
+        "min_weight": 0.5,
+        "min_weight_distance": 9.0,
+        "overshoot": 1.0,
+        "mlp.down_proj.share": 0.25,
+    }
+    record = make_record()
+    trial = record.chosen().model_copy(update={"params": params})
+    found = shape(record.model_copy(update={"method": "ridge"}), trial)
+    assert found is not None
+    whole, less = found.strengths["attn.o_proj"], found.strengths["mlp.down_proj"]
+    assert whole[2] == 2.0
+    assert less == [0.25 * strength for strength in whole]
+
+
 def test_a_record_of_an_edit_that_broke_the_model_is_read_back(tmp_path):
     record = make_record()
     broken = {**record.holdout, "drift": ScoreRecord(value=float("inf"), n=10)}
