@@ -347,3 +347,18 @@ def test_models_that_are_not_of_one_base(tiny, tmp_path, capsys):
     arguments = job(tiny, tmp_path)[4:14]
     assert cli.main(["evaluate", str(tiny / "model"), str(other), *arguments, "--quiet"]) == 2
     assert "other shapes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["resume", "export"])
+def test_a_run_of_a_version_that_captured_other_things(tiny, tmp_path, capsys, command):
+    out, to = tmp_path / "run", tmp_path / "to"
+    assert cli.main(job(tiny, out, "--method", "ridge")) == 0
+    place = out / CAPTURED
+    save_file(load_file(place), place, metadata={"format": "pt"})
+    arguments = ["--trials", "20"] if command == "resume" else ["--to", str(to)]
+    capsys.readouterr()
+    assert cli.main([command, str(out), *arguments, "--quiet"]) == 2
+    error = capsys.readouterr().err
+    assert "another version of Excise" in error
+    assert "Traceback" not in error
+    assert not to.exists()

@@ -11,12 +11,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from excise.directions import Directions
-from excise.errors import StorageError
+from excise.errors import RunStateError, StorageError
 from excise.opening import Opening, from_dict
 from excise.record import Separation
 
 DIRECTIONS = "directions.safetensors"
 CAPTURED = "method.safetensors"
+LAYOUT = "layout"  # in its metadata: which things were captured, and how
 
 
 def save_directions(
@@ -51,9 +52,20 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
         raise StorageError(f"cannot write {path}: {error}") from None
 
 
-def read_tensors(path: Path) -> dict[str, Tensor] | None:
-    """The tensors of a file; None when there is none to trust."""
+def read_tensors(path: Path, layout: str) -> dict[str, Tensor] | None:
+    """The tensors of a file; None when there is none to trust.
+
+    Raises:
+        RunStateError: they were saved in another layout than this one.
+    """
     try:
+        with safe_open(path, framework="pt") as file:
+            found = (file.metadata() or {}).get(LAYOUT)
+        if found != layout:
+            raise RunStateError(
+                f"{path} was written by another version of Excise, which captured other things: "
+                "start the run again with a new --out, or use that version"
+            )
         return load_file(path)
     except (OSError, SafetensorError):
         return None

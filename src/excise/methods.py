@@ -87,11 +87,13 @@ class Kind:
         capture: what is measured of the model for it, once per run; it is stored with the run.
         bind: the method on what was captured.
         check: raises `ConfigError` where settings, the number of prompts and the model do not fit.
+        layout: of what is captured; it changes with what a version captures.
     """
 
     capture: Callable[[Bench], dict[str, Tensor]]
     bind: Callable[[Bench, Tensors], Method]
     check: Callable[[Config, int, Anatomy], None]
+    layout: str = "1"
 
 
 def _ridge_capture(bench: Bench) -> dict[str, Tensor]:
@@ -139,7 +141,7 @@ KINDS: dict[str, Kind] = {
     "directional": Kind(lambda _: {}, _directional, lambda *_: None),
     "subspace": Kind(_subspace_capture, _subspace, subspace_method.check),
     "ara": Kind(_ara_capture, _ara, ara_method.check),
-    "ridge": Kind(_ridge_capture, _ridge, ridge_method.check),
+    "ridge": Kind(_ridge_capture, _ridge, ridge_method.check, layout="2"),
 }
 
 

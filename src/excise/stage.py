@@ -25,6 +25,7 @@ from excise.front import Objective
 from excise.keeping import (
     CAPTURED,
     DIRECTIONS,
+    LAYOUT,
     read_directions,
     read_opening,
     read_tensors,
@@ -289,14 +290,15 @@ def method_for(
     Raises:
         MeasurementError: what was captured cannot be used.
         StorageError: it cannot be written.
+        RunStateError: it was written by a version that captured other things.
     """
     kind = kind_of(config)
     bench = bench_for(loaded, directions, tokens, config, on_event)
-    captured = None if anew else read_tensors(stored)
+    captured = None if anew else read_tensors(stored, kind.layout)
     if captured is None:
         captured = kind.capture(bench)
         if captured:
-            save_tensors(stored, captured, {"format": "pt"})
+            save_tensors(stored, captured, {"format": "pt", LAYOUT: kind.layout})
     return kind.bind(bench, captured)
 
 
