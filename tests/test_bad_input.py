@@ -13,6 +13,7 @@ from conftest import job, write_prompts
 from safetensors.torch import load_file, save_file
 
 from excise import cli, fitting
+from excise.keeping import CAPTURED
 
 
 @pytest.fixture
