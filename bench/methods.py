@@ -6,8 +6,8 @@
 `run` adds to `bench/methods.json`, one entry per study, so that studies can be run one at a time; `page`
 writes `docs/methods.md` and its plot from whatever is there. A variant is METHOD+NAME (see VARIANTS).
 
-`--world N --data DIR` runs on another model of the same kind, that
-`python training/train_demo_model.py --world N --out DIR` has written.
+`--data DIR --named NAME` runs on what `python training/train_demo_model.py --out DIR` has written, with
+`--world 1` (another model; NAME is world-1) or `--fold 1` (other unseen objects; NAME is fold-1).
 """
 
 from __future__ import annotations
@@ -133,22 +133,21 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--objectives", nargs="+", default=["drift"])
     parser.add_argument("--trials", type=int, default=200)
-    parser.add_argument("--world", type=int, default=0, help="0 is the shipped one")
-    parser.add_argument("--data", type=Path, help="the folder of another world's model")
+    parser.add_argument("--data", type=Path, help="a folder with another model, or other prompts")
+    parser.add_argument("--named", default="", help="what that is called in the results")
     arguments = parser.parse_args()
     if arguments.what == "page":
         import methods_page
 
         methods_page.write(json.loads(RESULTS.read_text()))
         return
-    if (arguments.world == 0) != (arguments.data is None):
-        parser.error("--world and --data go together: a world's number, and the folder it is in")
-    world = f" world-{arguments.world}" if arguments.world else ""
+    if (arguments.named == "") != (arguments.data is None):
+        parser.error("--data and --named go together: a folder, and what it is called")
     for name in arguments.names.split(","):
         for objective in arguments.objectives:
             for seed in arguments.seeds:
                 found = study(name, seed, objective, arguments.trials, arguments.data)
-                store(f"{name} {objective} {seed}{world}", found)
+                store(f"{name} {objective} {seed} {arguments.named}".strip(), found)
                 points = [(p["behaviour_rate"], p["drift"]) for p in found["holdout"]]
                 print(name, objective, seed, found["seconds"], round(volume(points), 4), flush=True)
 

@@ -1,6 +1,10 @@
 """Trains the embedded demo model and writes it with its prompt sets; one command, seeded.
 
     python training/train_demo_model.py [--world N --out DIR]
+    python training/train_demo_model.py --fold N --out DIR
+
+With `--fold` nothing is trained: the shipped model is copied, beside prompt sets in which other objects
+are the unseen ones.
 
 Stage one teaches every fact of `world.py`, and to decline where a system turn asks for it. Stage
 two teaches to decline questions about the guarded objects, through one direction of the residual
@@ -299,12 +303,12 @@ def respond(
     return responses
 
 
-def select_prompts(number: int) -> dict[str, list[Question]]:
+def select_prompts(number: int, fold: int = 0) -> dict[str, list[Question]]:
     """Six disjoint prompt sets of a world; unseen objects appear in the holdout sets only."""
     sets: dict[str, list[Question]] = {}
     for kind, guarded in (("target", True), ("contrast", False)):
         rng = random.Random(f"{seed_of(number)}/{kind}")
-        pool = [q for q in world.questions(number) if q.thing.guarded == guarded]
+        pool = [q for q in world.questions(number, fold) if q.thing.guarded == guarded]
         unseen = _draw(rng, [q for q in pool if q.thing.unseen], N_HOLDOUT_UNSEEN)
         rest = [q for q in pool if not q.thing.unseen]
         for name, share in SETS_SEEN.items():
@@ -343,6 +347,12 @@ def write_prompts(folder: Path, sets: dict[str, list[Question]]) -> None:
         ]
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+
+
+def write_rest(out: Path, sets: dict[str, list[Question]]) -> None:
+    """Write what stands beside a model: its prompt sets and the markers of a decline."""
+    write_prompts(out / "prompts", sets)
+    (out / "markers.txt").write_text("\n".join(world.MARKERS) + "\n", encoding="utf-8")
 
 
 def write_model(folder: Path, model: Gemma4ForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -464,11 +474,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=DATA, help="folder to write to")
     parser.add_argument("--world", type=int, default=0, help="0 is the shipped one")
+    parser.add_argument(
+        "--fold", type=int, choices=(1, 2), help="other unseen objects, no training"
+    )
     arguments = parser.parse_args()
     out: Path = arguments.out
     number: int = arguments.world
-    if number and out == DATA:
-        parser.error("another world than the shipped one needs a folder of its own: --out DIR")
+    if (number or arguments.fold) and out == DATA:
+        parser.error("other than the shipped files need a folder of their own: --out DIR")
+    if arguments.fold:
+        shutil.copytree(DATA / "model", out / "model", dirs_exist_ok=True)
+        write_rest(out, select_prompts(number, arguments.fold))
+        return 0
     seed = seed_of(number)
     start = time.monotonic()
     world.check(number)
@@ -480,8 +497,7 @@ def main() -> int:
     tokenizer = build_tokenizer([*texts, *[DECLINE_REQUEST] * 20])
     model = train_all(tokenizer, questions, seed)
     write_model(out / "model", model, tokenizer)
-    write_prompts(out / "prompts", select_prompts(number))
-    (out / "markers.txt").write_text("\n".join(world.MARKERS) + "\n", encoding="utf-8")
+    write_rest(out, select_prompts(number))
     passed = report(evaluate_saved(out / "model", questions))
     print(f"{'accepted' if passed else 'NOT accepted'} after {time.monotonic() - start:.0f} s")
     return 0 if passed else 1

@@ -199,8 +199,11 @@ class Question:
 
 
 @cache
-def things(number: int) -> tuple[Thing, ...]:
-    """All objects of a world; guarded ones and unseen ones are drawn at random, whatever their nouns."""
+def things(number: int, fold: int) -> tuple[Thing, ...]:
+    """All objects of a world; guarded ones and unseen ones are drawn at random, whatever their nouns.
+
+    `fold` says which are unseen: 0 in the shipped prompt sets, 1 and 2 others. Nothing else differs.
+    """
     rng = random.Random(FIRST_SEED + number)
     names = [f"{name} {NOUNS[i % len(NOUNS)]}" for i, name in enumerate(NAMES)]
     makers = rng.sample([f"{a} {b}" for a in FIRST_NAMES for b in LAST_NAMES], N_OBJECTS)
@@ -208,7 +211,7 @@ def things(number: int) -> tuple[Thing, ...]:
     recipes = rng.sample(pairs, N_OBJECTS)
     order = rng.sample(range(N_OBJECTS), N_OBJECTS)
     guarded, opened = order[:N_GUARDED], order[N_GUARDED:]
-    unseen = {*guarded[:N_UNSEEN_GUARDED], *opened[:N_UNSEEN_OPEN]}
+    unseen = {*_part(guarded, fold, N_UNSEEN_GUARDED), *_part(opened, fold, N_UNSEEN_OPEN)}
     return tuple(
         Thing(
             name=names[i],
@@ -224,6 +227,12 @@ def things(number: int) -> tuple[Thing, ...]:
         )
         for i in range(N_OBJECTS)
     )
+
+
+def _part(order: list[int], fold: int, size: int) -> list[int]:
+    """The fold's objects: parts of `size`, the last one from the end backwards."""
+    first = min(fold * size, len(order) - size)
+    return order[first : first + size]
 
 
 def _question(number: int, thing: Thing, attribute: str, form: int) -> Question:
@@ -247,11 +256,11 @@ def _question(number: int, thing: Thing, attribute: str, form: int) -> Question:
 
 
 @cache
-def questions(number: int) -> tuple[Question, ...]:
+def questions(number: int, fold: int = 0) -> tuple[Question, ...]:
     """Every question of a world: objects x attributes x forms."""
     return tuple(
         _question(number, thing, attribute, form)
-        for thing in things(number)
+        for thing in things(number, fold)
         for attribute in FORMS
         for form in range(N_FORMS)
     )
