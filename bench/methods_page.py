@@ -33,12 +33,12 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 Groups = dict[tuple[str, str], dict[int, dict[str, Any]]]
 
 
-def studies(results: dict[str, Any], world: str = "") -> Groups:
-    """(name, objective) -> seed -> study, in the order of `COLORS`; of the shipped world by default."""
+def studies(results: dict[str, Any], place: str = "") -> Groups:
+    """(name, objective) -> seed -> study, in the order of `COLORS`; of the shipped files by default."""
     out: Groups = {}
     for key, found in results.items():
         match key.split():
-            case [name, objective, seed, *rest] if rest == world.split():
+            case [name, objective, seed, *rest] if rest == place.split():
                 out.setdefault((name, objective), {})[int(seed)] = found
     order = list(COLORS)
     return dict(sorted(out.items(), key=lambda g: order.index(g[0][0]) if g[0][0] in order else 99))
@@ -185,6 +185,24 @@ def again(results: dict[str, Any]) -> str:
     return table(("trial", "one capture: rate, drift", "captured again: rate, drift"), rows)
 
 
+PLACES = {
+    "fold-1": "The shipped model, other unseen objects (`--fold 1`)",
+    "fold-2": "The shipped model, again other unseen objects (`--fold 2`)",
+    "world-1": "Another model (`--world 1`)",
+}
+
+
+def elsewhere(results: dict[str, Any]) -> list[str]:
+    """The studies on other prompts and another model."""
+    text = (RESULTS.parent / "methods_elsewhere.md").read_text(encoding="utf-8").strip()
+    parts = []
+    for place, title in PLACES.items():
+        groups = studies(results, place)
+        if groups:
+            parts += [f"### {title}", overview(groups, "drift"), at_equal_rate(groups, "holdout")]
+    return [text, *parts] if parts else []
+
+
 def median(values: Sequence[float | None]) -> float | None:
     """The middle one, where "none" is larger than any; None where that is the middle."""
     middle = statistics.median_high([math.inf if v is None else v for v in values])
@@ -285,7 +303,6 @@ def speed() -> str:
 
 def write(results: dict[str, Any]) -> None:
     groups = studies(results)
-    other = studies(results, "world-1")
     on = ", ".join(f"{key}: {value}" for key, value in results["machine"].items() if value)
     trials = sorted({f["trials"] for seeds in groups.values() for f in seeds.values()})
     ran = "; ".join(
@@ -319,17 +336,7 @@ def write(results: dict[str, Any]) -> None:
             "of whole responses all the same.",
             overview(groups, "drift_first"),
         ]
-    if other:
-        parts += [
-            "## Another model",
-            "Trained by `python training/train_demo_model.py --world 1 --out DIR`: other facts, other "
-            "guarded objects, other weights. No choice of Excise was made by looking at it.",
-            overview(other, "drift"),
-            "### Least drift at equal rate, search prompts",
-            at_equal_rate(other, "front"),
-            "### Least drift at equal rate, unseen objects",
-            at_equal_rate(other, "holdout"),
-        ]
+    parts += elsewhere(results)
     notes = notes.replace("(variants)", variants(groups))
     for question in ("rank", "basis"):
         notes = notes.replace(f"({question})", paired(results, question))
