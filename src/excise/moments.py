@@ -247,9 +247,10 @@ def token_moments(
         )
         for writer, basis, q in zip(writers, bases, sizes, strict=True)
     ]
+    bounds = _from_the_end(texts)
 
     def see(number: int, x: Tensor, _y: Tensor, at: Tensor, batch: Batch) -> None:
-        out[number].add(x[_counted(batch, texts)[at]].float())
+        out[number].add(x[_counted(batch, bounds)[at]].float())
 
     _pass(loaded, writers, [text.ids for text in texts], see, name, on_event)
     return out
@@ -268,6 +269,7 @@ def token_sketches(
     A range sketch (Halko, Martinsson and Tropp 2011): S Omega with a random Omega (I, size), where S is
     the second moment, without ever forming S.
     """
+    bounds = _from_the_end(texts)
     draws, sums = [], []
     for number, writer in enumerate(writers):
         generator = torch.Generator().manual_seed(number)
@@ -276,22 +278,23 @@ def token_sketches(
         sums.append(torch.zeros(size, weight.shape[1], device=weight.device))
 
     def see(number: int, x: Tensor, _y: Tensor, at: Tensor, batch: Batch) -> None:
-        rows = x[_counted(batch, texts)[at]].float()
+        rows = x[_counted(batch, bounds)[at]].float()
         sums[number] += (rows @ draws[number]).T @ rows
 
     _pass(loaded, writers, [text.ids for text in texts], see, name, on_event)
     return sums
 
 
-def _counted(batch: Batch, texts: Sequence[Text]) -> Tensor:
-    """Which positions (B * T) of a left-padded batch count."""
-    width = batch.ids.shape[1]
-    mine = [texts[int(row)] for row in batch.rows]
-    device = batch.mask.device
-    begins = torch.tensor([width - len(t.ids) + t.begin for t in mine], device=device)
-    ends = torch.tensor([width - t.spare for t in mine], device=device)
-    place = torch.arange(width, device=device)[None]
-    return ((begins[:, None] <= place) & (place < ends[:, None])).flatten()
+def _from_the_end(texts: Sequence[Text]) -> Tensor:
+    """Where what counts begins and ends in every text, in tokens from its end (N, 2)."""
+    return torch.tensor([[len(text.ids) - text.begin, text.spare] for text in texts])
+
+
+def _counted(batch: Batch, bounds: Tensor) -> Tensor:
+    """Which positions (B * T) of a left-padded batch count, by `_from_the_end` of all texts."""
+    mine = bounds[batch.rows].to(batch.mask.device)  # (B, 2)
+    left = torch.arange(batch.ids.shape[1], 0, -1, device=mine.device)[None]  # tokens to the end
+    return ((left <= mine[:, :1]) & (left > mine[:, 1:])).flatten()
 
 
 def few_prompts(
