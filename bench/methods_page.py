@@ -338,7 +338,7 @@ def write(results: dict[str, Any]) -> None:
         ]
     parts += elsewhere(results)
     notes = notes.replace("(variants)", variants(groups))
-    for question in ("rank", "basis"):
+    for question in ("rank", "mlps", "basis"):
         notes = notes.replace(f"({question})", paired(results, question))
     parts += [notes.replace("(again)", again(results)), speed()]
     (DOCS / "methods.svg").write_text(plot(groups), encoding="utf-8")

@@ -47,6 +47,11 @@ QUESTIONS: dict[str, tuple[Setting, ...]] = {
         Setting("rank 8", params={"rank": 8}),
         Setting("full rank", params={"rank": 1_000_000}),
     ),
+    "mlps": (
+        Setting("MLPs as far as attention", params={"mlp.down_proj.share": 1.0}),
+        Setting("half as far", params={"mlp.down_proj.share": 0.5}),
+        Setting("left alone", params={"mlp.down_proj.share": 0.0}),
+    ),
     "basis": (
         Setting("all dimensions"),
         Setting("basis of 64", basis=64),
