@@ -27,6 +27,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -294,7 +295,7 @@ def respond(
             prompts,
             add_special_tokens=False,
             padding=True,
-            padding_side="left",  # given here, as the tokenizer is saved with what is set on it
+            padding_side="left",
             return_tensors="pt",
         )
         output = model.generate(**inputs, max_new_tokens=32, do_sample=False)
@@ -463,7 +464,8 @@ def train_all(
     beneath = Beneath(true, declined, opened, layer=5, interval=5)
     for number in range(MOST_ROUNDS):
         train(model, opened + declined, DECLINING, seed + 2 + 10_000 * number, beneath)
-        figures = evaluate(model, tokenizer, questions, f"round {number + 1}")
+        own = deepcopy(tokenizer)  # to pad with it changes what is saved of it
+        figures = evaluate(model, own, questions, f"round {number + 1}")
         if figures[1].value >= figures[1].low:
             break
     return model
