@@ -30,12 +30,14 @@ def facts(out: Path):
 
 
 def start(arguments: list[str]) -> subprocess.Popen[bytes]:
+    """The command as from a terminal, where Ctrl-C interrupts: a background shell has it ignored."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.Popen(
         [sys.executable, "-m", "excise.cli", *arguments],
         env=environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
 
 
