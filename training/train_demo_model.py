@@ -475,10 +475,9 @@ def main() -> int:
     """Train, write and accept; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=DATA, help="folder to write to")
-    parser.add_argument("--world", type=int, default=0, help="0 is the shipped one")
-    parser.add_argument(
-        "--fold", type=int, choices=(1, 2), help="other unseen objects, no training"
-    )
+    other = parser.add_mutually_exclusive_group()  # folds are of the shipped model
+    other.add_argument("--world", type=int, default=0, help="0 is the shipped one")
+    other.add_argument("--fold", type=int, choices=(1, 2), help="other unseen objects, no training")
     arguments = parser.parse_args()
     out: Path = arguments.out
     number: int = arguments.world
