@@ -7,12 +7,13 @@ from pathlib import Path
 
 from excise import events, stage
 from excise.config import Config
+from excise.engine import Plan
 from excise.keeping import DIRECTIONS, read_directions
-from excise.loading import load
+from excise.loading import Loaded, load
 from excise.methods import Bench, Method
 from excise.panel import Panel
 from excise.planning import from_dict
-from excise.prompts import load_prompt_sets
+from excise.prompts import PromptSets, load_prompt_sets
 from excise.record import Record, read_record
 
 
@@ -26,18 +27,30 @@ class Reopened:
     holdout: Panel
 
 
+def holdout_panel(
+    loaded: Loaded,
+    sets: PromptSets,
+    method: Method,
+    tokens: stage.Tokens,
+    config: Config,
+    plan: Plan,
+) -> Panel:
+    """A panel over the holdout prompts, ground truth included."""
+    scoring = stage.scoring(config)
+    engine = stage.engine_for(loaded, method.writers, tokens, "holdout", config, plan)
+    context = scoring.context(sets.target_holdout, sets.contrast_holdout)
+    return Panel(engine, scoring.every_trial + scoring.final, context, screen=False)
+
+
 def reopen(folder: Path, config: Config) -> Reopened:
     """The run in `folder`, made with `config`."""
     record = read_record(folder)
     known = read_directions(folder / DIRECTIONS)
     assert known is not None
     loaded, sets = load(config.model), load_prompt_sets(config.prompts)
-    scoring = stage.scoring(config)
-    tokens = stage.stored_tokens(loaded, sets, config, scoring.markers, folder)
+    tokens = stage.stored_tokens(loaded, sets, config, stage.scoring(config).markers, folder)
     method = stage.stored_method(loaded, tokens, config, folder, events.ignore)
     plan = from_dict(record.engine).plan
-    engine = stage.engine_for(loaded, method.writers, tokens, "holdout", config, plan)
-    context = scoring.context(sets.target_holdout, sets.contrast_holdout)
-    panel = Panel(engine, scoring.every_trial + scoring.final, context, screen=False)
+    panel = holdout_panel(loaded, sets, method, tokens, config, plan)
     bench = stage.bench_for(loaded, known[0], tokens, config, events.ignore)
     return Reopened(record, bench, method, panel)

@@ -11,16 +11,17 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import optuna
 from methods import job, store, values
+from reopened import holdout_panel
 
 from excise import events, stage
-from excise.config import Config
 from excise.loading import load
 from excise.methods import Method
 from excise.panel import Panel
@@ -60,12 +61,16 @@ QUESTIONS: dict[str, tuple[Setting, ...]] = {
 }
 
 
-def prepared(config: Config) -> tuple[Method, Panel]:
-    """Ridge as configured, and a panel over the holdout."""
+@cache
+def prepared(basis: int | None) -> tuple[Method, Panel]:
+    """Ridge with a basis of this size, or its own, and a panel over the holdout."""
+    config = job("ridge", 0, "drift", 200)
+    if basis is not None:
+        ridge = config.ridge.model_copy(update={"basis": basis})
+        config = config.model_copy(update={"ridge": ridge})
     loaded, sets = load(config.model), load_prompt_sets(config.prompts)
-    scoring = stage.scoring(config)
     bare = stage.tokenise(loaded, sets, config)
-    tokens = stage.open_responses(loaded, bare, config, scoring.markers)
+    tokens = stage.open_responses(loaded, bare, config, stage.scoring(config).markers)
     directions, _ = stage.find_directions(loaded, tokens, config.directions, events.ignore)
     with tempfile.TemporaryDirectory() as folder:
         stored = Path(folder) / "captured.safetensors"
@@ -73,9 +78,7 @@ def prepared(config: Config) -> tuple[Method, Panel]:
             loaded, directions, tokens, config, stored, events.ignore, anew=True
         )
     plan = size(loaded, config, 40, 100).plan
-    engine = stage.engine_for(loaded, method.writers, tokens, "holdout", config, plan)
-    context = scoring.context(sets.target_holdout, sets.contrast_holdout)
-    return method, Panel(engine, scoring.every_trial + scoring.final, context, screen=False)
+    return method, holdout_panel(loaded, sets, method, tokens, config, plan)
 
 
 def drawn(method: Method, count: int) -> list[dict[str, Any]]:
@@ -84,13 +87,9 @@ def drawn(method: Method, count: int) -> list[dict[str, Any]]:
     return [dict(study.ask(method.space()).params) for _ in range(count)]
 
 
-def measured(setting: Setting, draw: Callable[[Method], list[dict[str, Any]]]) -> list[Any]:
-    config = job("ridge", 0, "drift", 200)
-    if setting.basis is not None:
-        ridge = config.ridge.model_copy(update={"basis": setting.basis})
-        config = config.model_copy(update={"ridge": ridge})
-    method, panel = prepared(config)
-    points = [p | dict(setting.params or {}) for p in draw(method)]
+def measured(setting: Setting, count: int) -> list[Any]:
+    method, panel = prepared(setting.basis)
+    points = [p | dict(setting.params or {}) for p in drawn(method, count)]
     out = []
     for first in range(0, len(points), STACK):
         edits = [method.edits(method.candidate(p)) for p in points[first : first + STACK]]
@@ -119,7 +118,7 @@ def main() -> None:
     count = parser.parse_args().candidates
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     for question, settings in QUESTIONS.items():
-        found = {s.name: measured(s, lambda m: drawn(m, count)) for s in settings}
+        found = {s.name: measured(s, count) for s in settings}
         base = found[settings[0].name]
         rows = {name: compared(base, other) for name, other in found.items()}
         store(f"paired {question}", {"candidates": count, "settings": rows})
