@@ -90,7 +90,7 @@ def search_seconds(job: Job, trials: int, *, screen: bool, batch: int | None = N
         search = Search(study, job.space(), goals, section, batch=size_of_batch, seed=0)
         begun = time.perf_counter()
         panel = job.panel(engine, screen=screen)
-        search.run(trials, measurer(job.method, panel, goals), events.ignore)
+        search.run(trials, measurer(job.method, panel, goals, engine.learning), events.ignore)
         return time.perf_counter() - begun
 
 

@@ -6,7 +6,7 @@ import builders
 import pytest
 import torch
 
-from excise.decoding import ResponseTree, greedy
+from excise.decoding import ResponseTree, Transcript, greedy
 from excise.evidence import Response
 from excise.forward import Forward
 from excise.tokens import left_pad
@@ -38,23 +38,16 @@ def decode(model, ends, *, deciders=None, limit=LIMIT, rows=ROWS):
     """All rows at once; the responses, and which rows were left at each regrouping."""
     forward = Forward(model.model, model.anatomy)
     tree = ResponseTree(model.tokenizer, deciders)
+    transcript = Transcript(tree, len(rows), frozenset(ends), limit)
     batch = left_pad(rows, range(len(rows)), 0, CPU)
     groups = []
     with torch.inference_mode():
         cache = forward.cache(batch.ids.shape[1] + limit)
         hidden = forward.hidden(batch.ids, batch.mask, batch.positions, cache)
         first = forward.logits(hidden[:, -1]).argmax(-1)
-        responses = greedy(
-            forward,
-            tree,
-            first,
-            batch.mask,
-            cache,
-            ends=frozenset(ends),
-            limit=limit,
-            regroup=groups.append,
-        )
-    return responses, groups, cache
+        everyone = list(range(len(rows)))
+        greedy(forward, transcript, everyone, first, batch.mask, cache, groups.append)
+    return transcript.responses(), groups, cache
 
 
 def likely_ends(model):
@@ -122,6 +115,26 @@ def test_a_decided_row_stops_as_soon_as_its_text_is_decided(model):
         assert part.tokens == prefixes[stop]
         assert part.ended is False
     assert any(len(part.tokens) < LIMIT for part in cut)
+
+
+def test_decoding_goes_on_from_what_rows_have_said(model):
+    """Rows that come with different numbers of tokens end as they would have, at the same limit."""
+    ends = likely_ends(model)
+    forward = Forward(model.model, model.anatomy)
+    whole = [alone(model, ids, ends) for ids in ROWS]
+    transcript = Transcript(ResponseTree(model.tokenizer, None), len(ROWS), frozenset(ends), LIMIT)
+    for row, tokens in enumerate(whole):
+        for token in tokens[: row % 4]:
+            transcript.say(row, token)
+    rows = transcript.open_rows()
+    assert len({len(transcript.said(row)) for row in rows}) > 2
+    batch = left_pad([(*ROWS[row], *transcript.said(row)) for row in rows], rows, 0, CPU)
+    with torch.inference_mode():
+        cache = forward.cache(batch.ids.shape[1] + max(map(transcript.room, rows)))
+        hidden = forward.hidden(batch.ids, batch.mask, batch.positions, cache)
+        first = forward.greedy(hidden[:, -1])
+        greedy(forward, transcript, rows, first, batch.mask, cache, lambda _alive: None)
+    assert [response.tokens for response in transcript.responses()] == whole
 
 
 # -- the tree --------------------------------------------------------------------------------------

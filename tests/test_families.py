@@ -105,11 +105,14 @@ def test_stacked_equals_merged_and_generated(loaded, plan):
     edits = [method.edits(c) for c in families.candidates(loaded.anatomy, 3)]
     ours = engine(loaded, method.writers, plan)
     before = {n: (p.data_ptr(), p._version) for n, p in loaded.model.named_parameters()}
-    evidence = ours.measure(edits, REQUESTS)
+    with ours.learning():
+        evidence = ours.measure(edits, REQUESTS)
+    again = ours.measure(edits, REQUESTS[:1])  # with drafts of what was said
     original = ours.original("contrast").responses
     assert before == {n: (p.data_ptr(), p._version) for n, p in loaded.model.named_parameters()}
     assert all("forward" not in m.__dict__ for m in loaded.model.modules())
-    for one, found in zip(edits, evidence, strict=True):
+    for one, found, repeated in zip(edits, evidence, again, strict=True):
+        assert repeated.responses == found.responses
         alone = families.merged(loaded.model, method.writers, one)
         for ids, response in zip(ours.prompts["target"], found.responses["target"], strict=True):
             assert response.tokens == generated(alone, ids)

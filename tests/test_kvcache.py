@@ -71,13 +71,13 @@ def test_selecting_from_an_empty_layer_does_nothing():
     assert fill(layer, rows=2)[0].shape == (2, 2, 9, 4)
 
 
-def test_copy_repeated_is_candidate_major():
+def test_copied_rows_come_in_the_order_asked_for():
     source, into = RoomyLayer(4), RoomyLayer(6)
     keys, values = fill(source, rows=2, steps=(3,))
-    into.copy_repeated(source, 3)
+    into.copy_rows(source, torch.tensor([0, 1, 1, 0]))
     assert into.get_seq_length() == 3
-    assert torch.equal(into.keys[:, :, :3], torch.cat([keys] * 3))
-    assert torch.equal(into.values[:, :, :3], torch.cat([values] * 3))
+    assert torch.equal(into.keys[:, :, :3], keys[[0, 1, 1, 0]])
+    assert torch.equal(into.values[:, :, :3], values[[0, 1, 1, 0]])
     before = source.keys.clone()
     into.keys.zero_()
     assert torch.equal(source.keys, before)
@@ -111,9 +111,9 @@ def test_lower_layers_are_shared_and_upper_ones_stay_empty():
     source, into = (roomy_cache(model.config, 12) for _ in range(2))
     ids = torch.tensor(builders.token_ids(2, 6, 9, 9))
     model(ids, past_key_values=source)
-    share_lower_layers(source, into, 4, 3, 2)
+    share_lower_layers(source, into, 4, torch.tensor([0, 1, 0, 0, 1]))
     lengths = [layer.get_seq_length() for layer in into.layers]
     assert lengths[:4] == [9] * 4
     assert not any(lengths[4:])
     for ours, theirs in zip(into.layers[:4], source.layers[:4], strict=True):
-        assert torch.equal(ours.keys[:, :, :9], theirs.keys[:, :, :9].repeat(3, 1, 1, 1))
+        assert torch.equal(ours.keys[:, :, :9], theirs.keys[[0, 1, 0, 0, 1], :, :9])

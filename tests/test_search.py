@@ -98,6 +98,25 @@ def test_more_trials_keep_the_ones_there_are(tmp_path):
     assert len(more) == 30
 
 
+def test_a_resume_measures_the_first_batch_first_and_once(tmp_path):
+    """What later batches are measured with may be learnt from it, in every process alike."""
+    whole(tmp_path, 16)
+    asked = []
+
+    def measure(params, finished):
+        asked.append((params, finished))
+        return toy(params, finished)
+
+    search = search_in(tmp_path)
+    first = [trial.params for trial in search.study.trials[:8]]
+    search.run(16, measure, ignore)
+    assert not asked
+    search.run(40, measure, ignore)
+    assert asked[0] == (first, [])
+    assert [len(params) for params, _ in asked] == [8] * 4
+    assert [len(finished) for _, finished in asked] == [0, 16, 24, 32]
+
+
 def test_fewer_trials_than_there_are_change_nothing(tmp_path):
     folder = tmp_path / "run"
     assert whole(folder, 10) == whole(folder, 5)

@@ -96,16 +96,30 @@ def test_scales_and_shifts_that_only_some_edits_have(rows):
 def test_a_stack_of_nothing_puts_no_hooks_and_starts_nowhere():
     chain = writers()
     stack = Stack(chain, [[None, None], [None, None]])
-    assert stack.first_layer > 1000
+    assert min(stack.first_of(0), stack.first_of(1)) > 1000
     stack.select([0, 1])
     with stack.applied():
         assert not any(w.module._forward_hooks for w in chain)
 
 
-def test_the_first_layer_is_the_lowest_that_any_candidate_edits():
+def test_the_first_layer_is_the_lowest_that_a_candidate_edits():
     chain = writers(3)
-    assert Stack(chain, [[None, None, edit(0)], [None, edit(0), None]]).first_layer == 4
-    assert Stack(chain, [[None, None, edit(0)]]).first_layer == 5
+    stack = Stack(chain, [[None, None, edit(0)], [None, edit(0), edit(1)]])
+    assert [stack.first_of(0), stack.first_of(1)] == [5, 4]
+
+
+def test_a_paused_stack_leaves_the_model_as_it_was():
+    chain = writers()
+    stack = Stack(chain, [[edit(0), edit(1)]])
+    stack.select([0])
+    x = torch.randn(1, 3, chain[0].module.in_features)
+    plain = chain[0].module(x)
+    with stack.applied():
+        edited = chain[0].module(x)
+        with stack.paused():
+            assert torch.equal(chain[0].module(x), plain)
+        assert torch.equal(chain[0].module(x), edited)
+    assert not torch.equal(edited, plain)
 
 
 def test_weights_are_not_written_and_hooks_go():

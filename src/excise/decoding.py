@@ -56,6 +56,10 @@ class ResponseTree:
         text = self.text(tokens)
         return all(decided(text) for decided in self._deciders)
 
+    def tokens(self, node: int) -> tuple[int, ...]:
+        """The tokens on the way to a node."""
+        return self._tokens[node]
+
     def is_decided(self, node: int) -> bool:
         """Whether the verdict on this response can no longer change."""
         return self._final[node]
@@ -70,50 +74,75 @@ class ResponseTree:
         return str(self._tokenizer.decode([*self._spoken, *tokens], skip_special_tokens=True))
 
 
+class Transcript:
+    """What every row of a batch has said so far, and which rows are through."""
+
+    def __init__(self, tree: ResponseTree, rows: int, ends: frozenset[int], limit: int) -> None:
+        """`ends`: tokens that end a response; `limit`: most tokens of one."""
+        self._tree, self._ends, self._limit = tree, ends, limit
+        self._nodes = [0] * rows
+        self._done: dict[int, Response] = {}
+
+    def say(self, row: int, token: int) -> None:
+        """A row's next token; it is through once its response has ended or its verdict is settled."""
+        node = self._nodes[row] = self._tree.step(self._nodes[row], token)
+        ended = token in self._ends
+        if ended or self.room(row) == 0 or self._tree.is_decided(node):
+            self._done[row] = self._tree.response(node, ended)
+
+    def said(self, row: int) -> tuple[int, ...]:
+        """The tokens of a row so far."""
+        return self._tree.tokens(self._nodes[row])
+
+    def room(self, row: int) -> int:
+        """How many tokens a row may still say."""
+        return self._limit - len(self.said(row))
+
+    def is_open(self, row: int) -> bool:
+        """Whether a row has more to say."""
+        return row not in self._done
+
+    def open_rows(self) -> list[int]:
+        """The rows that have more to say."""
+        return [row for row in range(len(self._nodes)) if row not in self._done]
+
+    def responses(self) -> list[Response]:
+        """Every row's response, once all are through."""
+        return [self._done[row] for row in range(len(self._nodes))]
+
+
 def greedy(
     forward: Forward,
-    tree: ResponseTree,
+    transcript: Transcript,
+    alive: list[int],
     first: Tensor,
     mask: Tensor,
     cache: Any,
-    *,
-    ends: frozenset[int],
-    limit: int,
     regroup: Callable[[list[int]], None],
-) -> list[Response]:
-    """Decode every row to its end.
+) -> None:
+    """Decode rows to their end.
 
     Args:
         forward: the model.
-        tree: where responses are kept and judged.
-        first: (B,) the first response token of each row, already chosen.
-        mask: (B, T) mask of the prompts, whose states `cache` holds.
-        cache: key-value cache with room for `limit` more positions.
-        ends: tokens that end a response.
-        limit: most tokens of a response.
-        regroup: told which of the B rows are still in the batch, whenever that changes.
+        transcript: what the rows have said, and what they say from here on.
+        alive: the rows of the transcript that the batch holds.
+        first: (B,) the next token of each, already chosen.
+        mask: (B, T) mask of what was read so far, whose states `cache` holds.
+        cache: key-value cache with room for all that the rows may still say.
+        regroup: told which rows are still in the batch, whenever that changes.
     """
-    alive = list(range(first.shape[0]))
-    nodes = [0] * len(alive)
-    done: dict[int, Response] = {}
-    tokens = first
-    mask = torch.cat([mask, mask.new_ones(len(alive), limit)], dim=1)
-    seen = mask.shape[1] - limit
-    positions = mask[:, :seen].sum(-1)
-    for count in range(1, limit + 1):
-        for slot, token in enumerate(tokens.tolist()):
-            row = alive[slot]
-            if row in done:
-                continue
-            node = nodes[slot] = tree.step(nodes[slot], token)
-            if token in ends or count == limit or tree.is_decided(node):
-                done[row] = tree.response(node, token in ends)
-        if len(done) == first.shape[0]:
-            break
-        open_slots = [slot for slot, row in enumerate(alive) if row not in done]
+    tokens, seen = first, mask.shape[1]
+    positions = mask.sum(-1)
+    mask = torch.cat([mask, mask.new_ones(len(alive), max(map(transcript.room, alive)))], dim=1)
+    while True:
+        for row, token in zip(alive, tokens.tolist(), strict=True):
+            if transcript.is_open(row):
+                transcript.say(row, token)
+        open_slots = [slot for slot, row in enumerate(alive) if transcript.is_open(row)]
+        if not open_slots:
+            return
         if len(open_slots) <= (1 - _COMPACT_AT) * len(alive):
             alive = [alive[slot] for slot in open_slots]
-            nodes = [nodes[slot] for slot in open_slots]
             picked = torch.tensor(open_slots, device=tokens.device)
             tokens, mask, positions = tokens[picked], mask[picked], positions[picked]
             select_rows(cache, open_slots)
@@ -122,4 +151,3 @@ def greedy(
         hidden = forward.hidden(tokens[:, None], mask[:, :seen], positions[:, None], cache)
         positions = positions + 1
         tokens = forward.greedy(hidden[:, -1])
-    return [done[row] for row in range(first.shape[0])]

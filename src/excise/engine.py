@@ -9,7 +9,7 @@ Shapes: C candidates, S of them in one stack, P prompts, B rows, T tokens, D wid
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
@@ -17,15 +17,18 @@ import torch
 from torch import Tensor
 
 from excise.anatomy import Writer
-from excise.decoding import ResponseTree, greedy
+from excise.answering import Answering
+from excise.decoding import ResponseTree, Transcript
 from excise.divergence import divergences
+from excise.drafts import Drafts
 from excise.errors import MeasurementError, MemoryExhausted, is_out_of_memory
 from excise.evidence import Decided, Divergence, Evidence, Request, Response, Responses
-from excise.forward import Forward, repeat_batch
-from excise.kvcache import can_join, join, share_lower_layers
+from excise.forward import Forward
+from excise.kvcache import can_join
 from excise.loading import Loaded
+from excise.passes import Passes, Rows
 from excise.stacking import CandidateEdits, Stack
-from excise.tokens import Batch, end_tokens, left_pad, pad_token, same_length
+from excise.tokens import end_tokens, pad_token, same_length
 from excise.weights import let_go
 
 R = TypeVar("R")
@@ -86,7 +89,10 @@ class Engine:
         self._loaded = loaded
         self._forward = Forward(loaded.model, loaded.anatomy)
         self._ends = end_tokens(loaded.model, loaded.tokenizer)
-        self._pad = pad_token(loaded.tokenizer, self._ends)
+        pad = pad_token(loaded.tokenizer, self._ends)
+        self._passes = Passes(self._forward, loaded.anatomy, pad, reuse=self.plan.reuse)
+        self._drafts: dict[str, Drafts] = {}
+        self._learning = False
         self._originals: dict[str, Original] = dict(reference.originals) if reference else {}
         self._reference = reference.forward if reference else self._forward
         self._trees: dict[frozenset[Decided] | None, ResponseTree] = {}
@@ -109,12 +115,31 @@ class Engine:
             MemoryExhausted: one row does not fit.
             MeasurementError: the model's logits are not finite.
         """
+        found: dict[int, Evidence] = {}
         with torch.inference_mode():
-            found: dict[int, Evidence] = {}
             for numbers, stack in self._stacks(candidates):
                 evidence = self._measure_stack(stack, requests, only or {})
                 found.update(zip(numbers, evidence, strict=True))
+                if self._learning and only is None:
+                    self._learn(evidence)
         return [found[number] for number in range(len(candidates))]
+
+    @contextmanager
+    def learning(self) -> Iterator[None]:
+        """What candidates say within this context, those after them are expected to say.
+
+        No response depends on that: only the time that it takes to find it.
+        """
+        self._learning = True
+        try:
+            yield
+        finally:
+            self._learning = False
+
+    def _learn(self, evidence: Sequence[Evidence]) -> None:
+        for one in evidence:
+            for side, responses in one.responses.items():
+                self._drafts.setdefault(side, Drafts()).add(responses)
 
     def original(self, side: str) -> Original:
         """The original model's whole responses to a side's prompts, measured once."""
@@ -217,6 +242,7 @@ class Engine:
     def _backed_off(
         self, members: list[int], chunk: list[int]
     ) -> list[tuple[list[int], list[int]]]:
+        self._passes.forget()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         rows = len(members) * len(chunk)
@@ -236,59 +262,41 @@ class Engine:
     def _answer(
         self, side: str, deciders: frozenset[Decided] | None, stack: Stack, numbers: list[int]
     ) -> list[list[Response]]:
-        """Greedy responses: prompts in passes of `plan.rows`, then all of them decode together."""
+        """Greedy responses, with the help of drafts where they are known and pay."""
         if deciders not in self._trees:
             self._trees[deciders] = ResponseTree(self._loaded.tokenizer, deciders, self.spoken)
-        tree, rows = self._trees[deciders], self.prompts[side]
+        tree, prompts = self._trees[deciders], self.prompts[side]
+        lengths = list(map(len, prompts))
+        joins = can_join(self._forward.cache(1))
+        drafts = self._drafts.get(side) if joins and self._loaded.anatomy.padding else None
 
         def work(stack: Stack, members: list[int], chunk: list[int]) -> list[list[Response]]:
-            batch = self._batch([rows[n] for n in chunk])
-            first, cache = self._read_prompts(stack, members, batch)
-            owners = [member for member in members for _ in chunk]
-            stack.select(owners)
-            responses = greedy(
-                self._forward,
-                tree,
-                first,
-                batch.mask.repeat(len(members), 1),
-                cache,
-                ends=self._ends,
-                limit=self.limit,
-                regroup=lambda alive: stack.select([owners[row] for row in alive]),
+            transcript = Transcript(tree, len(members) * len(chunk), self._ends, self.limit)
+            answering = Answering(
+                self._passes,
+                stack,
+                members,
+                chunk,
+                prompts,
+                transcript,
+                rows=self.plan.rows,
             )
-            return _per_member(responses, len(members))
+            if drafts is not None and drafts.pay({n: lengths[n] for n in chunk}):
+                answering.follow(drafts)
+            else:
+                answering.decode()
+            return _per_member(transcript.responses(), len(members))
 
-        joins = can_join(self._forward.cache(1))
-        lengths = list(map(len, rows))
         return self._spread(work, stack, numbers, lengths, "decode" if joins else "rows")
-
-    def _read_prompts(self, stack: Stack, members: list[int], batch: Batch) -> tuple[Tensor, Any]:
-        """First response tokens (S*P,) and the cache, with room for the rest, of a whole batch."""
-        width = batch.ids.shape[1]
-        step = max(1, self.plan.rows // len(members))
-        firsts, caches = [], []
-        parts = [batch.part(start, start + step) for start in range(0, len(batch.rows), step)]
-        for part in parts:
-            room = part.ids.shape[1] + (self.limit if len(parts) == 1 else 0)
-            hidden, cache = self._prefill(stack, members, part, 1, room)
-            firsts.append(self._forward.greedy(hidden[:, -1]).view(len(members), -1))
-            caches.append(cache)
-        first = torch.cat(firsts, dim=1).flatten()
-        if len(parts) == 1:
-            return first, caches[0]
-        empty = self._forward.cache(width + self.limit)
-        return first, join(caches, empty, len(members), width)
 
     def _read(self, side: str, responses: list[Response]) -> Any:
         """Teacher-forced states at the tokens that predict each response: (tokens, D) per prompt."""
 
         def work(stack: Stack, members: list[int], chunk: list[int]) -> list[list[Tensor]]:
             texts = [responses[n].tokens for n in chunk]
-            batch = self._batch(
-                [[*self.prompts[side][n], *t[:-1]] for n, t in zip(chunk, texts, strict=True)]
-            )
+            whole = [(*self.prompts[side][n], *t[:-1]) for n, t in zip(chunk, texts, strict=True)]
             keep = max(len(t) for t in texts)
-            hidden, _ = self._prefill(stack, members, batch, keep, None)
+            hidden = self._passes.read(stack, Rows.grid(members, whole), keep)
             grouped = hidden.view(len(members), len(chunk), *hidden.shape[1:])
             return [
                 [row[keep - len(t) :] for row, t in zip(rows, texts, strict=True)]
@@ -315,30 +323,6 @@ class Engine:
     def _whole_lengths(self, side: str, responses: list[Response]) -> list[int]:
         pairs = zip(self.prompts[side], responses, strict=True)
         return [len(ids) + len(response.tokens) for ids, response in pairs]
-
-    def _batch(self, rows: list[list[int]]) -> Batch:
-        return left_pad(rows, range(len(rows)), self._pad, self._loaded.device)
-
-    def _prefill(
-        self, stack: Stack, members: list[int], batch: Batch, keep: int, capacity: int | None
-    ) -> tuple[Tensor, Any]:
-        """Hidden states (S*P, keep, D) of all candidates' rows, and the cache if one is kept."""
-        times = len(members)
-        stack.select([member for member in members for _ in range(len(batch.rows))])
-        layer = min(stack.first_layer, self._loaded.anatomy.skippable)
-        reuse = self.plan.reuse and times > 1 and layer > 0
-        cache = None if capacity is None else self._forward.cache(capacity)
-        lower = None
-        start: Any = nullcontext()
-        if reuse:
-            layer = min(layer, len(self._loaded.anatomy.layers) - 1)
-            hidden, lower = self._forward.below(batch, layer, capacity)
-            start = self._forward.starting_at(layer, hidden.repeat(times, 1, 1))
-        with start:
-            states = self._forward.hidden(*repeat_batch(batch, times), cache, keep)
-        if lower is not None:
-            share_lower_layers(lower, cache, layer, times, len(batch.rows))
-        return states, cache
 
 
 def _until_all(wanted: Sequence[Responses]) -> frozenset[Decided] | None:

@@ -17,11 +17,10 @@ from torch import Tensor, nn
 from excise.anatomy import Anatomy
 from excise.kvcache import roomy_cache
 from excise.swapping import replaced_forward
-from excise.tokens import Batch
 
 # Room for the logits of one chunk and their temporaries, and the rows that it holds at the least: with
 # a large vocabulary the head's matrix is read anew for every chunk.
-_CHUNK_BYTES = {"cpu": 48 * 2**20, "cuda": 256 * 2**20}
+_CHUNK_BYTES = {"cpu": 6 * 2**20, "cuda": 256 * 2**20}
 _CHUNK_ROWS = {"cpu": 64, "cuda": 256}
 _COPIES = 3  # of a chunk's float32 logits at once: the head's, a soft cap's, the result
 
@@ -73,6 +72,12 @@ class Forward:
         return logits[0].float()
 
     @property
+    def device(self) -> torch.device:
+        """Where ids go in."""
+        device: torch.device = self.model.device
+        return device
+
+    @property
     def vocabulary(self) -> int:
         """V: the logits of one position."""
         return int(self.model.get_output_embeddings().weight.shape[0])
@@ -88,9 +93,10 @@ class Forward:
         step = max(1, self.chunk_bytes // (4 * _COPIES * self.vocabulary))
         return torch.cat([self.logits(part).argmax(-1) for part in torch.split(hidden, step)])
 
-    def below(self, batch: Batch, layer: int, capacity: int | None) -> tuple[Tensor, Any]:
-        """Run only the layers below `layer`: their output (B, T, D), and their cache if one is kept."""
-        cache = None if capacity is None else self.cache(capacity)
+    def up_to(
+        self, layer: int, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any = None
+    ) -> Tensor:
+        """What the layers below `layer` give (B, T, D); they fill their part of the cache."""
         caught: list[Tensor] = []
 
         def catch(hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Any:
@@ -102,8 +108,8 @@ class Forward:
         steps[upper[0]] = catch
         with replaced_forward(steps):
             # Every position is needed here, so the backbone must not trim before `layer`.
-            self.hidden(batch.ids, batch.mask, batch.positions, cache, keep=batch.ids.shape[1])
-        return caught[0], cache
+            self.hidden(ids, mask, positions, cache, keep=ids.shape[1])
+        return caught[0]
 
     @contextmanager
     def starting_at(self, layer: int, hidden: Tensor) -> Iterator[None]:
@@ -118,14 +124,5 @@ class Forward:
         return self._as_layer(hidden_states)
 
     def _as_layer(self, hidden: Tensor) -> Any:
-        """Hidden states in the form that this family's layers give them."""
-        return (hidden,) if self.anatomy.returns_tuple else hidden
-
-
-def repeat_batch(batch: Batch, times: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids, mask and positions with all rows repeated `times` times over (candidate-major)."""
-    return (
-        batch.ids.repeat(times, 1),
-        batch.mask.repeat(times, 1),
-        batch.positions.repeat(times, 1),
-    )
+        """Hidden states in the form that this family's layers give them; attention weights nobody asks for."""
+        return (hidden, None) if self.anatomy.returns_tuple else hidden

@@ -62,10 +62,11 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
             self.keys = self.keys.index_select(0, indices.to(self.keys.device))
             self.values = self.values.index_select(0, indices.to(self.values.device))
 
-    def copy_repeated(self, other: RoomyLayer, times: int) -> None:
-        """Take the filled positions of `other`, its rows repeated `times` times over."""
+    def copy_rows(self, other: RoomyLayer, rows: Tensor) -> None:
+        """Take the filled positions of these rows of `other`; a row may come more than once."""
+        rows = rows.to(other.keys.device)
         keys, values = other.keys[:, :, : other.length], other.values[:, :, : other.length]
-        self.update(keys.repeat(times, 1, 1, 1), values.repeat(times, 1, 1, 1))
+        self.update(keys.index_select(0, rows), values.index_select(0, rows))
 
 
 def roomy_cache(config: Any, capacity: int) -> DynamicCache:
@@ -121,17 +122,15 @@ def join(parts: list[DynamicCache], empty: DynamicCache, groups: int, width: int
     return empty
 
 
-def share_lower_layers(
-    source: DynamicCache, into: DynamicCache, layers: int, times: int, rows: int
-) -> None:
-    """Fill the first `layers` layers of `into` with those of `source`, rows repeated."""
+def share_lower_layers(source: DynamicCache, into: DynamicCache, layers: int, rows: Tensor) -> None:
+    """Fill the first `layers` layers of `into` with these rows of `source`, any of them repeatedly."""
     for number, theirs in enumerate(source.layers[:layers]):
         ours = into.layers[number]
         if isinstance(theirs, DummyLayer):
             continue
         if isinstance(ours, RoomyLayer) and isinstance(theirs, RoomyLayer):
             if theirs.length:
-                ours.copy_repeated(theirs, times)
+                ours.copy_rows(theirs, rows)
         else:  # states of other kinds: their rows are repeated where they stand, and handed over
-            theirs.reorder_cache(torch.arange(rows).repeat(times))
+            theirs.reorder_cache(rows)
             into.layers[number] = theirs

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -99,11 +100,12 @@ def run(
         with clock.phase("baseline"):
             baseline = panel.measure([[None] * len(method.writers)])[0].scores
         with clock.phase("search", config.search.trials):
-            search.run(config.search.trials, measurer(method, panel, goals), on_event)
+            measure = measurer(method, panel, goals, engine.learning)
+            search.run(config.search.trials, measure, on_event)
         if config.search.refine:
             with clock.phase("refine", config.search.refine):
                 propose = _refinement(loaded, method, tokens, config, scoring, search)
-                search.refine(propose, measurer(method, panel, goals), on_event)
+                search.refine(propose, measure, on_event)
         front = pareto(search.points(), goals)
         chosen = choose(config.search.select, front, goals)
         if chosen is None:
@@ -237,15 +239,25 @@ def _sizing(loaded: Loaded, tokens: stage.Tokens, config: Config) -> Sizing:
     return size(loaded, config, longest, max(map(len, sides)))
 
 
-def measurer(method: Method, panel: Panel, goals: list[Objective]) -> Measure:
-    """Parameters of a batch -> its measurements, for the search."""
+def measurer(
+    method: Method,
+    panel: Panel,
+    goals: list[Objective],
+    learning: Callable[[], AbstractContextManager[None]],
+) -> Measure:
+    """Parameters of a batch -> its measurements, for the search.
+
+    `learning` surrounds the first batch: later candidates are expected to answer as those do.
+    """
+    batches = itertools.count()
 
     def measure(params: list[dict[str, Any]], finished: list[Point]) -> list[Measured]:
         begun = time.perf_counter()
         edits = [_edits(method, one) for one in params]
         built = (time.perf_counter() - begun) / len(params)
         good = [one for one in edits if not isinstance(one, str)]
-        results = iter(panel.measure(good, goals, finished) if good else ())
+        with learning() if next(batches) == 0 else nullcontext():
+            results = iter(panel.measure(good, goals, finished) if good else ())
         return [
             Measured(seconds={"edits": built}, reason=one)
             if isinstance(one, str)

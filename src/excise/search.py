@@ -37,7 +37,9 @@ class Measured:
     reason: str | None = None  # why there are no scores
 
 
-# Parameters of a batch, and the points finished before it -> what was measured, in order.
+# Parameters of a batch, and the points finished before it -> what was measured, in order. The first
+# batch of a study is always measured first, also when a resume goes on after it: what is learnt from
+# it is then the same.
 Measure = Callable[[list[dict[str, Any]], list[Point]], list[Measured]]
 
 
@@ -60,6 +62,7 @@ class Search:
         self._section = section
         self._batch = batch
         self._seed = seed
+        self._begun = False
 
     def run(self, trials: int, measure: Measure, on_event: OnEvent) -> None:
         """Go on until the study holds `trials` finished trials.
@@ -69,12 +72,15 @@ class Search:
         """
         try:
             stops = self._stops(trials)
+            first = batches(stops, self._batch)[0]
             for start, stop in batches(stops, self._batch):
+                if self._is_finished(start, stop):
+                    continue
+                if start > 0 and not self._begun:
+                    measure([trial.params for trial in self._trials()[slice(*first)]], [])
+                self._begun = True
                 if any(s <= start < s + len(e["params"]) for s, e in self._refined()):
                     self._add_refined(start, stop, measure, on_event)
-                    continue
-                states = [t.state for t in self._trials()[start:stop]]
-                if len(states) == stop - start and all(s.is_finished() for s in states):
                     continue
                 self._run_batch(start, stop, measure, on_event)
                 on_event(Progress("search", stop, stops[-1]))
@@ -118,8 +124,6 @@ class Search:
         )
         params = entry["params"][start - first : stop - first]
         there = len(self._trials())
-        if there >= stop:
-            return
         results = measure(params, self.points(start))
         for number, one, result in zip(range(start, stop), params, results, strict=True):
             if number >= there:  # a kill may have struck between two of them
@@ -147,6 +151,10 @@ class Search:
     def points(self, before: int | None = None) -> list[Point]:
         """The trials measured in full with a number below `before`, as points."""
         return points(self.records()[:before], self.objectives)
+
+    def _is_finished(self, start: int, stop: int) -> bool:
+        states = [trial.state for trial in self._trials()[start:stop]]
+        return len(states) == stop - start and all(state.is_finished() for state in states)
 
     def _trials(self) -> list[FrozenTrial]:
         return self.study.get_trials(deepcopy=False)

@@ -42,7 +42,13 @@ class Stack:
             for index in range(len(writers))
             if any(edits[index] is not None for edits in candidates)
         ]
-        self._first = min((writers[index].layer for index in touched), default=1 << 30)
+        self._firsts = [
+            min(
+                (w.layer for w, e in zip(writers, edits, strict=True) if e is not None),
+                default=1 << 30,
+            )
+            for edits in candidates
+        ]
         self._parts = {
             index: pack(
                 [edits[index] for edits in candidates], writers[index].shape, writers[index].like
@@ -65,11 +71,11 @@ class Stack:
         self._blocks: tuple[int, int] | None = None
         self._segments: list[tuple[int, int, int]] = []
         self._keep = False
+        self._paused = False
 
-    @property
-    def first_layer(self) -> int:
-        """The lowest layer that any candidate edits; a large number when none does."""
-        return self._first
+    def first_of(self, candidate: int) -> int:
+        """The lowest layer that a candidate edits; a large number when it edits none."""
+        return self._firsts[candidate]
 
     def select(self, rows: Sequence[int]) -> None:
         """Row b of the following passes carries candidate rows[b]; rows are sorted by candidate."""
@@ -103,8 +109,20 @@ class Stack:
                     del module._forward_hooks[key]
             self._gathered.clear()
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within this context, inside `applied`, the model is the original again."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
+
     def _expert_forward(self, module: nn.Module) -> Any:
         def forward(*args: Tensor, **kwargs: Tensor) -> Tensor:
+            if self._paused:
+                original: Tensor = type(module).forward(module, *args, **kwargs)
+                return original
             assert self._rows is not None
             return edited_forward(module, self._experts[module], self._rows, *args, **kwargs)
 
@@ -112,7 +130,7 @@ class Stack:
 
     def _hook(self, index: int) -> Any:
         def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            return self._apply(index, args[0], output)
+            return output if self._paused else self._apply(index, args[0], output)
 
         return hook
 

@@ -1,0 +1,140 @@
+"""Drafts change how responses are found, never what they are."""
+
+from __future__ import annotations
+
+import builders
+import pytest
+
+from excise.engine import Engine, Plan
+from excise.evidence import Evidence, Response, Responses
+
+LIMIT = 12
+TARGET = [Responses("target")]
+PLAN = Plan(rows=20, stack=4, decode=400)
+
+
+def engine(model, plan=PLAN, limit=LIMIT):
+    prompts = {"target": builders.token_ids(9, 1, 2, 9)}
+    writers = model.anatomy.select(builders.COMPONENTS)
+    return Engine(model, writers, prompts, max_new_tokens=limit, plan=plan)
+
+
+def setup(family):
+    # With biases a random Llama says one token for ever, and no two responses would differ.
+    plain = {"attention_bias": False, "mlp_bias": False} if family == "llama" else {}
+    model = builders.loaded(family, 3 if plain else 0, **plain)
+    method = builders.method(model)
+    return model, [method.edits(c) for c in builders.candidates(7)]
+
+
+def tokens(evidence):
+    return [[r.tokens for r in one.responses["target"]] for one in evidence]
+
+
+def teach(engine_, answers):
+    """Make the engine expect these responses: per candidate, per prompt."""
+    engine_._learn(
+        [Evidence({"target": [Response(t, "", True) for t in rows]}) for rows in answers]
+    )
+
+
+def widths_of_passes(model):
+    """How many tokens each row of every pass holds, from now on."""
+    widths = []
+    model.anatomy.backbone.register_forward_pre_hook(
+        lambda _m, _args, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    return widths
+
+
+@pytest.mark.parametrize("family", builders.FAMILIES)
+@pytest.mark.parametrize(
+    "rewrite",
+    [
+        lambda said: said,
+        lambda said: said[:5],  # a draft that ends before the response does
+        lambda said: (*said[:3], (said[3] + 1) % 300, *said[4:]),  # one that leaves it
+        lambda said: said[:1],
+        lambda said: (299 - said[0], *said[1:]),  # one that never fits
+    ],
+    ids=["whole", "short", "wrong in the middle", "one token", "wrong from the start"],
+)
+def test_responses_are_the_same_whatever_was_expected(family, rewrite):
+    model, edits = setup(family)
+    expected = engine(model).measure(edits, TARGET)
+    said = tokens(expected)
+    ours = engine(model)
+    teach(ours, [[rewrite(t) for t in rows] for rows in said])
+    ours._drafts["target"].pay = lambda _lengths: True
+    assert ours.measure(edits, TARGET) == expected
+
+
+@pytest.mark.parametrize("family", builders.FAMILIES)
+def test_a_response_may_go_from_one_draft_to_another(family):
+    model, edits = setup(family)
+    expected = engine(model).measure(edits, TARGET)
+    ours = engine(model)
+    # Halves of the truth with wrong ends, of growing length, and the truth: each leads to the next.
+    for cut in (2, 4, 6, LIMIT):
+        teach(ours, [[(*t[:cut], 7, 7, 7)[:LIMIT] for t in rows] for rows in tokens(expected)])
+    assert ours.measure(edits, TARGET) == expected
+
+
+@pytest.mark.parametrize("family", builders.FAMILIES)
+def test_what_was_learnt_is_read_and_not_decoded(family):
+    model, edits = setup(family)
+    edits = edits[:2]  # so that no response has more drafts than are tried
+    ours = engine(model)
+    with ours.learning():
+        expected = ours.measure(edits, TARGET)
+    widths = widths_of_passes(model)
+    engine(model).measure(edits, TARGET)
+    assert widths.count(1) >= LIMIT - 1
+    widths.clear()
+    assert ours.measure(edits, TARGET) == expected
+    assert widths
+    assert 1 not in widths
+
+
+def test_only_what_is_said_while_learning_is_learnt():
+    model, edits = setup("qwen3")
+    ours = engine(model)
+    ours.measure(edits, TARGET)
+    assert not ours._drafts
+    with ours.learning():
+        ours.measure(edits, TARGET, {"target": 3})  # some of the prompts: no draft for the others
+        assert not ours._drafts
+        ours.measure(edits, TARGET)
+    assert ours._drafts
+    known = ours._drafts["target"].after(0, ())
+    ours.measure(edits[::-1], TARGET)
+    assert ours._drafts["target"].after(0, ()) == known
+
+
+def test_decided_responses_are_cut_where_decoding_cuts_them():
+    model, edits = setup("qwen3")
+    asked = [Responses("target", decided=lambda text: len(text) > 4)]
+    expected = engine(model).measure(edits, asked)
+    ours = engine(model)
+    teach(ours, tokens(engine(model).measure(edits, TARGET)))  # whole ones: longer than is asked for
+    assert ours.measure(edits, asked) == expected
+    cut = engine(model)
+    teach(cut, tokens(expected))  # cut ones, where whole ones are asked for
+    assert cut.measure(edits, TARGET) == engine(model).measure(edits, TARGET)
+
+
+def test_a_smaller_limit_than_the_drafts_were_said_under():
+    model, edits = setup("gemma4")
+    ours = engine(model, limit=5)
+    teach(ours, tokens(engine(model).measure(edits, TARGET)))
+    assert ours.measure(edits, TARGET) == engine(model, limit=5).measure(edits, TARGET)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 1000])
+def test_passes_of_any_size_find_the_same(rows):
+    model, edits = setup("gemma4")
+    expected = engine(model).measure(edits, TARGET)
+    ours = engine(model, Plan(rows=rows, stack=4, decode=30))
+    half = [[t if n % 2 else (*t[:4], 7) for n, t in enumerate(row)] for row in tokens(expected)]
+    teach(ours, half)
+    assert ours.measure(edits, TARGET) == expected

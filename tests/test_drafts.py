@@ -1,0 +1,45 @@
+"""What is offered as a draft, and when reading drafts is worth it."""
+
+from __future__ import annotations
+
+from excise.drafts import Drafts
+from excise.evidence import Response
+
+
+def known(*candidates):
+    drafts = Drafts()
+    for answers in candidates:
+        drafts.add([Response(tokens, "", True) for tokens in answers])
+    return drafts
+
+
+def test_the_most_frequent_response_comes_first():
+    drafts = known([(5, 6, 7)], [(8, 9)], [(8, 9)])
+    assert drafts.after(0, ()) == (8, 9)
+
+
+def test_a_draft_goes_on_from_what_was_said():
+    drafts = known([(5, 6, 7)], [(8, 9)], [(8, 9)], [(5, 6, 4, 3)])
+    assert drafts.after(0, (5,)) in {(6, 7), (6, 4, 3)}
+    assert drafts.after(0, (5, 6, 4)) == (3,)
+    assert drafts.after(0, (8,)) == (9,)
+
+
+def test_nothing_is_offered_where_nothing_fits():
+    drafts = known([(5, 6), (1, 2)])
+    assert drafts.after(0, (5, 6)) == ()
+    assert drafts.after(0, (1,)) == ()
+    assert drafts.after(1, (1,)) == (2,)
+
+
+def test_equally_frequent_ones_are_offered_the_same_whatever_came_first():
+    one, other = (5, 6, 7), (5, 8)
+    assert known([one], [other]).after(0, (5,)) == known([other], [one]).after(0, (5,))
+
+
+def test_long_drafts_of_short_prompts_pay_and_short_ones_of_long_prompts_do_not():
+    drafts = known([tuple(range(10, 40)), (3, 4)])
+    assert drafts.pay({0: 20})
+    assert not drafts.pay({1: 20})
+    assert drafts.pay({0: 20, 1: 20})
+    assert not drafts.pay({0: 2000})
