@@ -46,15 +46,24 @@ class Costs:
         return self.embedding + layers + self.head
 
 
-def trial(costs: Costs, engine: Any, edits: Sequence[Any], evidence: Any) -> float:
-    """Operations of one candidate's trial, given what it answered."""
+def trial(
+    costs: Costs, engine: Any, edits: Sequence[Any], evidence: Any, *, drafted: bool
+) -> float:
+    """Operations of one candidate's trial, given what it answered.
+
+    `drafted`: its responses were known from other candidates, so they had to be read, not decoded.
+    """
     first = min((w.layer for w, e in zip(engine.writers, edits, strict=True) if e), default=0)
     first = min(first, costs.trimmed)
     total = 0.0
     for ids, response in zip(engine.prompts["target"], evidence.responses["target"], strict=True):
-        total += costs.prompt(len(ids), 1, first)
         # The first token comes with the prompt; the last one is never put in.
-        total += sum(costs.step(len(ids) + i) for i in range(1, len(response.tokens)))
+        n = len(response.tokens)
+        if drafted:
+            total += costs.prompt(len(ids) + n - 1, n, first)
+        else:
+            total += costs.prompt(len(ids), 1, first)
+            total += sum(costs.step(len(ids) + i) for i in range(1, n))
     original = engine.original("contrast").responses
     for ids, response in zip(engine.prompts["contrast"], original, strict=True):
         n = len(response.tokens)

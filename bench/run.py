@@ -75,8 +75,10 @@ def speed_page(found: dict[str, Any]) -> str:
             "the row-normalised difference, `generate` for the responses, another `generate` for the "
             "logits. It measures divergence at the first token only; ours measures whole responses. "
             "The floor counts the matrix products that a trial cannot avoid "
-            f"({floor['gigaflop_per_trial']:.1f} GFLOP) at the rate of a large matrix product here "
-            "(`bench/floor.py`).",
+            f"({floor['gigaflop_per_trial']:.1f} GFLOP on the demo model) at the rate of a large matrix "
+            "product here (`bench/floor.py`). On the demo model the first batch of candidates teaches "
+            "what to expect, as it does in every search; the random model of width 1024 knows no "
+            "drafts, and decodes every response.",
             table(["what", "measured", "wanted"], rows),
             "Where the time of a pass goes on the demo model (torch's profiler, shares of all time):",
             table(["operations", "share"], where),

@@ -116,10 +116,11 @@ def test_decided_responses_are_cut_where_decoding_cuts_them():
     asked = [Responses("target", decided=lambda text: len(text) > 4)]
     expected = engine(model).measure(edits, asked)
     ours = engine(model)
-    teach(ours, tokens(engine(model).measure(edits, TARGET)))  # whole ones: longer than is asked for
+    # Whole ones, longer than is asked for; below, cut ones where whole ones are.
+    teach(ours, tokens(engine(model).measure(edits, TARGET)))
     assert ours.measure(edits, asked) == expected
     cut = engine(model)
-    teach(cut, tokens(expected))  # cut ones, where whole ones are asked for
+    teach(cut, tokens(expected))
     assert cut.measure(edits, TARGET) == engine(model).measure(edits, TARGET)
 
 

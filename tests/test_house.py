@@ -22,11 +22,11 @@ ORDER = (
     "errors config events prompts intervals evidence weights swapping anatomy directions edits experts "
     "probing discovering fitting plain loading dressing tokens geometry capture profiles subspace ridge "
     "lbfgs ara space directional moments subspace_method ridge_method ara_method methods "
-    "stacking kvcache forward passes decoding drafts answering divergence engine opening planning refining scorers "
-    "front record wording digest markdown caveats usage recipe search journal panel keeping stage figures "
-    "geometry_page card report staging matching merging export gguffile ggml patching "
-    "llamacpp ggufexport llamaworker llamarun ggufcheck ollama artifacts finish pipeline jobs "
-    "reproduce hub inspecting console cli"
+    "stacking kvcache forward passes decoding drafts answering divergence engine opening planning "
+    "refining scorers front record wording digest markdown caveats usage recipe search journal panel "
+    "keeping stage figures geometry_page card report staging matching merging export gguffile ggml "
+    "patching llamacpp ggufexport llamaworker llamarun ggufcheck ollama artifacts finish pipeline "
+    "jobs reproduce hub inspecting console cli"
 ).split()
 
 PURE = "directions geometry profiles edits subspace ridge lbfgs ara space front intervals".split()

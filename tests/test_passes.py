@@ -67,9 +67,7 @@ def rig(family, *, reuse):
     method = builders.method(model)
     peaks = (1.0, 3.0, 5.0, 5.0, 5.0)
     edits = [
-        method.edits(
-            Candidate(2.0, {c: Profile(0.9, peak, 0.1, 1.2) for c in builders.COMPONENTS})
-        )
+        method.edits(Candidate(2.0, {c: Profile(0.9, peak, 0.1, 1.2) for c in builders.COMPONENTS}))
         for peak in peaks
     ]
     stack = Stack(method.writers, edits)

@@ -124,5 +124,5 @@ class Forward:
         return self._as_layer(hidden_states)
 
     def _as_layer(self, hidden: Tensor) -> Any:
-        """Hidden states in the form that this family's layers give them; attention weights nobody asks for."""
+        """Hidden states in the form that this family's layers give them; no attention weights."""
         return (hidden, None) if self.anatomy.returns_tuple else hidden
