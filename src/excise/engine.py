@@ -1,7 +1,8 @@
 """One batched pass answers every scorer's request, for C candidates at once.
 
 Rows are candidates x prompts, candidate-major, each carrying its candidate's edit at every writer of
-the untouched model. Layers below the first edited one run once for all candidates of a stack.
+the untouched model. What the layers below a candidate's first edit give is shared (`passes`), and
+responses that were given before are read, not decoded (`answering`).
 
 Shapes: C candidates, S of them in one stack, P prompts, B rows, T tokens, D width.
 """
@@ -42,7 +43,7 @@ class Plan:
         rows: bounds candidates x prompts of a pass over whole prompts.
         stack: candidates of one pass.
         decode: bounds candidates x prompts that decode together, one token each per pass.
-        reuse: run layers below the first edited one once for all candidates of a stack.
+        reuse: run layers below a candidate's first edited one once for all candidates.
     """
 
     rows: int = 256
@@ -167,6 +168,7 @@ class Engine:
         layers = self._loaded.anatomy.layers
         for layer in layers:
             let_go(layer)
+        self._passes.forget()
         return Reference(self._originals, self._forward)
 
     def _stacks(self, candidates: Sequence[CandidateEdits]) -> Iterator[tuple[list[int], Stack]]:
