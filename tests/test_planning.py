@@ -101,6 +101,16 @@ def test_other_errors_are_not_taken_for_memory(model, monkeypatch):
         planning._fastest_rows(model, 10, 100)
 
 
+def test_narrow_models_get_more_rows_than_are_fastest_alone_and_wide_ones_do_not(model, monkeypatch):
+    """Whatever is measured as fastest, states of a pass take 1.5 MB in float32 where prompts suffice."""
+    monkeypatch.setattr(planning, "_fastest_rows", lambda *_: 16)
+    asked = config(scores__max_new_tokens=8)
+    assert planning.size(model, asked, 24, 1000).plan.rows == 3 * 2**19 // (4 * builders.WIDTH * 24)
+    assert planning.size(model, asked, 24, 3).plan.rows == 16 * 3  # no more than a batch has
+    monkeypatch.setattr(planning, "_FEWEST_BYTES", 4 * builders.WIDTH * 24 * 2)
+    assert planning.size(model, asked, 24, 1000).plan.rows == 16
+
+
 @pytest.mark.parametrize("family", builders.FAMILIES)
 def test_cache_bytes_are_those_of_one_token_of_one_row(family):
     loaded = builders.loaded(family)

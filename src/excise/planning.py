@@ -17,7 +17,9 @@ from excise.loading import Loaded
 
 _GAIN = 1.05  # a larger pass must be faster by this much to be worth its memory
 _DECODE_FACTOR = 8
-_FEWEST_ROWS = 128  # a CPU's caches may like less, but what a stack shares grows with its rows
+# The residual states of a pass, in float32, should take at least this much: below it the edits of many
+# candidates cost more than what the smaller pass gains. Wide models reach it with few rows.
+_FEWEST_BYTES = 3 * 2**19
 _LARGEST_STACK = 8  # more candidates than this share little that is not already shared
 _LARGEST_BATCH = 16  # candidates asked together: more would make the sampler blind for longer
 
@@ -47,7 +49,8 @@ def size(loaded: Loaded, config: Config, longest: int, prompts: int) -> Sizing:
     rows = config.engine.rows
     if not rows:
         most = min(fits, prompts * _LARGEST_BATCH)
-        rows = max(_fastest_rows(loaded, longest, most), min(_FEWEST_ROWS, most))
+        fewest = -(-_FEWEST_BYTES // (4 * loaded.anatomy.width * longest))
+        rows = max(_fastest_rows(loaded, longest, most), min(fewest, most))
     # A pass that decodes has one token per row, so many more rows fit it before it stops gaining.
     decode = config.engine.rows * _DECODE_FACTOR or _LARGEST_STACK * prompts
     decode = max(1, min(fits, decode))
