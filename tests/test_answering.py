@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import builders
 import pytest
+import torch
 
 from excise.engine import Engine, Plan
 from excise.evidence import Evidence, Response, Responses
+from excise.passes import Passes
 
 LIMIT = 12
 TARGET = [Responses("target")]
 PLAN = Plan(rows=20, stack=4, decode=400)
+
+
+@pytest.fixture(params=[True, False], ids=["read anew", "from the cache"], autouse=True)
+def way(request, monkeypatch):
+    """Both ways to read a draft, whatever would be cheaper."""
+    monkeypatch.setattr(Passes, "cheaper_anew", lambda *_: request.param)
 
 
 def engine(model, plan=PLAN, limit=LIMIT):
@@ -139,3 +147,25 @@ def test_passes_of_any_size_find_the_same(rows):
     half = [[t if n % 2 else (*t[:4], 7) for n, t in enumerate(row)] for row in tokens(expected)]
     teach(ours, half)
     assert ours.measure(edits, TARGET) == expected
+
+
+@pytest.mark.parametrize("depth", [0, 2, 5])
+def test_out_of_memory_while_drafts_are_read(depth):
+    model, edits = setup("gemma4")
+    ours = engine(model)
+    with ours.learning():
+        expected = ours.measure(edits, TARGET)
+    calls = 0
+
+    def strike(_module, _args, output):
+        nonlocal calls
+        calls += 1
+        if calls == depth + 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return output
+
+    handle = model.anatomy.layers[5].mlp.register_forward_hook(strike)
+    assert ours.measure(edits, TARGET) == expected
+    handle.remove()
+    assert calls > depth + 1
+    assert ours.plan.rows < PLAN.rows

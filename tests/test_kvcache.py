@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from excise.kvcache import RoomyLayer, roomy_cache, select_rows, share_lower_layers
+from excise.kvcache import RoomyLayer, roomy_cache, select_rows, share_lower_layers, take_rows
 
 
 def states(rows, tokens, seed):
@@ -117,3 +117,17 @@ def test_lower_layers_are_shared_and_upper_ones_stay_empty():
     assert not any(lengths[4:])
     for ours, theirs in zip(into.layers[:4], source.layers[:4], strict=True):
         assert torch.equal(ours.keys[:, :, :9], theirs.keys[[0, 1, 0, 0, 1], :, :9])
+
+
+@pytest.mark.parametrize("family", builders.FAMILIES)
+def test_taken_rows_go_on_without_the_others_noticing(family):
+    model = builders.model(family)
+    ids = torch.tensor(builders.token_ids(3, 6, 12, 12))
+    cache = roomy_cache(model.config, 9)
+    model(ids[:, :9], past_key_values=cache)
+    before = [layer.keys.clone() for layer in cache.layers if layer.keys is not None]
+    taken = take_rows(cache, roomy_cache(model.config, 12), [2, 0, 2])
+    found = model(ids[[2, 0, 2], 9:], past_key_values=taken).logits
+    assert torch.allclose(found, model(ids[[2, 0, 2]]).logits[:, 9:], atol=1e-3)
+    after = [layer.keys for layer in cache.layers if layer.keys is not None]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))

@@ -173,6 +173,16 @@ def test_what_is_kept_has_a_limit(monkeypatch):
     assert counts[0] == (4 + 4) * max(map(len, texts()))
 
 
+def test_prompts_are_read_again_where_few_layers_need_them_and_drafts_are_long():
+    passes_, stack = rig("llama", reuse=True)
+    assert stack.first_of(4) == 4 < builders.LAYERS
+    assert passes_.cheaper_anew(stack, [4], 100, 100)  # 2 layers x 200 tokens, or 6 x 100
+    assert not passes_.cheaper_anew(stack, [4], 300, 100)
+    assert not passes_.cheaper_anew(stack, [0, 4], 100, 100)  # one that begins at the bottom
+    plain, _ = rig("llama", reuse=False)
+    assert not plain.cheaper_anew(stack, [4], 1, 100)
+
+
 def test_nothing_is_kept_for_a_single_candidate():
     passes_, stack = rig("llama", reuse=True)
     with torch.inference_mode(), stack.applied():

@@ -101,7 +101,9 @@ def test_other_errors_are_not_taken_for_memory(model, monkeypatch):
         planning._fastest_rows(model, 10, 100)
 
 
-def test_narrow_models_get_more_rows_than_are_fastest_alone_and_wide_ones_do_not(model, monkeypatch):
+def test_narrow_models_get_more_rows_than_are_fastest_alone_and_wide_ones_do_not(
+    model, monkeypatch
+):
     """Whatever is measured as fastest, states of a pass take 1.5 MB in float32 where prompts suffice."""
     monkeypatch.setattr(planning, "_fastest_rows", lambda *_: 16)
     asked = config(scores__max_new_tokens=8)

@@ -5,14 +5,15 @@ Rows are candidates x prompts, candidate-major. B rows, P prompts, D width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from excise.decoding import Transcript, greedy
 from excise.drafts import Drafts
-from excise.kvcache import join
+from excise.kvcache import join, take_rows
 from excise.passes import Passes, Rows, Text
 from excise.stacking import Stack
 
@@ -50,10 +51,14 @@ class Answering:
 
     def follow(self, drafts: Drafts) -> None:
         """Read what each row is likely to say, as far as it says so; decode what is left."""
-        self._say_first()
+        lengths = [len(drafts.after(number, ())) for number in self._numbers]
+        prompts = sum(map(len, self._prompts))
+        if self._passes.cheaper_anew(self._stack, self._members, prompts, sum(lengths)):
+            self._say_first()
+        else:
+            self._go_on_to(drafts)
         for _ in range(_MOST_DRAFTS):
-            likely = {row: self._likely(drafts, row) for row in self._transcript.open_rows()}
-            likely = {row: tokens for row, tokens in likely.items() if tokens}
+            likely = self._likely(drafts)
             if not likely:
                 break
             self._read_drafts(likely)
@@ -66,7 +71,43 @@ class Answering:
         """The first token of every row."""
         parts = self._prompt_parts()
         hidden = self._together([self._passes.read(self._stack, part, 1)[:, -1] for part in parts])
-        for row, token in enumerate(self._passes.forward.greedy(hidden).tolist()):
+        self._say(range(len(self._owners)), self._passes.forward.greedy(hidden))
+
+    def _go_on_to(self, drafts: Drafts) -> None:
+        """The first token of every row, and its draft right after it, from the prompts' cache."""
+        everything = list(range(len(self._owners)))
+        first, cache, mask = self._filled(everything, self._prompt_parts(), len(self._members))
+        self._say(everything, first)
+        likely = self._likely(drafts)
+        order = sorted(likely, key=lambda row: (-len(likely[row]), row))
+        tokens = self._most * mask.shape[1]  # of a pass over whole prompts
+        while order:
+            longest = len(likely[order[0]])
+            some, order = order[: max(1, tokens // longest)], order[max(1, tokens // longest) :]
+            self._go_on_some(sorted(some), likely, cache, mask)
+
+    def _go_on_some(
+        self, some: list[int], likely: dict[int, Text], cache: Any, mask: Tensor
+    ) -> None:
+        """One pass over drafts from the cache of all rows' prompts; rows are padded on the right."""
+        forward = self._passes.forward
+        texts = [(*self._transcript.said(row), *likely[row][:-1]) for row in some]
+        keep = max(map(len, texts))
+        ids = torch.zeros(len(some), keep, dtype=torch.long)
+        real = torch.zeros(len(some), keep, dtype=torch.long)
+        for slot, text in enumerate(texts):
+            ids[slot, : len(text)] = torch.tensor(text)
+            real[slot, : len(text)] = 1
+        ids, real = ids.to(mask.device), real.to(mask.device)
+        before = mask[torch.tensor(some, device=mask.device)]
+        positions = before.sum(-1, keepdim=True) + torch.arange(keep, device=mask.device)
+        taken = take_rows(cache, forward.cache(mask.shape[1] + keep), some)
+        self._stack.select([self._owners[row] for row in some])
+        hidden = forward.hidden(ids, torch.cat([before, real], dim=1), positions, taken, keep)
+        self._compare_all(some, likely, hidden[real.bool().to(hidden.device)])
+
+    def _say(self, rows: Iterable[int], tokens: Tensor) -> None:
+        for row, token in zip(rows, tokens.tolist(), strict=True):
             self._transcript.say(row, token)
 
     def _prompt_parts(self) -> list[Rows]:
@@ -82,9 +123,15 @@ class Answering:
         by_group = [part.view(groups, -1, *part.shape[1:]) for part in parts]
         return torch.cat(by_group, dim=1).flatten(0, 1)
 
-    def _likely(self, drafts: Drafts, row: int) -> Text:
-        number = self._numbers[row % len(self._numbers)]
-        return drafts.after(number, self._transcript.said(row))[: self._transcript.room(row)]
+    def _likely(self, drafts: Drafts) -> dict[int, Text]:
+        """What the open rows may be expected to go on with, for those where anything is known."""
+        found = {}
+        for row in self._transcript.open_rows():
+            number = self._numbers[row % len(self._numbers)]
+            draft = drafts.after(number, self._transcript.said(row))
+            if draft:
+                found[row] = draft[: self._transcript.room(row)]
+        return found
 
     def _read_drafts(self, likely: dict[int, Text]) -> None:
         """One reading of every draft; its row says the model's tokens until they leave the draft."""
@@ -98,9 +145,13 @@ class Answering:
             wanted = torch.zeros(len(some), keep, dtype=torch.bool)
             for slot, row in enumerate(some):
                 wanted[slot, keep - len(likely[row]) :] = True
-            said = iter(self._passes.forward.greedy(hidden[wanted.to(hidden.device)]).tolist())
-            for row in some:
-                self._compare(row, likely[row], [next(said) for _ in likely[row]])
+            self._compare_all(some, likely, hidden[wanted.to(hidden.device)])
+
+    def _compare_all(self, rows: list[int], likely: dict[int, Text], hidden: Tensor) -> None:
+        """`hidden` are the states that predict the rows' drafts, row after row."""
+        said = iter(self._passes.forward.greedy(hidden).tolist())
+        for row in rows:
+            self._compare(row, likely[row], [next(said) for _ in likely[row]])
 
     def _compare(self, row: int, draft: Text, said: list[int]) -> None:
         for expected, token in zip(draft, said, strict=True):
@@ -109,7 +160,19 @@ class Answering:
                 return
 
     def _decode(self, rows: list[int], parts: list[Rows], groups: int) -> None:
-        """Read what rows have so far, part by part, then decode them together.
+        """Read what rows have so far, part by part, then decode them together."""
+        first, cache, mask = self._filled(rows, parts, groups)
+
+        def regroup(alive: list[int]) -> None:
+            self._stack.select([self._owners[row] for row in alive])
+
+        regroup(rows)
+        greedy(self._passes.forward, self._transcript, rows, first, mask, cache, regroup)
+
+    def _filled(
+        self, rows: list[int], parts: list[Rows], groups: int
+    ) -> tuple[Tensor, Any, Tensor]:
+        """The next token of every row, the cache of what was read with room for more, and its mask.
 
         Every part holds rows of the same `groups` candidates, or `groups` is 1.
         """
@@ -123,13 +186,7 @@ class Answering:
             empty = self._passes.forward.cache(width + room)
             cache = join([part for _, part, _ in filled], empty, groups, width)
         hidden = self._together([hidden for hidden, _, _ in filled], groups)
-        first = self._passes.forward.greedy(hidden)
-
-        def regroup(alive: list[int]) -> None:
-            self._stack.select([self._owners[row] for row in alive])
-
-        regroup(rows)
-        greedy(self._passes.forward, self._transcript, rows, first, mask, cache, regroup)
+        return self._passes.forward.greedy(hidden), cache, mask
 
     def _rows(self, rows: list[int]) -> Rows:
         return Rows([self._owners[row] for row in rows], [self._text(row) for row in rows])

@@ -89,6 +89,14 @@ def select_rows(cache: DynamicCache, rows: list[int]) -> None:
             layer.batch_select_indices(indices)
 
 
+def take_rows(cache: DynamicCache, empty: DynamicCache, rows: list[int]) -> DynamicCache:
+    """A copy of these rows in an empty cache with room of its own; for caches that `can_join`."""
+    for ours, theirs in zip(empty.layers, cache.layers, strict=True):
+        if not isinstance(theirs, DummyLayer):
+            ours.copy_rows(theirs, torch.tensor(rows))
+    return empty
+
+
 def can_join(cache: DynamicCache) -> bool:
     """Whether caches like this one can be joined: every layer keeps plain keys and values, or none."""
     return all(isinstance(layer, RoomyLayer | DummyLayer) for layer in cache.layers)

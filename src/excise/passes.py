@@ -158,6 +158,19 @@ class Passes:
             share_lower_layers(lower, cache, layer, picked)
         return states[:, -1], cache, mask
 
+    def cheaper_anew(self, stack: Stack, members: Sequence[int], prompts: int, drafts: int) -> bool:
+        """Whether to read prompts once more with their drafts, rather than drafts through all layers.
+
+        Without a cache the layers below the first edit are known of both; with one, prompts are not
+        read twice. `prompts` and `drafts` are tokens.
+        """
+        layers = len(self._anatomy.layers)
+        first = min(stack.first_of(member) for member in members) if self._reuse else 0
+        first = min(first, self._anatomy.skippable, layers - 1)
+        # Above the layers that others' keys and values come from, prompts are not needed.
+        again = prompts * (self._anatomy.skippable - first) + drafts * (layers - first)
+        return again < drafts * layers
+
     def _distinct(self, rows: Rows) -> tuple[Batch, Tensor]:
         """A batch of the different texts, and which of them each row holds."""
         places = {text: place for place, text in enumerate(dict.fromkeys(rows.texts))}
