@@ -56,7 +56,7 @@ class Answering:
         if self._passes.cheaper_anew(self._stack, self._members, prompts, sum(lengths)):
             self._say_first()
         else:
-            self._go_on_to(drafts)
+            self._follow_from_cache(drafts)
         for _ in range(_MOST_DRAFTS):
             likely = self._likely(drafts)
             if not likely:
@@ -73,7 +73,7 @@ class Answering:
         hidden = self._together([self._passes.read(self._stack, part, 1)[:, -1] for part in parts])
         self._say(range(len(self._owners)), self._passes.forward.greedy(hidden))
 
-    def _go_on_to(self, drafts: Drafts) -> None:
+    def _follow_from_cache(self, drafts: Drafts) -> None:
         """The first token of every row, and its draft right after it, from the prompts' cache."""
         everything = list(range(len(self._owners)))
         first, cache, mask = self._filled(everything, self._prompt_parts(), len(self._members))
@@ -84,9 +84,9 @@ class Answering:
         while order:
             longest = len(likely[order[0]])
             some, order = order[: max(1, tokens // longest)], order[max(1, tokens // longest) :]
-            self._go_on_some(sorted(some), likely, cache, mask)
+            self._read_from_cache(sorted(some), likely, cache, mask)
 
-    def _go_on_some(
+    def _read_from_cache(
         self, some: list[int], likely: dict[int, Text], cache: Any, mask: Tensor
     ) -> None:
         """One pass over drafts from the cache of all rows' prompts; rows are padded on the right."""

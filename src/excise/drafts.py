@@ -40,7 +40,7 @@ class Drafts:
     def pay(self, lengths: Mapping[int, int]) -> bool:
         """Whether reading drafts is cheaper than decoding, for prompts' numbers -> tokens.
 
-        A draft is read without a cache, together with its prompt, which is read once more for that.
+        Prompts are read once more, with their drafts or to decode what no draft brings to an end.
         """
         drafts = sum(len(self.after(number, ())) for number in lengths)
         return sum(lengths.values()) + drafts < _DECODING_OVER_READING * drafts

@@ -51,7 +51,7 @@ class Rows:
 class Bank:
     """What the layers below one layer make of texts: states that no edit above them can change.
 
-    Rows of a tensor, one per token; row 0 is zero and stands for padding.
+    Rows of a tensor, one per token. Row 0 stands for padding: it is masked, so any real state will do.
     """
 
     def __init__(self) -> None:
@@ -72,7 +72,7 @@ class Bank:
         """Keep the states (N, T, D) of left-padded texts."""
         rows = [row[-len(text) :] for text, row in zip(texts, hidden, strict=True)]
         if self._states is None:
-            self._states = hidden.new_zeros(1, hidden.shape[-1])
+            self._states = hidden[0, -1:].clone()
         end = self._filled + sum(map(len, texts))
         if end > len(self._states):
             grown = self._states.new_zeros(max(end, 2 * len(self._states)), hidden.shape[-1])
