@@ -290,7 +290,7 @@ def speed() -> str:
             "Ridge: 42 layers, O = 2560, I = 2048 and 10240, 400 prompts a side, 20,000 kept tokens, "
             f"a basis of {found['basis']}. {on}. {found['layers_measured']} of 42 layers was measured, "
             f"peak memory {found['peak_gb']:.1f} GB; times and bytes are scaled to 42. The model's own "
-            f"forward passes are not in it. {found.get('note', '')}".strip(),
+            "forward passes are not in it.",
             table(head, rows),
             "Milliseconds per candidate were wanted; on this processor the edits of all writers take as "
             "long as the table says, most of it one Cholesky factorisation and one eigenproblem per "
