@@ -1,17 +1,20 @@
-"""Drafts change how responses are found, never what they are."""
+"""Drafts change how responses are found; in float32, where nothing ties, never what they are."""
 
 from __future__ import annotations
 
 import builders
+import families
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from excise.engine import Engine, Plan
-from excise.evidence import Evidence, Response, Responses
+from excise.evidence import Divergence, Evidence, Response, Responses
 from excise.passes import Passes
 
 LIMIT = 12
 TARGET = [Responses("target")]
+BOTH = [Responses("target"), Divergence()]
 PLAN = Plan(rows=20, stack=4, decode=400)
 
 
@@ -22,7 +25,7 @@ def way(request, monkeypatch):
 
 
 def engine(model, plan=PLAN, limit=LIMIT):
-    prompts = {"target": builders.token_ids(9, 1, 2, 9)}
+    prompts = {"target": builders.token_ids(9, 1, 2, 9), "contrast": builders.token_ids(5, 2, 2, 9)}
     writers = model.anatomy.select(builders.COMPONENTS)
     return Engine(model, writers, prompts, max_new_tokens=limit, plan=plan)
 
@@ -169,3 +172,69 @@ def test_out_of_memory_while_drafts_are_read(depth):
     handle.remove()
     assert calls > depth + 1
     assert ours.plan.rows < PLAN.rows
+
+
+@pytest.mark.parametrize("family", builders.FAMILIES)
+def test_a_batch_finds_the_same_whatever_was_measured_between_it_and_the_first(family):
+    """As a resume does: in bfloat16, where anything that rounds otherwise shows."""
+    model, _ = setup(family)
+    model.model.bfloat16()
+    method = builders.method(model)
+    batches = [[method.edits(c) for c in builders.candidates(5, seed)] for seed in range(5)]
+    unbroken, resumed = engine(model), engine(model)
+    for ours in (unbroken, resumed):
+        with ours.learning():
+            ours.measure(batches[0], BOTH)
+    for batch in batches[1:4]:
+        unbroken.measure(batch, BOTH)
+    assert tokens(unbroken.measure(batches[4], BOTH)) == tokens(resumed.measure(batches[4], BOTH))
+    assert (
+        unbroken.measure(batches[4], BOTH)[0]
+        .divergence["contrast"][0]
+        .equal(resumed.measure(batches[4], BOTH)[0].divergence["contrast"][0])
+    )
+
+
+def test_rows_that_are_through_do_not_run_out_of_positions():
+    """GPT-2's positions are a table: rows that had said much already stay in the batch for a while."""
+    config = families.config("gpt2")
+    config.n_positions = 30
+    built = families.randomised(AutoModelForCausalLM.from_config(config))
+    model = families.loaded(built)
+    method = families.method(model.anatomy)
+    edits = [method.edits(c) for c in families.candidates(model.anatomy, 2)]
+    prompts = {"target": builders.token_ids(6, 1, 18, 18)}
+
+    def fresh():
+        return Engine(model, method.writers, prompts, max_new_tokens=12, plan=PLAN)
+
+    expected = fresh().measure(edits, TARGET)
+    ours = fresh()
+    teach(ours, [[t[:11] if n == 0 else () for n, t in enumerate(r)] for r in tokens(expected)])
+    ours._drafts["target"].pay = lambda _lengths: True
+    assert ours.measure(edits, TARGET) == expected
+
+
+@pytest.mark.parametrize("kind", ["qwen3_next", "granitemoehybrid"])
+def test_out_of_memory_where_caches_do_not_join(kind):
+    model = families.loaded(families.model(kind))
+    method = families.method(model.anatomy)
+    edits = [method.edits(c) for c in families.candidates(model.anatomy, 3)]
+    prompts = {"target": builders.token_ids(12, 1, 6, 6)}
+
+    def fresh():
+        plan = Plan(rows=12, stack=3)
+        return Engine(model, method.writers, prompts, max_new_tokens=4, plan=plan)
+
+    expected = fresh().measure(edits, TARGET)
+    ours, struck = fresh(), []
+
+    def strike(_module, _args, output):
+        if not struck:
+            struck.append(True)
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return output
+
+    model.anatomy.layers[0].register_forward_hook(strike)
+    assert ours.measure(edits, TARGET) == expected
+    assert struck

@@ -133,7 +133,10 @@ def greedy(
     """
     tokens, seen = first, mask.shape[1]
     positions = mask.sum(-1)
-    mask = torch.cat([mask, mask.new_ones(len(alive), max(map(transcript.room, alive)))], dim=1)
+    rooms = list(map(transcript.room, alive))
+    # A row that is through may stay for a while; it must not run out of positions meanwhile.
+    last = positions + torch.tensor(rooms, device=positions.device) - 1
+    mask = torch.cat([mask, mask.new_ones(len(alive), max(rooms))], dim=1)
     while True:
         for row, token in zip(alive, tokens.tolist(), strict=True):
             if transcript.is_open(row):
@@ -144,10 +147,11 @@ def greedy(
         if len(open_slots) <= (1 - _COMPACT_AT) * len(alive):
             alive = [alive[slot] for slot in open_slots]
             picked = torch.tensor(open_slots, device=tokens.device)
-            tokens, mask, positions = tokens[picked], mask[picked], positions[picked]
+            tokens, mask = tokens[picked], mask[picked]
+            positions, last = positions[picked], last[picked]
             select_rows(cache, open_slots)
             regroup(alive)
         seen += 1
         hidden = forward.hidden(tokens[:, None], mask[:, :seen], positions[:, None], cache)
-        positions = positions + 1
+        positions = torch.minimum(positions + 1, last)
         tokens = forward.greedy(hidden[:, -1])

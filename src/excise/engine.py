@@ -117,6 +117,9 @@ class Engine:
             MeasurementError: the model's logits are not finite.
         """
         found: dict[int, Evidence] = {}
+        # Kept states round as the batches did that they came from: what a batch finds must not depend on
+        # which others this process has measured, or a resumed run would not be the unbroken one.
+        self._passes.forget()
         with torch.inference_mode():
             for numbers, stack in self._stacks(candidates):
                 evidence = self._measure_stack(stack, requests, only or {})
@@ -129,7 +132,8 @@ class Engine:
     def learning(self) -> Iterator[None]:
         """What candidates say within this context, those after them are expected to say.
 
-        No response depends on that: only the time that it takes to find it.
+        That saves time. Responses stay what they are, but for near ties that a pass of another shape
+        rounds the other way.
         """
         self._learning = True
         try:
@@ -281,7 +285,8 @@ class Engine:
                 chunk,
                 prompts,
                 transcript,
-                rows=self.plan.rows,
+                # Caches that do not join have to be filled in one pass.
+                rows=self.plan.rows if joins else len(members) * len(chunk),
             )
             if drafts is not None and drafts.pay({n: lengths[n] for n in chunk}):
                 answering.follow(drafts)

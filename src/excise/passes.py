@@ -1,7 +1,7 @@
 """Passes over whole texts: rows are candidates x texts, and what candidates share runs once.
 
 Below its first edited layer a candidate is the original model, so what those layers make of a text is
-kept, and each candidate's rows join the pass at that layer.
+kept while a batch of candidates is measured, and each candidate's rows join a pass at that layer.
 
 Shapes: B rows, U different texts, T tokens, D width.
 """
@@ -27,7 +27,7 @@ from excise.tokens import Batch, left_pad
 
 Text = tuple[int, ...]
 
-# States of lower layers are kept up to this many bytes.
+# States of lower layers are kept up to about this many bytes: the oldest go before a pass begins.
 _BANK_BYTES = 512 * 2**20
 # Rows that wait for their layer make others begin with a call of their own, which costs each row of
 # it about as much as this share of a layer: masks, positions, per-layer embeddings.
@@ -149,7 +149,8 @@ class Passes:
             lower = self.forward.cache(capacity)
             texts = (batch.ids, batch.mask, batch.positions)
             with stack.paused():
-                hidden = self.forward.up_to(layer, *texts, lower)[picked]
+                hidden = self.forward.up_to(layer, *texts, lower)
+            hidden = hidden[picked.to(hidden.device)]
         stack.select(rows.owners)
         mask = batch.mask[picked]
         with self._from(layer, hidden):
