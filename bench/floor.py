@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import nn
 
+from excise.stacking import first_edited
+
 
 class Costs:
     """Operations per token of one model, by layer."""
@@ -53,8 +55,7 @@ def trial(
 
     `drafted`: its responses were known from other candidates, so they had to be read, not decoded.
     """
-    first = min((w.layer for w, e in zip(engine.writers, edits, strict=True) if e), default=0)
-    first = min(first, costs.trimmed)
+    first = min(first_edited(engine.writers, edits), costs.trimmed)
     total = 0.0
     for ids, response in zip(engine.prompts["target"], evidence.responses["target"], strict=True):
         # The first token comes with the prompt; the last one is never put in.

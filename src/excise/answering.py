@@ -51,9 +51,8 @@ class Answering:
 
     def follow(self, drafts: Drafts) -> None:
         """Read what each row is likely to say, as far as it says so; decode what is left."""
-        lengths = [len(drafts.after(number, ())) for number in self._numbers]
-        prompts = sum(map(len, self._prompts))
-        if self._passes.cheaper_anew(self._stack, self._members, prompts, sum(lengths)):
+        prompts, expected = sum(map(len, self._prompts)), drafts.expected(self._numbers)
+        if self._passes.cheaper_anew(self._stack, self._members, prompts, expected):
             self._say_first()
         else:
             self._follow_from_cache(drafts)
@@ -70,7 +69,8 @@ class Answering:
     def _say_first(self) -> None:
         """The first token of every row."""
         parts = self._prompt_parts()
-        hidden = self._together([self._passes.read(self._stack, part, 1)[:, -1] for part in parts])
+        last = [self._passes.read(self._stack, part, 1)[:, -1] for part in parts]
+        hidden = _together(last, len(self._members))
         self._say(range(len(self._owners)), self._passes.forward.greedy(hidden))
 
     def _follow_from_cache(self, drafts: Drafts) -> None:
@@ -92,19 +92,15 @@ class Answering:
         """One pass over drafts from the cache of all rows' prompts; rows are padded on the right."""
         forward = self._passes.forward
         texts = [(*self._transcript.said(row), *likely[row][:-1]) for row in some]
-        keep = max(map(len, texts))
-        ids = torch.zeros(len(some), keep, dtype=torch.long)
-        real = torch.zeros(len(some), keep, dtype=torch.long)
-        for slot, text in enumerate(texts):
-            ids[slot, : len(text)] = torch.tensor(text)
-            real[slot, : len(text)] = 1
-        ids, real = ids.to(mask.device), real.to(mask.device)
+        batch = self._passes.continuation(texts)
+        keep = batch.ids.shape[1]
         before = mask[torch.tensor(some, device=mask.device)]
         positions = before.sum(-1, keepdim=True) + torch.arange(keep, device=mask.device)
-        taken = take_rows(cache, forward.cache(mask.shape[1] + keep), some)
+        whole = torch.cat([before, batch.mask], dim=1)
+        taken = take_rows(cache, forward.cache(whole.shape[1]), some)
         self._stack.select([self._owners[row] for row in some])
-        hidden = forward.hidden(ids, torch.cat([before, real], dim=1), positions, taken, keep)
-        self._compare_all(some, likely, hidden[real.bool().to(hidden.device)])
+        hidden = forward.hidden(batch.ids, whole, positions, taken, keep)
+        self._compare_all(some, likely, hidden[batch.mask.bool().to(hidden.device)])
 
     def _say(self, rows: Iterable[int], tokens: Tensor) -> None:
         for row, token in zip(rows, tokens.tolist(), strict=True):
@@ -116,12 +112,6 @@ class Answering:
         prompts = self._prompts
         parts = [prompts[start : start + step] for start in range(0, len(prompts), step)]
         return [Rows.grid(self._members, part) for part in parts]
-
-    def _together(self, parts: list[Tensor], groups: int | None = None) -> Tensor:
-        """Rows of all parts in one tensor; each part holds the same candidates, candidate-major."""
-        groups = groups or len(self._members)
-        by_group = [part.view(groups, -1, *part.shape[1:]) for part in parts]
-        return torch.cat(by_group, dim=1).flatten(0, 1)
 
     def _likely(self, drafts: Drafts) -> dict[int, Text]:
         """What the open rows may be expected to go on with, for those where anything is known."""
@@ -180,12 +170,12 @@ class Answering:
         alone = len(parts) == 1
         filled = [self._passes.fill(self._stack, part, room if alone else 0) for part in parts]
         width = max(mask.shape[1] for _, _, mask in filled)
-        mask = self._together([_padded(mask, width) for _, _, mask in filled], groups)
+        mask = _together([_padded(mask, width) for _, _, mask in filled], groups)
         cache = filled[0][1]
         if not alone:
             empty = self._passes.forward.cache(width + room)
             cache = join([part for _, part, _ in filled], empty, groups, width)
-        hidden = self._together([hidden for hidden, _, _ in filled], groups)
+        hidden = _together([hidden for hidden, _, _ in filled], groups)
         return self._passes.forward.greedy(hidden), cache, mask
 
     def _rows(self, rows: list[int]) -> Rows:
@@ -193,6 +183,12 @@ class Answering:
 
     def _text(self, row: int) -> Text:
         return (*self._prompts[row % len(self._prompts)], *self._transcript.said(row))
+
+
+def _together(parts: list[Tensor], groups: int) -> Tensor:
+    """Rows of all parts in one tensor; each part holds rows of the same candidates, candidate-major."""
+    by_group = [part.view(groups, -1, *part.shape[1:]) for part in parts]
+    return torch.cat(by_group, dim=1).flatten(0, 1)
 
 
 def _padded(mask: Tensor, width: int) -> Tensor:

@@ -8,7 +8,7 @@ sampling. Drafts are learnt once and then fixed, so that a resumed run repeats w
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from excise.evidence import Response
 
@@ -37,10 +37,14 @@ class Drafts:
             return ()
         return max(fitting, key=lambda tokens: (known[tokens], tokens))[len(said) :]
 
+    def expected(self, prompts: Iterable[int]) -> int:
+        """Tokens of the likeliest responses to these prompts."""
+        return sum(len(self.after(prompt, ())) for prompt in prompts)
+
     def pay(self, lengths: Mapping[int, int]) -> bool:
         """Whether reading drafts is cheaper than decoding, for prompts' numbers -> tokens.
 
         Prompts are read once more, with their drafts or to decode what no draft brings to an end.
         """
-        drafts = sum(len(self.after(number, ())) for number in lengths)
+        drafts = self.expected(lengths)
         return sum(lengths.values()) + drafts < _DECODING_OVER_READING * drafts

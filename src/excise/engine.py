@@ -28,7 +28,7 @@ from excise.forward import Forward
 from excise.kvcache import can_join
 from excise.loading import Loaded
 from excise.passes import Passes, Rows
-from excise.stacking import CandidateEdits, Stack
+from excise.stacking import CandidateEdits, Stack, first_edited
 from excise.tokens import end_tokens, pad_token, same_length
 from excise.weights import let_go
 
@@ -178,11 +178,8 @@ class Engine:
     def _stacks(self, candidates: Sequence[CandidateEdits]) -> Iterator[tuple[list[int], Stack]]:
         """Candidates in stacks; those that begin at like layers share one, so more is reused."""
 
-        def first(number: int) -> int:
-            layers = [w.layer for w, e in zip(self.writers, candidates[number], strict=True) if e]
-            return min(layers, default=1 << 30)
-
-        order = sorted(range(len(candidates)), key=lambda n: (first(n), n))
+        firsts = [first_edited(self.writers, edits) for edits in candidates]
+        order = sorted(range(len(candidates)), key=lambda n: (firsts[n], n))
         for start in range(0, len(order), self.plan.stack):
             numbers = order[start : start + self.plan.stack]
             yield numbers, Stack(self.writers, [candidates[n] for n in numbers])

@@ -23,7 +23,7 @@ from excise.anatomy import Anatomy
 from excise.forward import Forward
 from excise.kvcache import share_lower_layers
 from excise.stacking import Stack
-from excise.tokens import Batch, left_pad
+from excise.tokens import Batch, left_pad, right_pad
 
 Text = tuple[int, ...]
 
@@ -108,6 +108,10 @@ class Passes:
         """These texts, left-padded, on the model's device."""
         return left_pad(texts, range(len(texts)), self._pad, self.forward.device)
 
+    def continuation(self, texts: Sequence[Text]) -> Batch:
+        """These texts as they go on from a cache: right-padded."""
+        return right_pad(texts, self._pad, self.forward.device)
+
     def forget(self) -> None:
         """Let go of what is kept of lower layers."""
         self._banks.clear()
@@ -116,8 +120,7 @@ class Passes:
         """Hidden states (B, keep, D) at the last `keep` tokens of every row."""
         batch, picked = self._distinct(rows)
         texts = (batch.ids[picked], batch.mask[picked], batch.positions[picked])
-        shared = self._reuse and len(batch.rows) < len(rows.texts)
-        starts = self._starts(stack, rows) if shared else [0]
+        starts = self._starts(stack, rows, len(batch.rows))
         if starts[-1] == 0:
             stack.select(rows.owners)
             return self.forward.hidden(*texts, None, keep)
@@ -142,8 +145,7 @@ class Passes:
         """Hidden states (B, D) at every row's last token, the cache with more room, and the mask."""
         batch, picked = self._distinct(rows)
         capacity = batch.ids.shape[1] + room
-        shared = self._reuse and len(batch.rows) < len(rows.texts)
-        layer = self._starts(stack, rows)[0] if shared else 0
+        layer = self._starts(stack, rows, len(batch.rows))[0]
         cache, lower, hidden = self.forward.cache(capacity), None, None
         if layer > 0:
             lower = self.forward.cache(capacity)
@@ -166,8 +168,7 @@ class Passes:
         read twice. `prompts` and `drafts` are tokens.
         """
         layers = len(self._anatomy.layers)
-        first = min(stack.first_of(member) for member in members) if self._reuse else 0
-        first = min(first, self._anatomy.skippable, layers - 1)
+        first = min(self._start(stack, member) for member in members)
         # Above the layers that others' keys and values come from, prompts are not needed.
         again = prompts * (self._anatomy.skippable - first) + drafts * (layers - first)
         return again < drafts * layers
@@ -178,10 +179,19 @@ class Passes:
         batch = self.batch(list(places))
         return batch, torch.tensor([places[text] for text in rows.texts], device=batch.ids.device)
 
-    def _starts(self, stack: Stack, rows: Rows) -> list[int]:
-        """Per row the layer where it may begin, never above that of a row after it."""
+    def _start(self, stack: Stack, candidate: int) -> int:
+        """The layer where a candidate may begin."""
         most = min(self._anatomy.skippable, len(self._anatomy.layers) - 1)
-        layers = [min(stack.first_of(owner), most) for owner in rows.owners]
+        return min(stack.first_of(candidate), most) if self._reuse else 0
+
+    def _starts(self, stack: Stack, rows: Rows, different: int) -> list[int]:
+        """Per row the layer where it may begin, never above that of a row after it.
+
+        Zero where every row has a text of its own: then nothing is shared.
+        """
+        if different == len(rows.texts):
+            return [0] * different
+        layers = [self._start(stack, owner) for owner in rows.owners]
         return list(accumulate(reversed(layers), min))[::-1]
 
     def _below(self, stack: Stack, layer: int, texts: Sequence[Text], width: int) -> Tensor | None:

@@ -72,12 +72,12 @@ class Search:
         """
         try:
             stops = self._stops(trials)
-            first = batches(stops, self._batch)[0]
-            for start, stop in batches(stops, self._batch):
+            parts = batches(stops, self._batch)
+            for start, stop in parts:
                 if self._is_finished(start, stop):
                     continue
                 if start > 0 and not self._begun:
-                    measure([trial.params for trial in self._trials()[slice(*first)]], [])
+                    measure([trial.params for trial in self._trials()[slice(*parts[0])]], [])
                 self._begun = True
                 if any(s <= start < s + len(e["params"]) for s, e in self._refined()):
                     self._add_refined(start, stop, measure, on_event)

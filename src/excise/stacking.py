@@ -31,6 +31,12 @@ _GATHER_BYTES = 256 * 2**20
 _GATHER_RANK = 4
 
 
+def first_edited(writers: Sequence[Writer], edits: CandidateEdits) -> int:
+    """The lowest layer that a candidate edits; a large number when it edits none."""
+    layers = (w.layer for w, e in zip(writers, edits, strict=True) if e is not None)
+    return min(layers, default=1 << 30)
+
+
 class Stack:
     """The edits of C candidates, and which candidate each row of the next forward pass carries."""
 
@@ -42,13 +48,7 @@ class Stack:
             for index in range(len(writers))
             if any(edits[index] is not None for edits in candidates)
         ]
-        self._firsts = [
-            min(
-                (w.layer for w, e in zip(writers, edits, strict=True) if e is not None),
-                default=1 << 30,
-            )
-            for edits in candidates
-        ]
+        self._firsts = [first_edited(writers, edits) for edits in candidates]
         self._parts = {
             index: pack(
                 [edits[index] for edits in candidates], writers[index].shape, writers[index].like

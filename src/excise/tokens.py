@@ -21,7 +21,10 @@ from excise.prompts import PromptSet
 
 @dataclass(frozen=True)
 class Batch:
-    """Left-padded token ids. `rows` are the positions of its rows in the list they came from."""
+    """Left-padded token ids, but for `right_pad`'s.
+
+    `rows` are the positions of its rows in the list they came from.
+    """
 
     rows: Tensor  # (B,)
     ids: Tensor  # (B, T)
@@ -111,9 +114,25 @@ def left_pad(
 ) -> Batch:
     """One left-padded batch of these rows."""
     width = max(len(row) for row in rows)
+    return _padded(rows, numbers, pad, device, [width - len(row) for row in rows])
+
+
+def right_pad(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> Batch:
+    """One batch of rows that go on from a cache: padded on the right, where nothing follows."""
+    return _padded(rows, range(len(rows)), pad, device, [0] * len(rows))
+
+
+def _padded(
+    rows: Sequence[Sequence[int]],
+    numbers: Sequence[int],
+    pad: int,
+    device: torch.device,
+    starts: Sequence[int],
+) -> Batch:
+    width = max(len(row) for row in rows)
     ids = torch.full((len(rows), width), pad)
     mask = torch.zeros((len(rows), width), dtype=torch.long)
-    for i, row in enumerate(rows):
-        ids[i, width - len(row) :] = torch.tensor(row)
-        mask[i, width - len(row) :] = 1
+    for i, (start, row) in enumerate(zip(starts, rows, strict=True)):
+        ids[i, start : start + len(row)] = torch.tensor(row)
+        mask[i, start : start + len(row)] = 1
     return Batch(torch.tensor(numbers), ids.to(device), mask.to(device))
