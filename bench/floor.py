@@ -2,8 +2,9 @@
 
 Counted per token that must pass a layer: 2 per weight of every linear map, 4 x context x heads x head
 width for attention; per logit row 2 x D x V. Not counted, because avoidable: padding, layers below
-a candidate's first edited one in its prompts (their result is known), the positions that a
-shared-key-value layer need not see, and tokens after a verdict is settled.
+a candidate's first edited one in its prompts (their result is known), what all prompts of a side
+begin with (once per candidate is nothing), the positions that a shared-key-value layer need not see,
+and tokens after a verdict is settled.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from excise.stacking import first_edited
+from excise.tokens import beginning
 
 
 class Costs:
@@ -32,14 +34,17 @@ class Costs:
         shared = getattr(config, "num_kv_shared_layers", 0) or 0
         self.trimmed = len(self.layers) - shared
 
-    def prompt(self, length: int, needed: int, first: int) -> float:
-        """One row of `length` tokens of which only the last `needed` matter at the end."""
+    def prompt(self, length: int, needed: int, first: int, begun: int) -> float:
+        """One row of `length` tokens of which only the last `needed` matter at the end.
+
+        `begun`: how many of them are known, with what the layers make of them.
+        """
         total = 0.0
         for index, (linear, attention) in enumerate(zip(self.layers, self.attention, strict=True)):
             if index < first:
                 continue
-            tokens = needed if index >= self.trimmed else length
-            total += tokens * (linear + attention * length / 2)
+            tokens = needed if index >= self.trimmed else length - begun
+            total += tokens * (linear + attention * (length + begun) / 2)
         return total + needed * self.head
 
     def step(self, context: int) -> float:
@@ -57,18 +62,19 @@ def trial(
     """
     first = min(first_edited(engine.writers, edits), costs.trimmed)
     total = 0.0
+    begun = {side: len(beginning(prompts)) for side, prompts in engine.prompts.items()}
     for ids, response in zip(engine.prompts["target"], evidence.responses["target"], strict=True):
         # The first token comes with the prompt; the last one is never put in.
         n = len(response.tokens)
         if drafted:
-            total += costs.prompt(len(ids) + n - 1, n, first)
+            total += costs.prompt(len(ids) + n - 1, n, first, begun["target"])
         else:
-            total += costs.prompt(len(ids), 1, first)
+            total += costs.prompt(len(ids), 1, first, begun["target"])
             total += sum(costs.step(len(ids) + i) for i in range(1, n))
     original = engine.original("contrast").responses
     for ids, response in zip(engine.prompts["contrast"], original, strict=True):
         n = len(response.tokens)
-        total += costs.prompt(len(ids) + n - 1, n, first)
+        total += costs.prompt(len(ids) + n - 1, n, first, begun["contrast"])
     return total
 
 

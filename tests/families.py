@@ -469,7 +469,8 @@ family's structure switched on, and the checkpoint that the class writes. What i
    of a writer changes its output as predicted.
 2. Strength 1 without row norms leaves nothing of the direction in what any writer adds.
 3. and 4. Three stacked candidates equal merged weights and Transformers' own `generate`, token by
-   token, and the same divergence; once with small passes, once with large ones, prompts of mixed length.
+   token, and the same divergence, for prompts of mixed length; once with small passes, once with
+   large ones and prompts that begin alike, so that their beginning is read once for all of them.
 5. An export of all writers loads as the model with the edits in its weights; every other tensor and
    file keeps its bytes.
 6. `excise inspect` names every writer, for people and for programs.

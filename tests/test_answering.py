@@ -10,18 +10,11 @@ from transformers import AutoModelForCausalLM
 
 from excise.engine import Engine, Plan
 from excise.evidence import Divergence, Evidence, Response, Responses
-from excise.passes import Passes
 
 LIMIT = 12
 TARGET = [Responses("target")]
 BOTH = [Responses("target"), Divergence()]
 PLAN = Plan(rows=20, stack=4, decode=400)
-
-
-@pytest.fixture(params=[True, False], ids=["read anew", "from the cache"], autouse=True)
-def way(request, monkeypatch):
-    """Both ways to read a draft, whatever would be cheaper."""
-    monkeypatch.setattr(Passes, "cheaper_anew", lambda *_: request.param)
 
 
 def engine(model, plan=PLAN, limit=LIMIT):
@@ -76,7 +69,6 @@ def test_responses_are_the_same_whatever_was_expected(family, rewrite):
     said = tokens(expected)
     ours = engine(model)
     teach(ours, [[rewrite(t) for t in rows] for rows in said])
-    ours._drafts["target"].pay = lambda _lengths: True
     assert ours.measure(edits, TARGET) == expected
 
 
@@ -216,7 +208,6 @@ def test_rows_that_are_through_do_not_run_out_of_positions():
     expected = fresh().measure(edits, TARGET)
     ours = fresh()
     teach(ours, [[t[:11] if n == 0 else () for n, t in enumerate(r)] for r in tokens(expected)])
-    ours._drafts["target"].pay = lambda _lengths: True
     assert ours.measure(edits, TARGET) == expected
 
 

@@ -28,18 +28,25 @@ def test_a_draft_goes_on_from_what_was_said():
 def test_nothing_is_offered_where_nothing_fits():
     drafts = known([(5, 6), (1, 2)])
     assert drafts.after(0, (5, 6)) == ()
-    assert drafts.after(0, (1,)) == ()
-    assert drafts.after(1, (1,)) == (2,)
+    assert drafts.after(0, (7,)) == ()
+    assert drafts.after(0, (5, 7)) == ()
+    assert drafts.after(0, (2,)) == ()  # nothing follows it
+
+
+def test_what_has_left_a_draft_comes_back_where_the_last_tokens_are_alike():
+    drafts = known([(5, 6, 7, 8), (6, 9, 3)])
+    assert drafts.after(0, (1, 6)) == (7, 8)
+    assert drafts.after(0, (5, 1, 5, 6)) == (7, 8)
+    assert drafts.after(0, (5, 1, 9)) == (3,)  # another prompt's
+    assert drafts.after(1, (1, 5)) == (6, 7, 8)
+    assert drafts.after(0, (1, 6, 9)) == (3,)  # two tokens of another's before one of its own
+
+
+def test_what_begins_so_comes_before_what_has_the_same_last_tokens():
+    drafts = known([(5, 6, 7)], [(4, 5, 6, 8)], [(4, 5, 6, 8)])
+    assert drafts.after(0, (5, 6)) == (7,)
 
 
 def test_equally_frequent_ones_are_offered_the_same_whatever_came_first():
     one, other = (5, 6, 7), (5, 8)
     assert known([one], [other]).after(0, (5,)) == known([other], [one]).after(0, (5,))
-
-
-def test_long_drafts_of_short_prompts_pay_and_short_ones_of_long_prompts_do_not():
-    drafts = known([tuple(range(10, 40)), (3, 4)])
-    assert drafts.pay({0: 20})
-    assert not drafts.pay({1: 20})
-    assert drafts.pay({0: 20, 1: 20})
-    assert not drafts.pay({0: 2000})

@@ -73,10 +73,12 @@ def test_ablation_is_exact_at_every_writer(loaded):
     assert max(shares.values()) < 1e-5
 
 
-def engine(loaded, writers, plan):
+def engine(loaded, writers, plan, alike=0):
+    """`alike`: so many tokens that all prompts begin with."""
+    first = builders.token_ids(1, 3, 9, 9)[0][:alike]
     prompts = {
-        "target": builders.token_ids(5, 1, 3, 14),
-        "contrast": builders.token_ids(4, 2, 3, 14),
+        "target": [first + row for row in builders.token_ids(5, 1, 3, 14)],
+        "contrast": [first + row for row in builders.token_ids(4, 2, 3, 14)],
     }
     return Engine(loaded, writers, prompts, max_new_tokens=NEW_TOKENS, plan=plan)
 
@@ -99,11 +101,13 @@ def divergence(original, edited, ids, response):
     return float((p.exp() * (p - q)).sum())
 
 
-@pytest.mark.parametrize("plan", [Plan(rows=7, stack=3, decode=12), Plan(rows=64, stack=3)])
-def test_stacked_equals_merged_and_generated(loaded, plan):
+@pytest.mark.parametrize(
+    ("plan", "alike"), [(Plan(rows=7, stack=3, decode=12), 0), (Plan(rows=64, stack=3), 6)]
+)
+def test_stacked_equals_merged_and_generated(loaded, plan, alike):
     method = families.method(loaded.anatomy)
     edits = [method.edits(c) for c in families.candidates(loaded.anatomy, 3)]
-    ours = engine(loaded, method.writers, plan)
+    ours = engine(loaded, method.writers, plan, alike)
     before = {n: (p.data_ptr(), p._version) for n, p in loaded.model.named_parameters()}
     with ours.learning():
         evidence = ours.measure(edits, REQUESTS)

@@ -7,7 +7,14 @@ import pytest
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from excise.kvcache import RoomyLayer, roomy_cache, select_rows, share_lower_layers, take_rows
+from excise.kvcache import (
+    RoomyLayer,
+    roomy_cache,
+    select_rows,
+    share_lower_layers,
+    take_rows,
+    with_room,
+)
 
 
 def states(rows, tokens, seed):
@@ -88,7 +95,7 @@ def test_a_model_goes_on_from_it_as_from_its_own_cache(family):
     """A prompt longer than Gemma's window, a row taken out in between, then token by token."""
     model = builders.model(family)
     ids = torch.tensor(builders.token_ids(3, 6, 20, 20))
-    caches = [roomy_cache(model.config, 20), DynamicCache(config=model.config)]
+    caches = [with_room(roomy_cache(model.config), 20), DynamicCache(config=model.config)]
     assert len(caches[0].layers) == len(caches[1].layers)
     # Gemma's last layers use others' keys and values, and keep none of their own.
     own = builders.LAYERS - (2 if family == "gemma4" else 0)
@@ -108,7 +115,7 @@ def test_a_model_goes_on_from_it_as_from_its_own_cache(family):
 
 def test_lower_layers_are_shared_and_upper_ones_stay_empty():
     model = builders.model("llama")
-    source, into = (roomy_cache(model.config, 12) for _ in range(2))
+    source, into = (with_room(roomy_cache(model.config), 12) for _ in range(2))
     ids = torch.tensor(builders.token_ids(2, 6, 9, 9))
     model(ids, past_key_values=source)
     share_lower_layers(source, into, 4, torch.tensor([0, 1, 0, 0, 1]))
@@ -123,11 +130,38 @@ def test_lower_layers_are_shared_and_upper_ones_stay_empty():
 def test_taken_rows_go_on_without_the_others_noticing(family):
     model = builders.model(family)
     ids = torch.tensor(builders.token_ids(3, 6, 12, 12))
-    cache = roomy_cache(model.config, 9)
+    pattern = roomy_cache(model.config)
+    cache = with_room(pattern, 9)
     model(ids[:, :9], past_key_values=cache)
     before = [layer.keys.clone() for layer in cache.layers if layer.keys is not None]
-    taken = take_rows(cache, roomy_cache(model.config, 12), [2, 0, 2])
+    taken = take_rows(cache, with_room(pattern, 12), [2, 0, 2], range(builders.LAYERS), [0] * 3)
     found = model(ids[[2, 0, 2], 9:], past_key_values=taken).logits
     assert torch.allclose(found, model(ids[[2, 0, 2]]).logits[:, 9:], atol=1e-3)
     after = [layer.keys for layer in cache.layers if layer.keys is not None]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_rows_move_to_the_right_and_lose_their_end():
+    source, into = RoomyLayer(5), RoomyLayer(7)
+    keys, values = torch.randn(2, 3, 4, 2), torch.randn(2, 3, 4, 6)
+    source.update(keys, values)
+    into.copy_rows(source, torch.tensor([1, 0, 0, 1]), torch.tensor([0, 1, 3, 9]))
+    assert into.length == 4
+    for ours, theirs in ((into.keys, keys), (into.values, values)):
+        assert torch.equal(ours[0, :, :4], theirs[1])
+        assert torch.equal(ours[1, :, 1:4], theirs[0, :, :3])
+        assert torch.equal(ours[2, :, 3:4], theirs[0, :, :1])
+        assert torch.isfinite(ours[3, :, :4]).all()  # all of it is padding
+
+
+def test_only_some_layers_are_taken_and_of_the_others_the_length():
+    model = builders.model("gemma4")
+    pattern = roomy_cache(model.config)
+    cache = with_room(pattern, 5)
+    model(torch.tensor(builders.token_ids(2, 6, 5, 5)), past_key_values=cache)
+    taken = take_rows(cache, with_room(pattern, 8), [1], range(2, 4), [0])
+    kept = [layer for layer in taken.layers if isinstance(layer, RoomyLayer)]
+    assert [layer.get_seq_length() for layer in kept] == [5] * len(kept)
+    assert [layer.is_initialized for layer in kept] == [n in (2, 3) for n in range(len(kept))]
+    assert all(layer.capacity == 8 for layer in kept)
+    assert all(layer.capacity == 0 for layer in pattern.layers if isinstance(layer, RoomyLayer))

@@ -1,4 +1,4 @@
-"""Passes that share lower layers and let rows join later, against passes that share nothing."""
+"""Passes that share layers, beginnings and pasts, against passes that share nothing."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import builders
 import pytest
 import torch
 
-from excise import passes
 from excise.forward import Forward
-from excise.passes import Bank, Passes, Rows, joining
+from excise.passes import After, Passes, Rows, joining
 from excise.profiles import Profile
 from excise.space import Candidate
 from excise.stacking import Stack
@@ -44,24 +43,10 @@ def test_no_row_joins_above_where_it_may_begin():
             assert next(layer for layer, count in steps if row < count) <= start
 
 
-def test_a_bank_gives_back_left_padded_states():
-    texts = [(7, 8, 9), (4,), (5, 6)]
-    states = torch.randn(3, 3, 2)
-    bank = Bank()
-    assert bank.missing([*texts, (4,)]) == texts
-    bank.add(texts[:2], states[:2])
-    assert bank.missing(texts) == [(5, 6)]
-    bank.add(texts[2:], states[2:])
-    found = bank.take([(5, 6), (7, 8, 9), (5, 6), (4,)], 4)
-    assert torch.equal(found[1, 1:], states[0])
-    assert torch.equal(found[0, 2:], states[2, 1:])
-    assert torch.equal(found[2], found[0])
-    assert torch.equal(found[3, 3:], states[1, 2:])
-    assert torch.equal(found[0, :2], states[0, -1].expand(2, -1))  # padding: some real state
-    assert torch.equal(found[3, :3], states[0, -1].expand(3, -1))
+BEGIN = tuple(builders.token_ids(1, 7, 5, 5)[0])
 
 
-def rig(family, *, reuse):
+def rig(family, *, reuse, beginnings=()):
     """Passes of a model, and a stack whose candidates begin at different layers."""
     model = builders.loaded(family)
     method = builders.method(model)
@@ -73,17 +58,22 @@ def rig(family, *, reuse):
     stack = Stack(method.writers, edits)
     assert len({stack.first_of(c) for c in range(len(peaks))}) >= 3
     forward = Forward(model.model, model.anatomy)
-    return Passes(forward, model.anatomy, 0, reuse=reuse), stack
+    return Passes(forward, model.anatomy, 0, reuse=reuse, beginnings=beginnings), stack
 
 
-def texts(count=4):
-    return [tuple(row) for row in builders.token_ids(count, 5, 6, 12)]
+def plain(passes):
+    """Passes of the same model that share nothing."""
+    return Passes(passes.forward, passes.forward.anatomy, 0, reuse=False)
 
 
-def layers_run(passes_):
+def texts(count=4, begin=()):
+    return [(*begin, *row) for row in builders.token_ids(count, 5, 6, 12)]
+
+
+def layers_run(passes):
     """Counts, per layer, the tokens that pass it from now on."""
     counts = [0] * builders.LAYERS
-    for number, layer in enumerate(passes_.forward.anatomy.layers):
+    for number, layer in enumerate(passes.forward.anatomy.layers):
 
         def count(_m, args, kwargs, number=number):
             hidden = args[0] if args else kwargs["hidden_states"]
@@ -94,99 +84,150 @@ def layers_run(passes_):
 
 
 @pytest.mark.parametrize("family", builders.FAMILIES)
-def test_reading_with_shared_layers_equals_reading_without(family):
-    rows = Rows.grid(range(5), texts())
-    found = []
-    for reuse in (False, True):
-        passes_, stack = rig(family, reuse=reuse)
-        with torch.inference_mode(), stack.applied():
-            first = passes_.read(stack, rows, KEEP)
-            found.append(first)
-            assert torch.allclose(passes_.read(stack, rows, KEEP), first, atol=1e-5)
-    assert found[0].shape == (20, KEEP, builders.WIDTH)
-    assert torch.allclose(*found, atol=1e-4)
+@pytest.mark.parametrize("beginnings", [(), (BEGIN,), (BEGIN[:2], BEGIN, (1, 2, 3, 4))])
+def test_reading_that_shares_equals_reading_that_does_not(family, beginnings):
+    rows = Rows.grid(range(5), texts(begin=BEGIN))
+    ours, stack = rig(family, reuse=True, beginnings=beginnings)
+    with torch.inference_mode(), stack.applied():
+        expected, found = plain(ours).read(stack, rows, KEEP), ours.read(stack, rows, KEEP)
+        assert torch.equal(ours.read(stack, rows, KEEP), found)
+    assert found.shape == (20, KEEP, builders.WIDTH)
+    assert torch.allclose(found, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", builders.FAMILIES)
-def test_uneven_rows_are_read_as_even_ones_are(family):
-    passes_, stack = rig(family, reuse=True)
-    grid = Rows.grid(range(5), texts())
+@pytest.mark.parametrize("beginnings", [(), (BEGIN,)])
+def test_uneven_rows_are_read_as_even_ones_are(family, beginnings):
+    passes, stack = rig(family, reuse=True, beginnings=beginnings)
+    grid = Rows.grid(range(5), texts(begin=BEGIN))
     some = [0, 2, 3, 5, 6, 13, 17, 18, 19]
     part = Rows([grid.owners[n] for n in some], [grid.texts[n] for n in some])
     with torch.inference_mode(), stack.applied():
-        whole, few = passes_.read(stack, grid, 1), passes_.read(stack, part, 1)
+        whole, few = passes.read(stack, grid, 1), passes.read(stack, part, 1)
     assert torch.allclose(whole[some], few, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", builders.FAMILIES)
-def test_what_is_filled_is_what_is_read(family):
-    for reuse in (True, False):
-        passes_, stack = rig(family, reuse=reuse)
-        rows = Rows.grid(range(5), texts())
-        with torch.inference_mode(), stack.applied():
-            hidden, cache, mask = passes_.fill(stack, rows, 2)
-            assert torch.allclose(hidden, passes_.read(stack, rows, 1)[:, 0], atol=1e-4)
-        assert mask.sum(1).tolist() == [len(text) for text in rows.texts]
-        assert cache.layers[0].keys.shape[0] == 20
+@pytest.mark.parametrize("reuse", [True, False])
+@pytest.mark.parametrize("beginnings", [(), (BEGIN,)])
+def test_what_is_filled_is_what_is_read(family, reuse, beginnings):
+    passes, stack = rig(family, reuse=reuse, beginnings=beginnings)
+    rows = Rows.grid(range(5), texts(begin=BEGIN))
+    with torch.inference_mode(), stack.applied():
+        hidden, past = passes.fill(stack, rows, 2)
+        assert torch.allclose(hidden, plain(passes).read(stack, rows, 1)[:, 0], atol=1e-4)
+        _, expected = plain(passes).fill(stack, rows, 2)
+    assert past.pads() == [past.mask.shape[1] - len(text) for text in rows.texts]
+    assert torch.equal(past.mask, expected.mask)
+    real = past.mask.bool()[:, None, :, None]
+    for ours, theirs in zip(past.cache.layers, expected.cache.layers, strict=True):
+        if ours.keys is not None:
+            width = past.mask.shape[1]
+            assert ours.length == theirs.length == width
+            for a, b in ((ours.keys, theirs.keys), (ours.values, theirs.values)):
+                assert torch.allclose(a[:, :, :width] * real, b[:, :, :width] * real, atol=1e-4)
 
 
-def test_layers_below_the_first_edit_run_once_per_text_and_then_no_more():
-    passes_, stack = rig("llama", reuse=True)
+@pytest.mark.parametrize("family", builders.FAMILIES)
+@pytest.mark.parametrize("reuse", [True, False])
+@pytest.mark.parametrize("beginnings", [(), (BEGIN,)])
+def test_going_on_equals_reading_the_whole(family, reuse, beginnings):
+    """Longer texts than Gemma's window; several rows from one place, candidates that join later."""
+    passes, stack = rig(family, reuse=reuse, beginnings=beginnings)
+    prompts = texts(begin=BEGIN)
+    more = [tuple(row) for row in builders.token_ids(4, 8, KEEP, 9)]
+    grid = Rows.grid(range(5), prompts)
+    places = [0, 1, 3, 4, 5, 5, 8, 9, 9, 12, 13, 15, 16, 17, 17]
+    new = [more[n % 3] if n % 4 else more[3] for n in range(len(places))]
+    new[5] = more[3]  # one text of its own beside another from the same place
+    rows = Rows(
+        [grid.owners[place] for place in places],
+        [(*grid.texts[place], *end) for place, end in zip(places, new, strict=True)],
+    )
+    with torch.inference_mode(), stack.applied():
+        _, past = passes.fill(stack, grid, 0)
+        after = After(past, places)
+        found = passes.read(stack, rows, KEEP, after)
+        assert torch.equal(passes.read(stack, rows, KEEP, after), found)  # the past is as it was
+        assert torch.allclose(found, plain(passes).read(stack, rows, KEEP), atol=1e-4)
+        hidden, further = passes.fill(stack, rows, 1, after)
+        assert torch.allclose(hidden, found[:, -1], atol=1e-4)
+        longer = Rows(rows.owners, [(*text, 7) for text in rows.texts])
+        last = passes.read(stack, longer, 1, After(further, range(len(places))))
+        assert torch.allclose(last, plain(passes).read(stack, longer, 1), atol=1e-4)
+
+
+def test_layers_below_the_first_edit_run_once_per_text():
+    passes, stack = rig("llama", reuse=True)
     rows = Rows.grid([2, 3, 4], texts())
     first, width = stack.first_of(2), max(map(len, texts()))
     assert stack.first_of(4) == first > 0
-    counts = layers_run(passes_)
+    counts = layers_run(passes)
     with torch.inference_mode(), stack.applied():
-        passes_.read(stack, rows, KEEP)
-    once = [4 * width] * first
-    assert counts[:first] == once
-    assert counts[first:] == [12 * width] * (builders.LAYERS - first)
-    with torch.inference_mode(), stack.applied():
-        passes_.read(stack, rows, KEEP)
-        assert counts[:first] == once
-        passes_.forget()
-        passes_.read(stack, rows, KEEP)
-    assert counts[:first] == [8 * width] * first
+        passes.read(stack, rows, KEEP)
+    assert counts == [4 * width] * first + [12 * width] * (builders.LAYERS - first)
 
 
 def test_a_candidate_runs_no_layer_below_its_first_edit():
-    passes_, stack = rig("llama", reuse=True)
+    passes, stack = rig("llama", reuse=True)
     rows = Rows.grid(range(5), texts())
+    counts = layers_run(passes)
     with torch.inference_mode(), stack.applied():
-        passes_.read(stack, rows, KEEP)
-        counts = layers_run(passes_)
-        passes_.read(stack, rows, KEEP)
-    width = max(map(len, texts()))
-    begun = [sum(stack.first_of(c) <= layer for c in range(5)) for layer in range(builders.LAYERS)]
-    assert counts == [4 * width * candidates for candidates in begun]
+        passes.read(stack, rows, KEEP)
+    width, firsts = max(map(len, texts())), [stack.first_of(c) for c in range(5)]
+    begun = [sum(first <= layer for first in firsts) for layer in range(builders.LAYERS)]
+    # The texts themselves, for those that wait.
+    shared = [layer < max(firsts) for layer in range(builders.LAYERS)]
+    assert counts == [4 * width * (n + also) for n, also in zip(begun, shared, strict=True)]
 
 
-def test_what_is_kept_has_a_limit(monkeypatch):
-    monkeypatch.setattr(passes, "_BANK_BYTES", 0)
-    passes_, stack = rig("llama", reuse=True)
-    rows = Rows.grid(range(5), texts())
+def test_drafts_pass_the_layers_below_the_first_edit_once_per_text():
+    passes, stack = rig("llama", reuse=True)
+    rows, first = Rows.grid([2, 3, 4], texts()), stack.first_of(2)
+    longer = Rows(rows.owners, [(*text, 5, 6, 7) for text in rows.texts])
     with torch.inference_mode(), stack.applied():
-        found = passes_.read(stack, rows, KEEP)
-        counts = layers_run(passes_)
-        assert torch.allclose(passes_.read(stack, rows, KEEP), found, atol=1e-5)
-    assert stack.first_of(0) == 0  # its own rows pass the first layer, and the four texts once more
-    assert counts[0] == (4 + 4) * max(map(len, texts()))
+        _, past = passes.fill(stack, rows, 0)
+        counts = layers_run(passes)
+        passes.read(stack, longer, 3, After(past, range(12)))
+    assert counts == [4 * 3] * first + [12 * 3] * (builders.LAYERS - first)
 
 
-def test_prompts_are_read_again_where_few_layers_need_them_and_drafts_are_long():
-    passes_, stack = rig("llama", reuse=True)
-    assert stack.first_of(4) == 4 < builders.LAYERS
-    assert passes_.cheaper_anew(stack, [4], 100, 100)  # 2 layers x 200 tokens, or 6 x 100
-    assert not passes_.cheaper_anew(stack, [4], 300, 100)
-    assert not passes_.cheaper_anew(stack, [0, 4], 100, 100)  # one that begins at the bottom
-    plain, _ = rig("llama", reuse=False)
-    assert not plain.cheaper_anew(stack, [4], 1, 100)
-
-
-def test_nothing_is_kept_for_a_single_candidate():
-    passes_, stack = rig("llama", reuse=True)
+def test_nothing_is_shared_by_a_single_candidate():
+    passes, stack = rig("llama", reuse=True)
+    counts = layers_run(passes)
     with torch.inference_mode(), stack.applied():
-        passes_.read(stack, Rows.grid([4], texts()), KEEP)
-        counts = layers_run(passes_)
-        passes_.read(stack, Rows.grid([4], texts()), KEEP)
-    assert all(counts)
+        passes.read(stack, Rows.grid([4], texts()), KEEP)
+    assert counts == [4 * max(map(len, texts()))] * builders.LAYERS
+
+
+def test_a_beginning_is_read_once_per_candidate_until_it_is_forgotten():
+    passes, stack = rig("llama", reuse=False, beginnings=[BEGIN])
+    rows = Rows.grid(range(5), texts(begin=BEGIN))
+    counts = layers_run(passes)
+    rest, begun = 20 * max(map(len, texts())), 5 * len(BEGIN)
+    with torch.inference_mode(), stack.applied():
+        passes.read(stack, rows, KEEP)
+        assert counts == [rest + begun] * builders.LAYERS
+        passes.fill(stack, rows, 3)
+        assert counts == [2 * rest + begun] * builders.LAYERS
+        passes.forget()
+        passes.read(stack, rows, KEEP)
+    assert counts == [3 * rest + 2 * begun] * builders.LAYERS
+
+
+def test_a_short_beginning_of_long_texts_is_read_with_them():
+    begin = BEGIN[:1]
+    passes, stack = rig("llama", reuse=False, beginnings=[begin])
+    long = [(*begin, *range(20, 60)), (*begin, *range(30, 66))]
+    counts = layers_run(passes)
+    with torch.inference_mode(), stack.applied():
+        passes.read(stack, Rows.grid([0], long), KEEP)
+    assert counts == [2 * 41] * builders.LAYERS
+
+
+def test_a_text_that_is_but_a_beginning_is_read_whole():
+    passes, stack = rig("llama", reuse=False, beginnings=[BEGIN])
+    counts = layers_run(passes)
+    with torch.inference_mode(), stack.applied():
+        passes.read(stack, Rows.grid([0], [BEGIN, (*BEGIN, 9)]), 1)
+    assert counts == [2 * (len(BEGIN) + 1)] * builders.LAYERS

@@ -15,7 +15,7 @@ from excise.config import PromptSection
 from excise.dressing import PLAIN_FORMAT, dress
 from excise.errors import ModelError, PromptError
 from excise.prompts import Prompt, PromptSet
-from excise.tokens import Batch, batches, encode, end_tokens, left_pad, pad_token
+from excise.tokens import Batch, batches, beginning, encode, end_tokens, left_pad, pad_token
 
 CPU = torch.device("cpu")
 
@@ -214,3 +214,19 @@ def test_buckets_hold_every_row_once_longest_first(lengths, size):
     # Sorting is what keeps padding small: no other way of filling such batches needs less room.
     in_order = sorted(lengths, reverse=True)
     assert widths == in_order[::size]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "begin"),
+    [
+        ([[1, 2, 3], [1, 2, 4, 5], [1, 2, 9]], (1, 2)),
+        ([[1, 2], [1, 2, 3]], (1,)),  # something of each must be left to read
+        ([[1, 2], [1, 2]], (1,)),
+        ([[1, 2], [3, 2]], ()),
+        ([[7], [7]], ()),
+        ([[1, 2, 3]], ()),  # of a single one nothing is saved
+        ([], ()),
+    ],
+)
+def test_what_prompts_begin_with(prompts, begin):
+    assert beginning(prompts) == begin

@@ -6,19 +6,17 @@ Rows are candidates x prompts, candidate-major. B rows, P prompts, D width.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from excise.decoding import Transcript, greedy
-from excise.drafts import Drafts
-from excise.kvcache import join, take_rows
-from excise.passes import Passes, Rows, Text
+from excise.drafts import Drafts, cheaper_than_decoding
+from excise.kvcache import join
+from excise.passes import After, Passes, Past, Rows, Text
 from excise.stacking import Stack
 
-# A row that left its draft may meet another one; after so many of them it is decoded.
-_MOST_DRAFTS = 4
+Part = tuple[Rows, After | None]  # rows of one pass, and what they have read before
 
 
 class Answering:
@@ -51,67 +49,30 @@ class Answering:
 
     def follow(self, drafts: Drafts) -> None:
         """Read what each row is likely to say, as far as it says so; decode what is left."""
-        prompts, expected = sum(map(len, self._prompts)), drafts.expected(self._numbers)
-        if self._passes.cheaper_anew(self._stack, self._members, prompts, expected):
-            self._say_first()
-        else:
-            self._follow_from_cache(drafts)
-        for _ in range(_MOST_DRAFTS):
-            likely = self._likely(drafts)
-            if not likely:
-                break
-            self._read_drafts(likely)
+        first, past = self._filled(self._prompt_parts(), len(self._members), 0)
+        self._say(range(len(self._owners)), first)
+        pays = True
+        while pays and (likely := self._likely(drafts)):
+            before = self._said_in_all()
+            read = self._read_drafts(likely, past)
+            # Every row has said something, and a pass of few tokens costs no more than one to decode.
+            gained = self._said_in_all() - before
+            pays = read <= self._most or cheaper_than_decoding(gained, read)
         left = self._transcript.open_rows()
         if left:
             parts = [left[start : start + self._most] for start in range(0, len(left), self._most)]
-            self._decode(left, [self._rows(part) for part in parts], 1)
-
-    def _say_first(self) -> None:
-        """The first token of every row."""
-        parts = self._prompt_parts()
-        last = [self._passes.read(self._stack, part, 1)[:, -1] for part in parts]
-        hidden = _together(last, len(self._members))
-        self._say(range(len(self._owners)), self._passes.forward.greedy(hidden))
-
-    def _follow_from_cache(self, drafts: Drafts) -> None:
-        """The first token of every row, and its draft right after it, from the prompts' cache."""
-        everything = list(range(len(self._owners)))
-        first, cache, mask = self._filled(everything, self._prompt_parts(), len(self._members))
-        self._say(everything, first)
-        likely = self._likely(drafts)
-        order = sorted(likely, key=lambda row: (-len(likely[row]), row))
-        tokens = self._most * mask.shape[1]  # of a pass over whole prompts
-        while order:
-            longest = len(likely[order[0]])
-            some, order = order[: max(1, tokens // longest)], order[max(1, tokens // longest) :]
-            self._read_from_cache(sorted(some), likely, cache, mask)
-
-    def _read_from_cache(
-        self, some: list[int], likely: dict[int, Text], cache: Any, mask: Tensor
-    ) -> None:
-        """One pass over drafts from the cache of all rows' prompts; rows are padded on the right."""
-        forward = self._passes.forward
-        texts = [(*self._transcript.said(row), *likely[row][:-1]) for row in some]
-        batch = self._passes.continuation(texts)
-        keep = batch.ids.shape[1]
-        before = mask[torch.tensor(some, device=mask.device)]
-        positions = before.sum(-1, keepdim=True) + torch.arange(keep, device=mask.device)
-        whole = torch.cat([before, batch.mask], dim=1)
-        taken = take_rows(cache, forward.cache(whole.shape[1]), some)
-        self._stack.select([self._owners[row] for row in some])
-        hidden = forward.hidden(batch.ids, whole, positions, taken, keep)
-        self._compare_all(some, likely, hidden[batch.mask.bool().to(hidden.device)])
+            self._decode(left, [(self._rows(part), After(past, part)) for part in parts], 1)
 
     def _say(self, rows: Iterable[int], tokens: Tensor) -> None:
         for row, token in zip(rows, tokens.tolist(), strict=True):
             self._transcript.say(row, token)
 
-    def _prompt_parts(self) -> list[Rows]:
+    def _prompt_parts(self) -> list[Part]:
         """All candidates with some of the prompts each, in passes of so many rows."""
         step = max(1, self._most // len(self._members))
         prompts = self._prompts
         parts = [prompts[start : start + step] for start in range(0, len(prompts), step)]
-        return [Rows.grid(self._members, part) for part in parts]
+        return [(Rows.grid(self._members, part), None) for part in parts]
 
     def _likely(self, drafts: Drafts) -> dict[int, Text]:
         """What the open rows may be expected to go on with, for those where anything is known."""
@@ -123,19 +84,30 @@ class Answering:
                 found[row] = draft[: self._transcript.room(row)]
         return found
 
-    def _read_drafts(self, likely: dict[int, Text]) -> None:
-        """One reading of every draft; its row says the model's tokens until they leave the draft."""
+    def _read_drafts(self, likely: dict[int, Text], past: Past) -> int:
+        """One reading of every draft; its row says the model's tokens until they leave the draft.
+
+        Returns how many tokens were read.
+        """
         texts = {row: (*self._text(row), *draft[:-1]) for row, draft in likely.items()}
-        order = sorted(likely, key=lambda row: (-len(texts[row]), texts[row], row))
-        for start in range(0, len(order), self._most):
-            some = sorted(order[start : start + self._most])
+        new = {row: len(self._transcript.said(row)) + len(likely[row]) - 1 for row in likely}
+        # Rows with the same text stand together, so that they share a pass.
+        order = sorted(likely, key=lambda row: (-new[row], texts[row], row))
+        tokens = self._most * past.mask.shape[1]  # of a pass over whole prompts
+        while order:
+            most = max(1, min(tokens // new[order[0]], 2 * self._most))
+            some, order = sorted(order[:most]), order[most:]
             keep = max(len(likely[row]) for row in some)
             rows = Rows([self._owners[row] for row in some], [texts[row] for row in some])
-            hidden = self._passes.read(self._stack, rows, keep)
+            hidden = self._passes.read(self._stack, rows, keep, After(past, some))
             wanted = torch.zeros(len(some), keep, dtype=torch.bool)
             for slot, row in enumerate(some):
                 wanted[slot, keep - len(likely[row]) :] = True
             self._compare_all(some, likely, hidden[wanted.to(hidden.device)])
+        return sum(new.values())
+
+    def _said_in_all(self) -> int:
+        return sum(len(self._transcript.said(row)) for row in range(len(self._owners)))
 
     def _compare_all(self, rows: list[int], likely: dict[int, Text], hidden: Tensor) -> None:
         """`hidden` are the states that predict the rows' drafts, row after row."""
@@ -149,34 +121,34 @@ class Answering:
             if token != expected or not self._transcript.is_open(row):
                 return
 
-    def _decode(self, rows: list[int], parts: list[Rows], groups: int) -> None:
+    def _decode(self, rows: list[int], parts: list[Part], groups: int) -> None:
         """Read what rows have so far, part by part, then decode them together."""
-        first, cache, mask = self._filled(rows, parts, groups)
+        room = max(map(self._transcript.room, rows))
+        first, past = self._filled(parts, groups, room)
 
         def regroup(alive: list[int]) -> None:
             self._stack.select([self._owners[row] for row in alive])
 
         regroup(rows)
-        greedy(self._passes.forward, self._transcript, rows, first, mask, cache, regroup)
+        forward = self._passes.forward
+        greedy(forward, self._transcript, rows, first, past.mask, past.cache, regroup)
 
-    def _filled(
-        self, rows: list[int], parts: list[Rows], groups: int
-    ) -> tuple[Tensor, Any, Tensor]:
-        """The next token of every row, the cache of what was read with room for more, and its mask.
+    def _filled(self, parts: list[Part], groups: int, room: int) -> tuple[Tensor, Past]:
+        """The next token of every row, and the past of all of them with room for more.
 
         Every part holds rows of the same `groups` candidates, or `groups` is 1.
         """
-        room = max(map(self._transcript.room, rows))
-        alone = len(parts) == 1
-        filled = [self._passes.fill(self._stack, part, room if alone else 0) for part in parts]
-        width = max(mask.shape[1] for _, _, mask in filled)
-        mask = _together([_padded(mask, width) for _, _, mask in filled], groups)
-        cache = filled[0][1]
-        if not alone:
+        ours = room if len(parts) == 1 else 0
+        filled = [self._passes.fill(self._stack, rows, ours, after) for rows, after in parts]
+        pasts = [past for _, past in filled]
+        width = max(past.mask.shape[1] for past in pasts)
+        mask = _together([_padded(past.mask, width) for past in pasts], groups)
+        cache = pasts[0].cache
+        if len(parts) > 1:
             empty = self._passes.forward.cache(width + room)
-            cache = join([part for _, part, _ in filled], empty, groups, width)
-        hidden = _together([hidden for hidden, _, _ in filled], groups)
-        return self._passes.forward.greedy(hidden), cache, mask
+            cache = join([past.cache for past in pasts], empty, groups, width)
+        hidden = _together([hidden for hidden, _ in filled], groups)
+        return self._passes.forward.greedy(hidden), Past(cache, mask)
 
     def _rows(self, rows: list[int]) -> Rows:
         return Rows([self._owners[row] for row in rows], [self._text(row) for row in rows])

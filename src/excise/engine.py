@@ -29,7 +29,7 @@ from excise.kvcache import can_join
 from excise.loading import Loaded
 from excise.passes import Passes, Rows
 from excise.stacking import CandidateEdits, Stack, first_edited
-from excise.tokens import end_tokens, pad_token, same_length
+from excise.tokens import beginning, end_tokens, pad_token, same_length
 from excise.weights import let_go
 
 R = TypeVar("R")
@@ -91,7 +91,14 @@ class Engine:
         self._forward = Forward(loaded.model, loaded.anatomy)
         self._ends = end_tokens(loaded.model, loaded.tokenizer)
         pad = pad_token(loaded.tokenizer, self._ends)
-        self._passes = Passes(self._forward, loaded.anatomy, pad, reuse=self.plan.reuse)
+        self._joins = can_join(self._forward.cache(1))
+        self._passes = Passes(
+            self._forward,
+            loaded.anatomy,
+            pad,
+            reuse=self.plan.reuse,
+            beginnings=[beginning(side) for side in prompts.values()] if self._joins else [],
+        )
         self._drafts: dict[str, Drafts] = {}
         self._learning = False
         self._originals: dict[str, Original] = dict(reference.originals) if reference else {}
@@ -117,9 +124,6 @@ class Engine:
             MeasurementError: the model's logits are not finite.
         """
         found: dict[int, Evidence] = {}
-        # Kept states round as the batches did that they came from: what a batch finds must not depend on
-        # which others this process has measured, or a resumed run would not be the unbroken one.
-        self._passes.forget()
         with torch.inference_mode():
             for numbers, stack in self._stacks(candidates):
                 evidence = self._measure_stack(stack, requests, only or {})
@@ -172,7 +176,6 @@ class Engine:
         layers = self._loaded.anatomy.layers
         for layer in layers:
             let_go(layer)
-        self._passes.forget()
         return Reference(self._originals, self._forward)
 
     def _stacks(self, candidates: Sequence[CandidateEdits]) -> Iterator[tuple[list[int], Stack]]:
@@ -226,6 +229,7 @@ class Engine:
             for group in ([order] if padding else same_length(order, lengths))
             for chunk in _chunks(list(range(stack.size)), group, getattr(self.plan, limit))
         ]
+        self._passes.forget()
         with stack.applied():
             while waiting:
                 members, chunk = waiting.pop(0)
@@ -270,7 +274,7 @@ class Engine:
             self._trees[deciders] = ResponseTree(self._loaded.tokenizer, deciders, self.spoken)
         tree, prompts = self._trees[deciders], self.prompts[side]
         lengths = list(map(len, prompts))
-        joins = can_join(self._forward.cache(1))
+        joins = self._joins
         drafts = self._drafts.get(side) if joins and self._loaded.anatomy.padding else None
 
         def work(stack: Stack, members: list[int], chunk: list[int]) -> list[list[Response]]:
@@ -285,7 +289,7 @@ class Engine:
                 # Caches that do not join have to be filled in one pass.
                 rows=self.plan.rows if joins else len(members) * len(chunk),
             )
-            if drafts is not None and drafts.pay({n: lengths[n] for n in chunk}):
+            if drafts is not None:
                 answering.follow(drafts)
             else:
                 answering.decode()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from excise.anatomy import Anatomy
-from excise.kvcache import roomy_cache
+from excise.kvcache import roomy_cache, with_room
 from excise.swapping import replaced_forward
 
 # Room for the logits of one chunk and their temporaries, and the rows that it holds at the least: with
@@ -34,10 +34,11 @@ class Forward:
         parameters = inspect.signature(type(anatomy.backbone).forward).parameters
         self._trims = "logits_to_keep" in parameters
         self._output_type: type | None = None
+        self._cache = roomy_cache(model.config)
 
     def cache(self, capacity: int) -> Any:
         """An empty key-value cache for `capacity` positions."""
-        return roomy_cache(self.model.config, capacity)
+        return with_room(self._cache, capacity)
 
     def hidden(
         self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any = None, keep: int = 1

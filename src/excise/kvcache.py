@@ -6,6 +6,8 @@ class that Transformers chose for it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from copy import copy, deepcopy
 from typing import Any
 
 import torch
@@ -62,19 +64,39 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
             self.keys = self.keys.index_select(0, indices.to(self.keys.device))
             self.values = self.values.index_select(0, indices.to(self.values.device))
 
-    def copy_rows(self, other: RoomyLayer, rows: Tensor) -> None:
-        """Take the filled positions of these rows of `other`; a row may come more than once."""
+    def copy_rows(self, other: RoomyLayer, rows: Tensor, pads: Tensor | None = None) -> None:
+        """Take the filled positions of these rows of `other`; a row may come more than once.
+
+        With `pads`, each row is moved to the right by so many positions, and what then stands beyond
+        the end is left out. The positions before it must be masked.
+        """
         rows = rows.to(other.keys.device)
         keys, values = other.keys[:, :, : other.length], other.values[:, :, : other.length]
-        self.update(keys.index_select(0, rows), values.index_select(0, rows))
+        if pads is None:
+            self.update(keys.index_select(0, rows), values.index_select(0, rows))
+            return
+        places = torch.arange(other.length, device=rows.device)
+        places = (places - pads.to(rows.device)[:, None]).clamp_min(0)
+        moved = [states[rows[:, None], :, places].transpose(1, 2) for states in (keys, values)]
+        self.update(moved[0], moved[1])
 
 
-def roomy_cache(config: Any, capacity: int) -> DynamicCache:
-    """A cache for `capacity` positions in all."""
+def roomy_cache(config: Any) -> DynamicCache:
+    """An empty cache with no room yet: a pattern for `with_room`."""
     cache = DynamicCache(config=config)
     cache.layers = [
-        RoomyLayer(capacity) if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) else layer
+        RoomyLayer(0) if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) else layer
         for layer in cache.layers
+    ]
+    return cache
+
+
+def with_room(pattern: DynamicCache, capacity: int) -> DynamicCache:
+    """A cache like an empty one, for `capacity` positions in all. Making one from a config is slow."""
+    cache = copy(pattern)
+    cache.layers = [
+        RoomyLayer(capacity) if isinstance(layer, RoomyLayer) else deepcopy(layer)
+        for layer in pattern.layers
     ]
     return cache
 
@@ -89,11 +111,30 @@ def select_rows(cache: DynamicCache, rows: list[int]) -> None:
             layer.batch_select_indices(indices)
 
 
-def take_rows(cache: DynamicCache, empty: DynamicCache, rows: list[int]) -> DynamicCache:
-    """A copy of these rows in an empty cache with room of its own; for caches that `can_join`."""
-    for ours, theirs in zip(empty.layers, cache.layers, strict=True):
-        if not isinstance(theirs, DummyLayer):
-            ours.copy_rows(theirs, torch.tensor(rows))
+def take_rows(
+    cache: DynamicCache,
+    empty: DynamicCache,
+    rows: Sequence[int],
+    layers: range,
+    pads: Sequence[int],
+) -> DynamicCache:
+    """A copy of these rows in an empty cache with room of its own; for caches that `can_join`.
+
+    Args:
+        cache: where the rows come from.
+        empty: where they go.
+        rows: which ones; a row may come more than once.
+        layers: of these layers; of others only the length, which masks are made after.
+        pads: how far each row is moved to the right, as in `RoomyLayer.copy_rows`.
+    """
+    picked, moved = torch.tensor(rows), torch.tensor(pads) if any(pads) else None
+    for number, (ours, theirs) in enumerate(zip(empty.layers, cache.layers, strict=True)):
+        if isinstance(theirs, DummyLayer):
+            continue
+        if number in layers:
+            ours.copy_rows(theirs, picked, moved)
+        else:
+            ours.length = theirs.length
     return empty
 
 
@@ -138,6 +179,7 @@ def share_lower_layers(source: DynamicCache, into: DynamicCache, layers: int, ro
             continue
         if isinstance(ours, RoomyLayer) and isinstance(theirs, RoomyLayer):
             if theirs.length:
+                ours.length = 0
                 ours.copy_rows(theirs, rows)
         else:  # states of other kinds: their rows are repeated where they stand, and handed over
             theirs.reorder_cache(rows)

@@ -1,7 +1,8 @@
-"""Passes over whole texts: rows are candidates x texts, and what candidates share runs once.
+"""Passes over many texts at once: rows are candidates x texts, and what rows share runs once.
 
-Below its first edited layer a candidate is the original model, so what those layers make of a text is
-kept while a batch of candidates is measured, and each candidate's rows join a pass at that layer.
+Below its first edited layer a candidate is the original model, so those layers run once per different
+text, and each candidate's rows join the pass at its own first edited layer. What all texts begin with,
+such as a system prompt, is read once per candidate.
 
 Shapes: B rows, U different texts, T tokens, D width.
 """
@@ -9,8 +10,7 @@ Shapes: B rows, U different texts, T tokens, D width.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -21,17 +21,17 @@ from torch import Tensor
 
 from excise.anatomy import Anatomy
 from excise.forward import Forward
-from excise.kvcache import share_lower_layers
+from excise.kvcache import share_lower_layers, take_rows
 from excise.stacking import Stack
-from excise.tokens import Batch, left_pad, right_pad
+from excise.tokens import left_pad
 
 Text = tuple[int, ...]
 
-# States of lower layers are kept up to about this many bytes: the oldest go before a pass begins.
-_BANK_BYTES = 512 * 2**20
-# Rows that wait for their layer make others begin with a call of their own, which costs each row of
-# it about as much as this share of a layer: masks, positions, per-layer embeddings.
+# A pass in parts has a call for each of them, which costs every row of it about as much as this share
+# of a layer: masks, positions, per-layer embeddings.
 _CALL_COST = 0.5
+# Going on from a cache costs every token about this share of a layer: keys and values are written to it.
+_CACHE_COST = 0.05
 
 
 @dataclass(frozen=True)
@@ -48,171 +48,208 @@ class Rows:
         return cls(owners, list(texts) * len(members))
 
 
-class Bank:
-    """What the layers below one layer make of texts: states that no edit above them can change.
+@dataclass(frozen=True)
+class Past:
+    """What rows have read so far, left-padded: keys and values, and which positions hold them."""
 
-    Rows of a tensor, one per token. Row 0 stands for padding: it is masked, so any real state will do.
+    cache: Any
+    mask: Tensor  # (B, T)
+
+    def pads(self) -> list[int]:
+        """Positions before each row's first token."""
+        pads: list[int] = (self.mask.shape[1] - self.mask.sum(-1)).tolist()
+        return pads
+
+
+@dataclass(frozen=True)
+class After:
+    """What rows of a pass have read before: row b goes on from row places[b] of the past.
+
+    The past is of caches that `can_join`, and stays as it is.
     """
 
-    def __init__(self) -> None:
-        self._places: dict[Text, int] = {}
-        self._states: Tensor | None = None
-        self._filled = 1
+    past: Past
+    places: Sequence[int]
 
-    @property
-    def nbytes(self) -> int:
-        """Memory that it takes."""
-        return 0 if self._states is None else self._states.nbytes
 
-    def missing(self, texts: Sequence[Text]) -> list[Text]:
-        """Those of the texts that it does not hold, each once."""
-        return [text for text in dict.fromkeys(texts) if text not in self._places]
+@dataclass(frozen=True)
+class _Given:
+    """What the rows of a pass are given, and which rows of it hold the different texts."""
 
-    def add(self, texts: Sequence[Text], hidden: Tensor) -> None:
-        """Keep the states (N, T, D) of left-padded texts."""
-        rows = [row[-len(text) :] for text, row in zip(texts, hidden, strict=True)]
-        if self._states is None:
-            self._states = hidden[0, -1:].clone()
-        end = self._filled + sum(map(len, texts))
-        if end > len(self._states):
-            grown = self._states.new_zeros(max(end, 2 * len(self._states)), hidden.shape[-1])
-            grown[: self._filled] = self._states[: self._filled]
-            self._states = grown
-        self._states[self._filled : end] = torch.cat(rows)
-        for text in texts:
-            self._places[text] = self._filled
-            self._filled += len(text)
+    ids: Tensor  # (B, T)
+    mask: Tensor  # (B, T and what was read before)
+    positions: Tensor  # (B, T)
+    different: list[int]  # (U,) of the rows with the same text, the last
+    picked: Tensor  # (B,) which of the different texts each row holds
 
-    def take(self, texts: Sequence[Text], width: int) -> Tensor:
-        """States (N, width, D) of left-padded texts."""
-        assert self._states is not None
-        index = torch.zeros(len(texts), width, dtype=torch.long)
-        for row, text in enumerate(texts):
-            start = self._places[text]
-            index[row, width - len(text) :] = torch.arange(start, start + len(text))
-        return self._states[index.to(self._states.device)]
+    def of(self, rows: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids, mask and positions of some rows."""
+        some = torch.tensor(rows, device=self.ids.device)
+        return self.ids[some], self.mask[some], self.positions[some]
+
+
+# Gives a pass over some rows, through the layers from one to another, the cache that it goes on from.
+_Caches = Callable[[Sequence[int], range], Any]
 
 
 class Passes:
     """Runs texts through one model under a stack's edits."""
 
-    def __init__(self, forward: Forward, anatomy: Anatomy, pad: int, *, reuse: bool) -> None:
-        """`reuse`: run layers below a candidate's first edited one once for all candidates."""
+    def __init__(
+        self,
+        forward: Forward,
+        anatomy: Anatomy,
+        pad: int,
+        *,
+        reuse: bool,
+        beginnings: Sequence[Text] = (),
+    ) -> None:
+        """What is the same for all passes.
+
+        Args:
+            forward: the model.
+            anatomy: its layers.
+            pad: the token that fills rows.
+            reuse: run layers below a candidate's first edited one once for all candidates.
+            beginnings: what many texts begin with; for caches that `can_join`.
+        """
         self.forward = forward
         self._anatomy = anatomy
         self._pad = pad
         self._reuse = reuse
-        self._banks: OrderedDict[int, Bank] = OrderedDict()
-
-    def batch(self, texts: Sequence[Text]) -> Batch:
-        """These texts, left-padded, on the model's device."""
-        return left_pad(texts, range(len(texts)), self._pad, self.forward.device)
-
-    def continuation(self, texts: Sequence[Text]) -> Batch:
-        """These texts as they go on from a cache: right-padded."""
-        return right_pad(texts, self._pad, self.forward.device)
+        self._beginnings = sorted(beginnings, key=len, reverse=True)
+        self._begun: dict[Text, Past] = {}
 
     def forget(self) -> None:
-        """Let go of what is kept of lower layers."""
-        self._banks.clear()
+        """Let go of what a stack's candidates make of beginnings: another stack's will differ."""
+        self._begun.clear()
 
-    def read(self, stack: Stack, rows: Rows, keep: int) -> Tensor:
-        """Hidden states (B, keep, D) at the last `keep` tokens of every row."""
-        batch, picked = self._distinct(rows)
-        texts = (batch.ids[picked], batch.mask[picked], batch.positions[picked])
-        starts = self._starts(stack, rows, len(batch.rows))
-        if starts[-1] == 0:
-            stack.select(rows.owners)
-            return self.forward.hidden(*texts, None, keep)
-        while self._banks and sum(bank.nbytes for bank in self._banks.values()) > _BANK_BYTES:
-            self._banks.popitem(last=False)
-        steps = joining(starts)
-        width = batch.ids.shape[1]
-        layer, active = steps[0]
-        hidden = self._below(stack, layer, rows.texts[:active], width)
-        for (layer, active), (above, more) in pairwise(steps):
-            stack.select(rows.owners[:active])
-            with self._from(layer, hidden):
-                hidden = self.forward.up_to(above, *(part[:active] for part in texts))
-            joined = self._below(stack, above, rows.texts[active:more], width)
-            assert joined is not None, "only the first step may begin at the first layer"
-            hidden = torch.cat([hidden, joined])
-        stack.select(rows.owners)
-        with self._from(steps[-1][0], hidden):
-            return self.forward.hidden(*texts, None, keep)
+    def read(self, stack: Stack, rows: Rows, keep: int, after: After | None = None) -> Tensor:
+        """Hidden states (B, keep, D) at the last `keep` tokens of every row.
 
-    def fill(self, stack: Stack, rows: Rows, room: int) -> tuple[Tensor, Any, Tensor]:
-        """Hidden states (B, D) at every row's last token, the cache with more room, and the mask."""
-        batch, picked = self._distinct(rows)
-        capacity = batch.ids.shape[1] + room
-        layer = self._starts(stack, rows, len(batch.rows))[0]
-        cache, lower, hidden = self.forward.cache(capacity), None, None
-        if layer > 0:
-            lower = self.forward.cache(capacity)
-            texts = (batch.ids, batch.mask, batch.positions)
-            with stack.paused():
-                hidden = self.forward.up_to(layer, *texts, lower)
-            hidden = hidden[picked.to(hidden.device)]
-        stack.select(rows.owners)
-        mask = batch.mask[picked]
-        with self._from(layer, hidden):
-            states = self.forward.hidden(batch.ids[picked], mask, batch.positions[picked], cache)
-        if lower is not None:
-            share_lower_layers(lower, cache, layer, picked)
-        return states[:, -1], cache, mask
-
-    def cheaper_anew(self, stack: Stack, members: Sequence[int], prompts: int, drafts: int) -> bool:
-        """Whether to read prompts once more with their drafts, rather than drafts through all layers.
-
-        Without a cache the layers below the first edit are known of both; with one, prompts are not
-        read twice. `prompts` and `drafts` are tokens.
+        `after`: what was read of the texts, each of which has at least one token more; no state of
+        the tokens read before is kept.
         """
-        layers = len(self._anatomy.layers)
-        first = min(self._start(stack, member) for member in members)
-        # Above the layers that others' keys and values come from, prompts are not needed.
-        again = prompts * (self._anatomy.skippable - first) + drafts * (layers - first)
-        return again < drafts * layers
+        given, caches = self._open(stack, rows, None, after)
+        return self._climb(stack, rows, given, caches, keep)
 
-    def _distinct(self, rows: Rows) -> tuple[Batch, Tensor]:
-        """A batch of the different texts, and which of them each row holds."""
-        places = {text: place for place, text in enumerate(dict.fromkeys(rows.texts))}
-        batch = self.batch(list(places))
-        return batch, torch.tensor([places[text] for text in rows.texts], device=batch.ids.device)
+    def fill(
+        self, stack: Stack, rows: Rows, room: int, after: After | None = None
+    ) -> tuple[Tensor, Past]:
+        """Hidden states (B, D) at every row's last token, and the past of it with more room."""
+        given, caches = self._open(stack, rows, room, after)
+        layer = self._starts(stack, rows, len(given.different))[0]
+        lower, hidden = None, None
+        if layer > 0:
+            lower = caches(given.different, range(layer))
+            with stack.paused():
+                hidden = self.forward.up_to(layer, *given.of(given.different), lower)
+            hidden = hidden[given.picked.to(hidden.device)]
+        cache = caches(range(len(rows.owners)), range(layer, len(self._anatomy.layers)))
+        stack.select(rows.owners)
+        with self._from(layer, hidden):
+            states = self.forward.hidden(given.ids, given.mask, given.positions, cache)
+        if lower is not None:
+            share_lower_layers(lower, cache, layer, given.picked)
+        return states[:, -1], Past(cache, given.mask)
 
-    def _start(self, stack: Stack, candidate: int) -> int:
-        """The layer where a candidate may begin."""
-        most = min(self._anatomy.skippable, len(self._anatomy.layers) - 1)
-        return min(stack.first_of(candidate), most) if self._reuse else 0
+    def _open(
+        self, stack: Stack, rows: Rows, room: int | None, after: After | None
+    ) -> tuple[_Given, _Caches]:
+        """What is left to read of texts, and the caches to go on from.
+
+        Texts are left-padded, and so is their past: where a row has less to read than others, it reads
+        some of its last tokens again, where padding would be otherwise, and nothing has a gap.
+
+        Caches hold the whole texts with so much more room; None: they need hold the past only.
+        """
+        different, picked = _distinct(rows)
+        texts = [rows.texts[row] for row in different]
+        after = after or self._beginning(stack, rows, texts)
+        width, pads = max(map(len, texts)), []
+        if after is not None:
+            before, read = after.past.mask.shape[1], after.past.pads()
+            new = [
+                len(text) - (before - read[place])
+                for text, place in zip(rows.texts, after.places, strict=True)
+            ]
+            width = before + max(new)
+            pads = [max(new) - n for n in new]
+        batch = left_pad(texts, different, self._pad, self.forward.device, width)
+        picked = picked.to(batch.ids.device)
+
+        def caches(some: Sequence[int], layers: range) -> Any:
+            if after is None and room is None:
+                return None
+            empty = self.forward.cache(width + (room or 0))
+            if after is None:
+                return empty
+            places, moved = zip(*((after.places[row], pads[row]) for row in some), strict=True)
+            return take_rows(after.past.cache, empty, places, layers, moved)
+
+        cut = 0 if after is None else after.past.mask.shape[1]
+        ids, positions = batch.ids[picked, cut:], batch.positions[picked, cut:]
+        return _Given(ids, batch.mask[picked], positions, different, picked), caches
+
+    def _beginning(self, stack: Stack, rows: Rows, texts: Sequence[Text]) -> After | None:
+        """What every candidate of the stack makes of what these texts begin with, if that pays."""
+        for known in self._beginnings:
+            n = len(known)
+            if n <= _CACHE_COST * max(map(len, texts)):
+                return None
+            if all(len(text) > n and text[:n] == known for text in texts):
+                if known not in self._begun:
+                    everyone = Rows.grid(range(stack.size), [known])
+                    self._begun[known] = self.fill(stack, everyone, 0)[1]
+                return After(self._begun[known], rows.owners)
+        return None
+
+    def _climb(self, stack: Stack, rows: Rows, given: _Given, caches: _Caches, keep: int) -> Tensor:
+        """Hidden states (B, keep, D): layer by layer upwards, rows joining where they may begin."""
+        steps = joining(self._starts(stack, rows, len(given.different)))
+        hidden, shared = None, None  # of the rows that have joined, of the different texts
+        for (layer, active), (above, more) in pairwise([(0, 0), *steps]):
+            layers, some = range(layer, above), range(active)
+            if not layers:
+                continue
+            if active:
+                stack.select(rows.owners[:active])
+                with self._from(layer, hidden):
+                    hidden = self.forward.up_to(above, *given.of(some), caches(some, layers))
+            same = given.different
+            with stack.paused(), self._from(layer, shared):
+                shared = self.forward.up_to(above, *given.of(same), caches(same, layers))
+            joined = shared[given.picked[active:more].to(shared.device)]
+            hidden = joined if hidden is None else torch.cat([hidden, joined])
+        start, every = steps[-1][0], range(len(rows.owners))
+        stack.select(rows.owners)
+        with self._from(start, hidden):
+            cache = caches(every, range(start, len(self._anatomy.layers)))
+            return self.forward.hidden(given.ids, given.mask, given.positions, cache, keep)
 
     def _starts(self, stack: Stack, rows: Rows, different: int) -> list[int]:
         """Per row the layer where it may begin, never above that of a row after it.
 
-        Zero where every row has a text of its own: then nothing is shared.
+        Zero where that would not pay: where few rows have a text in common.
         """
-        if different == len(rows.texts):
-            return [0] * different
-        layers = [self._start(stack, owner) for owner in rows.owners]
-        return list(accumulate(reversed(layers), min))[::-1]
-
-    def _below(self, stack: Stack, layer: int, texts: Sequence[Text], width: int) -> Tensor | None:
-        """What the layers below `layer` make of left-padded texts (N, width, D); None below the first."""
-        if layer == 0:
-            return None
-        bank = self._banks.setdefault(layer, Bank())
-        self._banks.move_to_end(layer)
-        missing = bank.missing(texts)
-        if missing:
-            batch = self.batch(missing)
-            known = [n for n, b in self._banks.items() if n < layer and not b.missing(missing)]
-            lower = max(known, default=0)
-            hidden = self._banks[lower].take(missing, batch.ids.shape[1]) if lower else None
-            with stack.paused(), self._from(lower, hidden):
-                states = self.forward.up_to(layer, batch.ids, batch.mask, batch.positions)
-            bank.add(missing, states)
-        return bank.take(texts, width)
+        most = min(self._anatomy.skippable, len(self._anatomy.layers) - 1) if self._reuse else 0
+        layers = [min(stack.first_of(owner), most) for owner in rows.owners]
+        starts = list(accumulate(reversed(layers), min))[::-1]
+        saved = sum(starts) - different * starts[-1]
+        return starts if saved > _CALL_COST * different else [0] * len(starts)
 
     def _from(self, layer: int, hidden: Tensor | None) -> Any:
         return nullcontext() if hidden is None else self.forward.starting_at(layer, hidden)
+
+
+def _distinct(rows: Rows) -> tuple[list[int], Tensor]:
+    """The last row of every different text, and which of the texts each row holds.
+
+    The last, because no row begins higher: below that, its past is the original model's.
+    """
+    last = {text: row for row, text in enumerate(rows.texts)}
+    numbers = {text: number for number, text in enumerate(last)}
+    return list(last.values()), torch.tensor([numbers[text] for text in rows.texts])
 
 
 def joining(starts: Sequence[int]) -> list[tuple[int, int]]:

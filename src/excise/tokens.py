@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, takewhile
 from typing import Any
 
 import torch
@@ -19,12 +19,18 @@ from excise.errors import ModelError, PromptError
 from excise.prompts import PromptSet
 
 
+def beginning(prompts: Sequence[list[int]]) -> tuple[int, ...]:
+    """What several prompts all begin with, less than any of them; nothing of a single one."""
+    if len(prompts) < 2:
+        return ()
+    first, last = min(prompts), max(prompts)
+    same = takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
+    return tuple(token for token, _ in same)[: min(map(len, prompts)) - 1]
+
+
 @dataclass(frozen=True)
 class Batch:
-    """Left-padded token ids, but for `right_pad`'s.
-
-    `rows` are the positions of its rows in the list they came from.
-    """
+    """Left-padded token ids; `rows` are the positions of its rows in the list they came from."""
 
     rows: Tensor  # (B,)
     ids: Tensor  # (B, T)
@@ -110,29 +116,15 @@ def same_length(order: Sequence[int], lengths: Sequence[int]) -> list[list[int]]
 
 
 def left_pad(
-    rows: Sequence[Sequence[int]], numbers: Sequence[int], pad: int, device: torch.device
-) -> Batch:
-    """One left-padded batch of these rows."""
-    width = max(len(row) for row in rows)
-    return _padded(rows, numbers, pad, device, [width - len(row) for row in rows])
-
-
-def right_pad(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> Batch:
-    """One batch of rows that go on from a cache: padded on the right, where nothing follows."""
-    return _padded(rows, range(len(rows)), pad, device, [0] * len(rows))
-
-
-def _padded(
     rows: Sequence[Sequence[int]],
     numbers: Sequence[int],
     pad: int,
     device: torch.device,
-    starts: Sequence[int],
+    width: int = 0,
 ) -> Batch:
-    width = max(len(row) for row in rows)
-    ids = torch.full((len(rows), width), pad)
-    mask = torch.zeros((len(rows), width), dtype=torch.long)
-    for i, (start, row) in enumerate(zip(starts, rows, strict=True)):
-        ids[i, start : start + len(row)] = torch.tensor(row)
-        mask[i, start : start + len(row)] = 1
-    return Batch(torch.tensor(numbers), ids.to(device), mask.to(device))
+    """One left-padded batch of these rows, as wide as the longest of them or wider."""
+    width = max(width, *map(len, rows))
+    pads = [width - len(row) for row in rows]
+    ids = [[*[pad] * n, *row] for n, row in zip(pads, rows, strict=True)]
+    mask = [[*[0] * n, *[1] * len(row)] for n, row in zip(pads, rows, strict=True)]
+    return Batch(torch.tensor(numbers), *(torch.tensor(part).to(device) for part in (ids, mask)))
