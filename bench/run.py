@@ -74,6 +74,7 @@ def speed_page(found: dict[str, Any]) -> str:
             "The plain loop takes one candidate at a time: a PEFT adapter of rank 3 from an SVD of "
             "the row-normalised difference, `generate` for the responses, another `generate` for the "
             "logits. It measures divergence at the first token only; ours measures whole responses. "
+            f"Both are whole searches of {plain['trials']} trials, with the same sampler and journal. "
             "The floor counts the matrix products that a trial cannot avoid "
             f"({floor['gigaflop_per_trial']:.1f} GFLOP on the demo model) at the rate of a large matrix "
             "product here (`bench/floor.py`). On the demo model the first batch of candidates teaches "

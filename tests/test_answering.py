@@ -17,8 +17,14 @@ BOTH = [Responses("target"), Divergence()]
 PLAN = Plan(rows=20, stack=4, decode=400)
 
 
+BEGIN = builders.token_ids(1, 4, 3, 3)[0]  # what all prompts begin with
+
+
 def engine(model, plan=PLAN, limit=LIMIT):
-    prompts = {"target": builders.token_ids(9, 1, 2, 9), "contrast": builders.token_ids(5, 2, 2, 9)}
+    prompts = {
+        "target": [BEGIN + row for row in builders.token_ids(9, 1, 2, 9)],
+        "contrast": [BEGIN + row for row in builders.token_ids(5, 2, 2, 9)],
+    }
     writers = model.anatomy.select(builders.COMPONENTS)
     return Engine(model, writers, prompts, max_new_tokens=limit, plan=plan)
 

@@ -10,7 +10,7 @@ from typing import get_args
 import pytest
 import torch
 
-from excise import cli, geometry
+from excise import arguments, cli, geometry
 from excise.geometry import describe_layers, effective_rank, embed, project
 from excise.record import read_record
 
@@ -82,7 +82,7 @@ def test_a_projection_without_its_package(demo_run: Path, monkeypatch, capsys):
     monkeypatch.setattr(geometry, "find_spec", lambda name: None)
     assert cli.main(["geometry", str(demo_run), "--projection", "umap"]) == 2
     assert "pip install 'excise[umap]'" in capsys.readouterr().err
-    assert get_args(geometry.Projection) == cli.PROJECTIONS
+    assert get_args(geometry.Projection) == arguments.PROJECTIONS
 
 
 def test_the_command_writes_table_json_report_and_page(demo_run: Path, tmp_path: Path, capsys):

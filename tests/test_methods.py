@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import job
 
+from excise import arguments as command_line
 from excise import cli, events
 from excise.capture import mean, residual_pass
 from excise.config import validate
@@ -209,7 +210,7 @@ def test_a_subspace_of_rank_one_is_directional_ablation_exactly(family, row_norm
 def test_the_default_method(family, sections, expected):
     config = validate(sections)
     assert named(config, families.loaded(families.model(family)).anatomy).method == expected
-    assert set(METHODS) == set(cli.METHODS)
+    assert set(METHODS) == set(command_line.METHODS)
 
 
 @pytest.mark.parametrize(

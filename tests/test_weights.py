@@ -14,7 +14,6 @@ from conftest import job
 from safetensors.torch import load_file
 
 from excise import cli, loading
-from excise.anatomy import check_finite
 from excise.capture import mean, residual_pass
 from excise.config import ModelSection
 from excise.directional import DirectionalMethod
@@ -24,7 +23,7 @@ from excise.evidence import Divergence, Responses
 from excise.loading import load
 from excise.merging import find_tensors
 from excise.tokens import batches
-from excise.weights import is_packed, values
+from excise.weights import check_finite, is_packed, values
 
 WRITERS = ("attn.o_proj", "mlp.down_proj")
 
@@ -232,3 +231,12 @@ def test_a_family_without_a_row_is_proven_on_weights_in_memory_only(tmp_path):
     builders.tokenizer().save_pretrained(tmp_path)
     with pytest.raises(UnknownArchitecture, match=r"leave out --quantize and model\.device_map"):
         load(ModelSection(source=str(tmp_path), quantize="bnb-8bit"))
+
+
+def test_the_first_tensor_that_is_not_finite_is_named():
+    model = builders.model("qwen3")
+    assert check_finite(model) is None
+    model.model.layers[3].mlp.down_proj.weight[2, 3] = float("inf")
+    assert check_finite(model) == "model.layers.3.mlp.down_proj.weight"
+    model.model.layers[1].self_attn.q_norm.weight[0] = float("nan")
+    assert check_finite(model) == "model.layers.1.self_attn.q_norm.weight"

@@ -387,16 +387,3 @@ def spans(numbers: list[int]) -> str:
         else:
             spans.append([number, number])
     return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
-
-
-def check_finite(model: nn.Module) -> str | None:
-    """Name of the first parameter that holds a NaN or an infinity, if any does."""
-    for path, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            held = values(module, name) if parameter.is_meta else parameter
-            # Both ends show any NaN or infinity, several times faster than a mask of all elements.
-            if held is not None and held.numel():
-                ends = torch.aminmax(held)
-                if not all(map(torch.isfinite, ends)):
-                    return f"{path}.{name}" if path else name
-    return None

@@ -1,4 +1,4 @@
-"""Arguments and exit codes. Nothing heavy is imported before a command needs it."""
+"""Commands and exit codes. Nothing heavy is imported before a command needs it."""
 
 from __future__ import annotations
 
@@ -11,25 +11,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from excise import __version__
+from excise.arguments import PROMPT_FLAGS, parser
 from excise.errors import (
-    EXIT_BAD_INPUT,
     EXIT_DONE,
     EXIT_FAILED,
     EXIT_INTERRUPTED,
     ExciseError,
 )
-
-METHODS = ("directional", "subspace", "ridge", "ara")
-PROJECTIONS = ("pca", "umap")
-_PROMPT_FLAGS = ("target", "contrast", "target_eval", "contrast_eval")
-
-
-class _Parser(argparse.ArgumentParser):
-    """One clear line and exit code 2, without the whole usage."""
-
-    def error(self, message: str) -> Any:
-        self.exit(EXIT_BAD_INPUT, f"excise: {message} (see `{self.prog} --help`)\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,128 +44,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line, whole: a test freezes it."""
-    parser = _Parser(
-        prog="excise",
-        description="Edit one behaviour out of an open-weight language model, and prove the cost.",
-        allow_abbrev=False,
+    return parser(
+        {
+            "demo": _demo,
+            "run": _run,
+            "resume": _resume,
+            "front": _front,
+            "export": _export,
+            "reproduce": _reproduce,
+            "push": _push,
+            "evaluate": _evaluate,
+            "inspect": _inspect,
+            "geometry": _geometry,
+            "report": _report,
+        }
     )
-    parser.add_argument("--version", action="version", version=f"excise {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-
-    def add(name: str, text: str, function: Callable[[argparse.Namespace], int]) -> Any:
-        sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-        sub.add_argument("--debug", action="store_true", help="show tracebacks")
-        sub.set_defaults(command=function)
-        return sub
-
-    demo = add("demo", "run the whole job on the embedded model, offline", _demo)
-    demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="run folder")
-    demo.add_argument("--trials", type=int, metavar="N", help="trials of the search (default 120)")
-    demo.add_argument("--seed", type=int, metavar="N", help="seed of the search (default 0)")
-    _add_progress(demo)
-
-    run = add("run", "find, edit, measure, choose and export", _run)
-    run.add_argument("model", metavar="MODEL", help="folder or Hub id")
-    run.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new run folder")
-    _add_job(run)
-    _add_progress(run)
-
-    resume = add("resume", "go on with an interrupted run, or add trials to one", _resume)
-    resume.add_argument("folder", type=Path, metavar="DIR")
-    resume.add_argument("--trials", type=int, metavar="N", help="trials in all")
-    _add_progress(resume)
-
-    front = add("front", "the Pareto front of a run", _front)
-    front.add_argument("folder", type=Path, metavar="DIR")
-    front.add_argument("--json", action="store_true", help="for programs")
-
-    export = add("export", "write a trial of a run as a model people can load", _export)
-    export.add_argument("folder", type=Path, metavar="DIR")
-    export.add_argument("--to", type=Path, required=True, metavar="PATH", help="a new folder")
-    choice = export.add_mutually_exclusive_group()
-    choice.add_argument("--trial", type=int, metavar="N", help="default: the selected trial")
-    choice.add_argument("--select", metavar="RULE", help="knee, drift<=X or rate<=X")
-    formats = ("safetensors", "adapter", "gguf", "gguf-adapter")
-    export.add_argument("--format", choices=formats, default="safetensors", dest="format_name")
-    export.add_argument("--rank", type=int, metavar="R", help="rank of an adapter")
-    export.add_argument("--error", type=float, metavar="X", help="its error (default 0.1)")
-    export.add_argument("--quantize", metavar="A,B", help="GGUF file types, such as Q4_K_M,Q8_0")
-    export.add_argument("--from-gguf", type=Path, metavar="FILE", help="patch this GGUF instead")
-    export.add_argument("--llama-cpp", type=Path, metavar="DIR", help="a checkout of llama.cpp")
-    _add_progress(export)
-
-    again = add("reproduce", "rebuild an edited model from its record, and compare", _reproduce)
-    again.add_argument("record", type=Path, metavar="RECORD", help="a record.json, or its folder")
-    again.add_argument("--out", type=Path, metavar="DIR", help="keep it here; else it is removed")
-    again.add_argument("--trial", type=int, metavar="N", help="default: the selected trial")
-    again.add_argument("--set", action="append", default=[], metavar="a.b=c", dest="sets")
-    _add_progress(again)
-
-    push = add("push", "upload an export to the Hub, private unless you say otherwise", _push)
-    push.add_argument("folder", type=Path, metavar="RUN")
-    push.add_argument("repo", metavar="OWNER/NAME")
-    push.add_argument("--format", choices=formats, default="safetensors", dest="format_name")
-    push.add_argument("--trial", type=int, metavar="N", help="default: the selected trial")
-    push.add_argument("--public", action="store_true", help="let everybody see it")
-    _add_progress(push)
-
-    evaluate = add("evaluate", "measure any edited model against its base", _evaluate)
-    evaluate.add_argument("base", metavar="BASE")
-    evaluate.add_argument("edited", metavar="EDITED")
-    _add_job(evaluate, search=False)
-    evaluate.add_argument("--json", action="store_true", help="for programs")
-    _add_progress(evaluate)
-
-    inspect = add("inspect", "layers, writers, and what is not edited", _inspect)
-    inspect.add_argument("model", metavar="MODEL", help="folder or Hub id")
-    inspect.add_argument("--json", action="store_true", help="for programs")
-
-    geometry = add("geometry", "where a run's residuals lie, layer by layer", _geometry)
-    geometry.add_argument("folder", type=Path, metavar="DIR")
-    geometry.add_argument("--json", action="store_true", help="for programs")
-    geometry.add_argument(
-        "--projection",
-        choices=PROJECTIONS,
-        default=PROJECTIONS[0],
-        help="how the page draws residuals; umap needs the extra of that name",
-    )
-    _add_progress(geometry)
-
-    report = add("report", "write a run's report.html and cards again", _report)
-    report.add_argument("folder", type=Path, metavar="DIR")
-    return parser
-
-
-def _add_job(parser: argparse.ArgumentParser, *, search: bool = True) -> None:
-    parser.add_argument("--behaviour", metavar="NAME|FILE.toml", help="demo, refusal, or your own")
-    packed = ("bnb-4bit", "bnb-8bit")
-    parser.add_argument("--quantize", choices=packed, help="pack the weights as they are loaded")
-    parser.add_argument("--method", choices=METHODS, help="how edits are made (default: ridge)")
-    parser.add_argument("--strengthen", action="store_true", help="edit the behaviour in, not out")
-    texts = ("give the directions: evoke it", "give the directions: do not", "score", "score")
-    for name, text in zip(_PROMPT_FLAGS, texts, strict=True):
-        parser.add_argument(
-            f"--{name.replace('_', '-')}", metavar="FILE|ID", help=f"prompts, {text}"
-        )
-    parser.add_argument("--direction-size", type=int, metavar="N", help="rows used for directions")
-    parser.add_argument("--eval-size", type=int, metavar="N", help="rows that score; rest: holdout")
-    text = "chat template: a file, or a model that has one"
-    parser.add_argument("--chat-template", metavar="FILE|MODEL", help=text)
-    parser.add_argument("--markers", metavar="FILE", help="phrases that show the behaviour")
-    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="longest response")
-    if search:
-        parser.add_argument("--trials", type=int, metavar="N", help="trials in all")
-        parser.add_argument("--startup-trials", type=int, metavar="N", help="random ones first")
-        parser.add_argument("--refine", type=int, metavar="N", help="trials refined by gradient")
-        parser.add_argument("--seed", type=int, metavar="N")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML with any setting")
-    parser.add_argument("--set", action="append", default=[], metavar="a.b=c", dest="sets")
-
-
-def _add_progress(parser: argparse.ArgumentParser) -> None:
-    how = parser.add_mutually_exclusive_group()
-    how.add_argument("--quiet", action="store_true", help="no progress")
-    how.add_argument("--json-events", action="store_true", help="progress as JSON lines")
 
 
 def _config(arguments: argparse.Namespace, model: str) -> Any:
@@ -204,7 +85,7 @@ def _config(arguments: argparse.Namespace, model: str) -> Any:
         flags |= {"scores.markers": [], "scores.markers_file": _absolute(given["markers"])}
     if given["chat_template"] is not None:
         flags["prompts.chat_template"] = _absolute(given["chat_template"])
-    for name in _PROMPT_FLAGS:
+    for name in PROMPT_FLAGS:
         if given[name] is not None:
             flags[f"prompts.{name}"] = {"source": _absolute(given[name])}
     return load_config(

@@ -18,13 +18,13 @@ import psutil
 import torch
 from torch import nn
 
-from excise.anatomy import Anatomy, check_finite, describe, has_row
+from excise.anatomy import Anatomy, describe, has_row
 from excise.config import ModelSection
 from excise.discovering import discover
 from excise.errors import ModelError, UnknownArchitecture, first_line
 from excise.fitting import check_fits
 from excise.plain import Plain, quantisation, unpack, unpack_gguf
-from excise.weights import device_of, is_packed, keep_readable, shape_of
+from excise.weights import check_finite, device_of, is_packed, keep_readable, shape_of
 
 DEMO = "demo"  # names the embedded model
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")

@@ -26,7 +26,7 @@ from excise.methods import Method, check_method, named
 from excise.panel import Panel
 from excise.planning import Sizing, from_dict, size
 from excise.prompts import PromptSets, load_prompt_sets
-from excise.record import Record, Separation, write_record, write_text
+from excise.record import Record, Separation, TrialRecord, write_record, write_text
 from excise.refining import refined, refiner_for
 from excise.search import Measure, Measured, Search
 
@@ -50,6 +50,18 @@ class Clock:
         self.seconds[name] = round(self.seconds.get(name, 0.0) + spent, 3)
 
 
+@dataclass(frozen=True)
+class _Job:
+    """What a run works with, from the end of its capture on."""
+
+    config: Config
+    scoring: stage.Scoring
+    sets: PromptSets
+    loaded: Loaded
+    tokens: stage.Tokens
+    method: Method
+
+
 def run(
     config: Config, out: Path, on_event: OnEvent = events.ignore, *, resume: bool = False
 ) -> Record:
@@ -67,58 +79,35 @@ def run(
     """
     clock = Clock(on_event)
     scoring = stage.scoring(config)
-    goals = scoring.goals()
-    parse_rule(config.search.select, goals)
+    parse_rule(config.search.select, scoring.goals())
     plan_gguf(config.export, config.export.formats)
     check_output(out, resume)
-    with clock.phase("prompts"):
-        sets = load_prompt_sets(config.prompts)
-    with clock.phase("load"):
-        loaded = load(config.model)
-        config = named(config, loaded.anatomy)
-        check_formats(config.export.formats, loaded.anatomy.select(config.edit.components))
-        tokens = stage.tokenise(loaded, sets, config)
-        scoring.check(sets)
-        check_method(loaded.anatomy, sets, config)
+    sets, loaded, tokens, config = _load(config, scoring, clock)
     with _held(out):
         if not resume:
             write_text(out / CONFIG, to_toml(config))
         with clock.phase("capture"):
-            known = read_opening(out / DIRECTIONS) if resume else None
-            tokens = stage.open_responses(loaded, tokens, config, scoring.markers, known)
-            for note in (*loaded.notes, *tokens.notes):
-                on_event(events.Notice(note))
+            opening = read_opening(out / DIRECTIONS) if resume else None
+            tokens = stage.open_responses(loaded, tokens, config, scoring.markers, opening)
             method, separation = _prepare(loaded, tokens, config, out, resume, on_event)
+        job = _Job(config, scoring, sets, loaded, tokens, method)
         with clock.phase("plan"):
-            sizing, search = _open_search(
-                loaded, sets, tokens, config, scoring, method, out, resume
-            )
-        search_sets = (sets.target_eval, sets.contrast_eval)
+            sizing, search = _open_search(job, out, resume)
         engine = stage.engine_for(loaded, method.writers, tokens, "eval", config, sizing.plan)
-        context = scoring.context(*search_sets)
+        context = scoring.context(sets.target_eval, sets.contrast_eval)
         panel = Panel(engine, scoring.every_trial, context, screen=config.search.screen)
         with clock.phase("baseline"):
             baseline = panel.measure([[None] * len(method.writers)])[0].scores
-        with clock.phase("search", config.search.trials):
-            measure = measurer(method, panel, goals, engine.learning)
-            search.run(config.search.trials, measure, on_event)
-        if config.search.refine:
-            with clock.phase("refine", config.search.refine):
-                propose = _refinement(loaded, method, tokens, config, scoring, search)
-                search.refine(propose, measure, on_event)
-        front = pareto(search.points(), goals)
-        chosen = choose(config.search.select, front, goals)
-        if chosen is None:
-            raise MeasurementError(_nothing_chosen(config, len(front), out))
-        trial = search.records()[chosen.number]
-        edits = method.edits(method.candidate(trial.params))
+        _search(job, search, measurer(method, panel, scoring.goals(), engine.learning), clock)
+        front, chosen = _choose(job, search, out)
         with clock.phase("holdout"):
+            edits = method.edits(method.candidate(chosen.params))
             figures = final_figures(engine, loaded, edits, sets, tokens, config, scoring)
         record = summary(config, loaded, sets, sizing, search, clock.seconds, method.notes)
         record = record.model_copy(
             update={
                 "baseline": baseline,
-                "front": [p.number for p in front],
+                "front": front,
                 "selected": chosen.number,
                 "separation": separation,
                 "formatting": tokens.as_dict(),
@@ -128,7 +117,7 @@ def run(
         write_record(out, record)  # before the export: what was measured is never lost
         with clock.phase("export"):
             checker = Checker(engine, scoring, context, config, tokens)
-            record = export_chosen(record, trial, loaded, method, checker, out, on_event)
+            record = export_chosen(record, chosen, loaded, method, checker, out, on_event)
         record = record.model_copy(update={"timing": dict(clock.seconds)})
         write_record(out, record)
         write_pages(out, record)
@@ -164,6 +153,22 @@ def _held(out: Path) -> Iterator[None]:
         yield
 
 
+def _load(
+    config: Config, scoring: stage.Scoring, clock: Clock
+) -> tuple[PromptSets, Loaded, stage.Tokens, Config]:
+    """Prompts and model, and the configuration with what the model decides about it."""
+    with clock.phase("prompts"):
+        sets = load_prompt_sets(config.prompts)
+    with clock.phase("load"):
+        loaded = load(config.model)
+        config = named(config, loaded.anatomy)
+        check_formats(config.export.formats, loaded.anatomy.select(config.edit.components))
+        tokens = stage.tokenise(loaded, sets, config)
+        scoring.check(sets)
+        check_method(loaded.anatomy, sets, config)
+    return sets, loaded, tokens, config
+
+
 def _prepare(
     loaded: Loaded,
     tokens: stage.Tokens,
@@ -172,6 +177,8 @@ def _prepare(
     resume: bool,
     on_event: OnEvent,
 ) -> tuple[Method, Separation]:
+    for note in (*loaded.notes, *tokens.notes):
+        on_event(events.Notice(note))
     path = out / DIRECTIONS
     known = read_directions(path) if resume else None
     directions, separation = known or stage.find_directions(
@@ -184,53 +191,61 @@ def _prepare(
     return method, separation
 
 
-def _open_search(
-    loaded: Loaded,
-    sets: PromptSets,
-    tokens: stage.Tokens,
-    config: Config,
-    scoring: stage.Scoring,
-    method: Method,
-    out: Path,
-    resume: bool,
-) -> tuple[Sizing, Search]:
+def _open_search(job: _Job, out: Path, resume: bool) -> tuple[Sizing, Search]:
     """The study of this run, new or resumed, and the sizes that it was started with."""
+    config, goals = job.config, job.scoring.goals()
     fresh = not resume or not (out / journal.FILE).exists()
     known = None if fresh else journal.open_study(out)
     stored = None if known is None else known.user_attrs["sizing"]
-    sizing = _sizing(loaded, tokens, config) if stored is None else from_dict(stored)
-    mine = stage.identity(loaded, sets, tokens, config, sizing)
+    sizing = _sizing(job.loaded, job.tokens, config) if stored is None else from_dict(stored)
+    mine = stage.identity(job.loaded, job.sets, job.tokens, config, sizing)
     if known is None:
-        ways = [s.goal for s in scoring.objectives]
+        ways = [s.goal for s in job.scoring.objectives]
         study = journal.create_study(out, ways, mine, sizing.as_dict())
     else:
         study = known
         journal.check_identity(out, study, mine)
-    goals = scoring.goals()
     search = Search(
-        study, method.space(), goals, config.search, batch=sizing.batch, seed=config.seed
+        study, job.method.space(), goals, config.search, batch=sizing.batch, seed=config.seed
     )
     return sizing, search
 
 
-def _refinement(
-    loaded: Loaded,
-    method: Method,
-    tokens: stage.Tokens,
-    config: Config,
-    scoring: stage.Scoring,
-    search: Search,
-) -> Callable[[list[Point]], list[dict[str, Any]]]:
+def _search(job: _Job, search: Search, measure: Measure, clock: Clock) -> None:
+    """All trials, and those that refine the front of them."""
+    section = job.config.search
+    with clock.phase("search", section.trials):
+        search.run(section.trials, measure, clock.on_event)
+    if section.refine:
+        with clock.phase("refine", section.refine):
+            search.refine(_refinement(job, search), measure, clock.on_event)
+
+
+def _refinement(job: _Job, search: Search) -> Callable[[list[Point]], list[dict[str, Any]]]:
     """Points so far -> parameters of new trials, refined from their front."""
 
     def propose(points: list[Point]) -> list[dict[str, Any]]:
-        shown, spoken = scoring.markers.shown, tokens.opening.spoken
-        refiner = refiner_for(loaded, method, tokens, config, shown, spoken)
+        shown, spoken = job.scoring.markers.shown, job.tokens.opening.spoken
+        refiner = refiner_for(job.loaded, job.method, job.tokens, job.config, shown, spoken)
         trials = search.records()
-        starts = [trials[p.number].params for p in pareto(points, scoring.goals())]
-        return refined(refiner, method, starts, config.search.refine)
+        starts = [trials[p.number].params for p in pareto(points, job.scoring.goals())]
+        return refined(refiner, job.method, starts, job.config.search.refine)
 
     return propose
+
+
+def _choose(job: _Job, search: Search, out: Path) -> tuple[list[int], TrialRecord]:
+    """The numbers of the trials on the front, and the chosen one of them.
+
+    Raises:
+        MeasurementError: the rule fits none.
+    """
+    goals = job.scoring.goals()
+    front = pareto(search.points(), goals)
+    chosen = choose(job.config.search.select, front, goals)
+    if chosen is None:
+        raise MeasurementError(_nothing_chosen(job.config, len(front), out))
+    return [p.number for p in front], search.records()[chosen.number]
 
 
 def _sizing(loaded: Loaded, tokens: stage.Tokens, config: Config) -> Sizing:
