@@ -44,7 +44,7 @@ class Costs:
             if index < first:
                 continue
             tokens = needed if index >= self.trimmed else length - begun
-            total += tokens * (linear + attention * (length + begun) / 2)
+            total += tokens * (linear + attention * (length - tokens / 2))
         return total + needed * self.head
 
     def step(self, context: int) -> float:

@@ -260,6 +260,7 @@ def growth(job: Job) -> dict[str, dict[str, float]]:
             engine.measure(edits[count:], requests)
         best = float("inf")
         for _ in range(3):
+            engine._trees.clear()
             begun = time.perf_counter()
             engine.measure(edits[:count], requests, {"target": prompts, "contrast": prompts})
             best = min(best, time.perf_counter() - begun)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import gc
+
 import builders
 import families
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from excise import answering
+from excise.answering import Answering
 from excise.engine import Engine, Plan
 from excise.evidence import Divergence, Evidence, Response, Responses
+from excise.kvcache import RoomyLayer
 
 LIMIT = 12
 TARGET = [Responses("target")]
@@ -92,7 +97,7 @@ def test_a_response_may_go_from_one_draft_to_another(family):
 @pytest.mark.parametrize("family", builders.FAMILIES)
 def test_what_was_learnt_is_read_and_not_decoded(family):
     model, edits = setup(family)
-    edits = edits[:2]  # so that no response has more drafts than are tried
+    edits = edits[:2]
     ours = engine(model)
     with ours.learning():
         expected = ours.measure(edits, TARGET)
@@ -240,3 +245,96 @@ def test_out_of_memory_where_caches_do_not_join(kind):
     model.anatomy.layers[0].register_forward_hook(strike)
     assert ours.measure(edits, TARGET) == expected
     assert struck
+
+
+def without_beginnings(model, plan=PLAN):
+    plain = engine(model, plan)
+    plain._passes._beginnings = []
+    return plain
+
+
+@pytest.mark.parametrize("family", builders.FAMILIES)
+@pytest.mark.parametrize("stack", [1, 2, 3])
+def test_no_stack_goes_on_from_anothers_beginning(family, stack):
+    """Stacks of one size; the original is measured on the way, as a stack of one."""
+    model, edits = setup(family)
+    plan = Plan(rows=20, stack=stack, decode=400)
+    ours, plain = engine(model, plan), without_beginnings(model, plan)
+    for one, other in zip(
+        ours.measure(edits[:6], BOTH), plain.measure(edits[:6], BOTH), strict=True
+    ):
+        assert one.responses == other.responses
+        pairs = zip(one.divergence["contrast"], other.divergence["contrast"], strict=True)
+        assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-7) for a, b in pairs)
+    assert not ours._passes._begun
+
+
+@pytest.mark.parametrize("most", [1, 2, 5])
+def test_beginnings_back_off_with_the_rows_that_fit(most):
+    model, edits = setup("gemma4")
+    expected = engine(model).measure(edits, BOTH)
+
+    def strike(_module, args):
+        if len(args[0]) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    handle = model.anatomy.layers[2].input_layernorm.register_forward_pre_hook(strike)
+    found = engine(model).measure(edits, BOTH)
+    handle.remove()
+    for one, other in zip(found, expected, strict=True):
+        assert one.responses == other.responses
+
+
+@pytest.fixture
+def rounds(monkeypatch):
+    """How many rows each round of drafts had."""
+    found, read = [], Answering._read_drafts
+
+    def count(self, likely, past):
+        found.append(len(likely))
+        return read(self, likely, past)
+
+    monkeypatch.setattr(Answering, "_read_drafts", count)
+    return found
+
+
+def test_drafts_that_bring_little_are_not_tried_again(rounds):
+    model, edits = setup("qwen3")
+    said = tokens(engine(model).measure(edits[:2], TARGET))
+    ours = engine(model)
+    # Every token is known to be followed by something, and never by what comes.
+    teach(ours, [[tuple(n for t in r for n in (t, 299, 298, 297)) for r in one] for one in said])
+    assert tokens(ours.measure(edits[:2], TARGET)) == said
+    assert rounds == [2 * 9]
+
+
+def test_a_draft_that_breaks_late_is_followed_by_another(rounds):
+    model, edits = setup("qwen3")
+    said = tokens(engine(model).measure(edits[:1], TARGET))
+    ours = engine(model)
+    teach(ours, [[(*r[:6], (r[6] + 1) % 300, *r[7:]) for r in said[0]]])
+    assert tokens(ours.measure(edits[:1], TARGET)) == said
+    assert rounds[0] == 9
+    assert len(rounds) > 1
+
+
+def test_the_prompts_past_is_let_go_of_before_decoding(monkeypatch):
+    """What is decoded after drafts takes the memory that it takes without them."""
+    model, edits = setup("llama")
+    edits = edits[:4]
+    held = []
+    plain = answering.greedy
+
+    def look(*args):
+        gc.collect()
+        layers = [one for one in gc.get_objects() if isinstance(one, RoomyLayer)]
+        held.append(sum(one.keys.nbytes for one in layers if one.is_initialized))
+        plain(*args)
+
+    monkeypatch.setattr(answering, "greedy", look)
+    ours = without_beginnings(model, Plan(rows=1000, stack=4, decode=400))
+    expected = ours.measure(edits, TARGET)
+    teach(ours, [[(r[0], 299, 299, 299, 299, 299) for r in one] for one in tokens(expected)])
+    assert ours.measure(edits, TARGET) == expected
+    assert len(held) == 2
+    assert held[1] < 1.3 * held[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from excise.drafts import Drafts
+from excise.drafts import Drafts, cheaper_than_decoding
 from excise.evidence import Response
 
 
@@ -50,3 +50,9 @@ def test_what_begins_so_comes_before_what_has_the_same_last_tokens():
 def test_equally_frequent_ones_are_offered_the_same_whatever_came_first():
     one, other = (5, 6, 7), (5, 8)
     assert known([one], [other]).after(0, (5,)) == known([other], [one]).after(0, (5,))
+
+
+def test_reading_pays_while_it_brings_more_than_a_quarter_of_what_is_read():
+    assert cheaper_than_decoding(10, 39)
+    assert not cheaper_than_decoding(10, 40)
+    assert not cheaper_than_decoding(0, 0)

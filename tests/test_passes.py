@@ -192,12 +192,29 @@ def test_drafts_pass_the_layers_below_the_first_edit_once_per_text():
     assert counts == [4 * 3] * first + [12 * 3] * (builders.LAYERS - first)
 
 
-def test_nothing_is_shared_by_a_single_candidate():
+def test_a_single_candidate_has_one_pass():
     passes, stack = rig("llama", reuse=True)
-    counts = layers_run(passes)
+    calls = []
+    passes.forward.anatomy.backbone.register_forward_hook(lambda *_: calls.append(True))
     with torch.inference_mode(), stack.applied():
         passes.read(stack, Rows.grid([4], texts()), KEEP)
-    assert counts == [4 * max(map(len, texts()))] * builders.LAYERS
+        assert len(calls) == 1
+        passes.read(stack, Rows.grid([3, 4], texts()), KEEP)
+    assert len(calls) == 3
+
+
+def test_texts_of_rows_that_have_joined_are_not_run_for_others():
+    passes, stack = rig("llama", reuse=True)
+    common, width = texts(), max(map(len, texts()))
+    own = [(*text[:-1], 9) for text in common]
+    assert stack.first_of(0) == 0 < stack.first_of(4) == 4
+    rows = Rows([0] * 4 + [2] * 4 + [3] * 4 + [4] * 4, [*own, *common, *common, *common])
+    counts = layers_run(passes)
+    with torch.inference_mode(), stack.applied():
+        found = passes.read(stack, rows, KEEP)
+    assert counts == [8 * width] * 4 + [16 * width] * (builders.LAYERS - 4)
+    with torch.inference_mode(), stack.applied():
+        assert torch.allclose(plain(passes).read(stack, rows, KEEP), found, atol=1e-4)
 
 
 def test_a_beginning_is_read_once_per_candidate_until_it_is_forgotten():
@@ -206,13 +223,23 @@ def test_a_beginning_is_read_once_per_candidate_until_it_is_forgotten():
     counts = layers_run(passes)
     rest, begun = 20 * max(map(len, texts())), 5 * len(BEGIN)
     with torch.inference_mode(), stack.applied():
-        passes.read(stack, rows, KEEP)
-        assert counts == [rest + begun] * builders.LAYERS
-        passes.fill(stack, rows, 3)
-        assert counts == [2 * rest + begun] * builders.LAYERS
-        passes.forget()
+        with passes.of_one_stack():
+            passes.read(stack, rows, KEEP)
+            assert counts == [rest + begun] * builders.LAYERS
+            passes.fill(stack, rows, 3)
+            assert counts == [2 * rest + begun] * builders.LAYERS
+        assert not passes._begun
         passes.read(stack, rows, KEEP)
     assert counts == [3 * rest + 2 * begun] * builders.LAYERS
+
+
+def test_a_beginning_is_read_by_the_candidates_of_the_pass_alone():
+    passes, stack = rig("llama", reuse=False, beginnings=[BEGIN])
+    counts = layers_run(passes)
+    with torch.inference_mode(), stack.applied():
+        passes.read(stack, Rows.grid([1, 3], texts(2, BEGIN)), KEEP)
+    rest = 4 * max(map(len, texts(2)))
+    assert counts == [rest + 2 * len(BEGIN)] * builders.LAYERS
 
 
 def test_a_short_beginning_of_long_texts_is_read_with_them():
@@ -223,6 +250,15 @@ def test_a_short_beginning_of_long_texts_is_read_with_them():
     with torch.inference_mode(), stack.applied():
         passes.read(stack, Rows.grid([0], long), KEEP)
     assert counts == [2 * 41] * builders.LAYERS
+
+
+def test_a_beginning_ends_before_what_is_to_be_kept():
+    passes, stack = rig("llama", reuse=False, beginnings=[BEGIN])
+    rows = Rows.grid([0, 1], [(*BEGIN, 9, 10)])
+    with torch.inference_mode(), stack.applied():
+        found = passes.read(stack, rows, 4)
+        assert found.shape == (2, 4, builders.WIDTH)
+        assert torch.equal(found, plain(passes).read(stack, rows, 4))
 
 
 def test_a_text_that_is_but_a_beginning_is_read_whole():

@@ -55,13 +55,13 @@ class Answering:
         while pays and (likely := self._likely(drafts)):
             before = self._said_in_all()
             read = self._read_drafts(likely, past)
-            # Every row has said something, and a pass of few tokens costs no more than one to decode.
-            gained = self._said_in_all() - before
-            pays = read <= self._most or cheaper_than_decoding(gained, read)
+            pays = cheaper_than_decoding(self._said_in_all() - before, read)
         left = self._transcript.open_rows()
         if left:
-            parts = [left[start : start + self._most] for start in range(0, len(left), self._most)]
-            self._decode(left, [(self._rows(part), After(past, part)) for part in parts], 1)
+            some = [left[start : start + self._most] for start in range(0, len(left), self._most)]
+            parts: list[Part] = [(self._rows(part), After(past, part)) for part in some]
+            del past  # the parts hold it until they have been read
+            self._decode(left, parts, 1)
 
     def _say(self, rows: Iterable[int], tokens: Tensor) -> None:
         for row, token in zip(rows, tokens.tolist(), strict=True):
@@ -136,15 +136,18 @@ class Answering:
     def _filled(self, parts: list[Part], groups: int, room: int) -> tuple[Tensor, Past]:
         """The next token of every row, and the past of all of them with room for more.
 
-        Every part holds rows of the same `groups` candidates, or `groups` is 1.
+        Every part holds rows of the same `groups` candidates, or `groups` is 1. The list of parts is
+        emptied, so that what they went on from need not stay in memory beside what they make of it.
         """
-        ours = room if len(parts) == 1 else 0
+        alone = len(parts) == 1
+        ours = room if alone else 0
         filled = [self._passes.fill(self._stack, rows, ours, after) for rows, after in parts]
+        parts.clear()
         pasts = [past for _, past in filled]
         width = max(past.mask.shape[1] for past in pasts)
         mask = _together([_padded(past.mask, width) for past in pasts], groups)
         cache = pasts[0].cache
-        if len(parts) > 1:
+        if not alone:
             empty = self._passes.forward.cache(width + room)
             cache = join([past.cache for past in pasts], empty, groups, width)
         hidden = _together([hidden for hidden, _ in filled], groups)

@@ -126,7 +126,8 @@ class Engine:
         found: dict[int, Evidence] = {}
         with torch.inference_mode():
             for numbers, stack in self._stacks(candidates):
-                evidence = self._measure_stack(stack, requests, only or {})
+                with self._passes.of_one_stack():
+                    evidence = self._measure_stack(stack, requests, only or {})
                 found.update(zip(numbers, evidence, strict=True))
                 if self._learning and only is None:
                     self._learn(evidence)
@@ -153,7 +154,7 @@ class Engine:
     def original(self, side: str) -> Original:
         """The original model's whole responses to a side's prompts, measured once."""
         if side not in self._originals:
-            with torch.inference_mode():
+            with torch.inference_mode(), self._passes.of_one_stack():
                 bare = Stack(self.writers, [[None] * len(self.writers)])
                 numbers = list(range(len(self.prompts[side])))
                 responses = self._answer(side, None, bare, numbers)[0]
@@ -229,7 +230,6 @@ class Engine:
             for group in ([order] if padding else same_length(order, lengths))
             for chunk in _chunks(list(range(stack.size)), group, getattr(self.plan, limit))
         ]
-        self._passes.forget()
         with stack.applied():
             while waiting:
                 members, chunk = waiting.pop(0)

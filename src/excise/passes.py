@@ -2,7 +2,7 @@
 
 Below its first edited layer a candidate is the original model, so those layers run once per different
 text, and each candidate's rows join the pass at its own first edited layer. What all texts begin with,
-such as a system prompt, is read once per candidate.
+such as a system prompt, is read once per candidate of a stack.
 
 Shapes: B rows, U different texts, T tokens, D width.
 """
@@ -10,8 +10,8 @@ Shapes: B rows, U different texts, T tokens, D width.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
@@ -80,7 +80,7 @@ class _Given:
     mask: Tensor  # (B, T and what was read before)
     positions: Tensor  # (B, T)
     different: list[int]  # (U,) of the rows with the same text, the last
-    picked: Tensor  # (B,) which of the different texts each row holds
+    picked: list[int]  # (B,) which of the different texts each row holds
 
     def of(self, rows: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Ids, mask and positions of some rows."""
@@ -118,10 +118,19 @@ class Passes:
         self._pad = pad
         self._reuse = reuse
         self._beginnings = sorted(beginnings, key=len, reverse=True)
-        self._begun: dict[Text, Past] = {}
+        self._begun: dict[tuple[Text, tuple[int, ...]], Past] = {}
+
+    @contextmanager
+    def of_one_stack(self) -> Iterator[None]:
+        """What candidates make of beginnings is kept within this context: another stack's will differ."""
+        self.forget()  # an engine may measure its original while it measures candidates
+        try:
+            yield
+        finally:
+            self.forget()
 
     def forget(self) -> None:
-        """Let go of what a stack's candidates make of beginnings: another stack's will differ."""
+        """Let go of what is kept."""
         self._begun.clear()
 
     def read(self, stack: Stack, rows: Rows, keep: int, after: After | None = None) -> Tensor:
@@ -130,32 +139,32 @@ class Passes:
         `after`: what was read of the texts, each of which has at least one token more; no state of
         the tokens read before is kept.
         """
-        given, caches = self._open(stack, rows, None, after)
+        after = after or self._beginning(stack, rows, keep)
+        given, caches = self._open(rows, None, after)
         return self._climb(stack, rows, given, caches, keep)
 
     def fill(
         self, stack: Stack, rows: Rows, room: int, after: After | None = None
     ) -> tuple[Tensor, Past]:
         """Hidden states (B, D) at every row's last token, and the past of it with more room."""
-        given, caches = self._open(stack, rows, room, after)
-        layer = self._starts(stack, rows, len(given.different))[0]
+        after = after or self._beginning(stack, rows, 1)
+        given, caches = self._open(rows, room, after)
+        layer = self._starts(stack, rows)[0]
         lower, hidden = None, None
         if layer > 0:
             lower = caches(given.different, range(layer))
             with stack.paused():
                 hidden = self.forward.up_to(layer, *given.of(given.different), lower)
-            hidden = hidden[given.picked.to(hidden.device)]
+            hidden = hidden[given.picked]
         cache = caches(range(len(rows.owners)), range(layer, len(self._anatomy.layers)))
         stack.select(rows.owners)
         with self._from(layer, hidden):
             states = self.forward.hidden(given.ids, given.mask, given.positions, cache)
         if lower is not None:
-            share_lower_layers(lower, cache, layer, given.picked)
+            share_lower_layers(lower, cache, layer, torch.tensor(given.picked))
         return states[:, -1], Past(cache, given.mask)
 
-    def _open(
-        self, stack: Stack, rows: Rows, room: int | None, after: After | None
-    ) -> tuple[_Given, _Caches]:
+    def _open(self, rows: Rows, room: int | None, after: After | None) -> tuple[_Given, _Caches]:
         """What is left to read of texts, and the caches to go on from.
 
         Texts are left-padded, and so is their past: where a row has less to read than others, it reads
@@ -163,20 +172,21 @@ class Passes:
 
         Caches hold the whole texts with so much more room; None: they need hold the past only.
         """
+        before, read = 0, [0] * len(rows.texts)
+        if after is not None:
+            before, pads = after.past.mask.shape[1], after.past.pads()
+            read = [before - pads[place] for place in after.places]
+        new = [len(text) - n for text, n in zip(rows.texts, read, strict=True)]
+        columns = max(new)
+        width = before + columns
         different, picked = _distinct(rows)
         texts = [rows.texts[row] for row in different]
-        after = after or self._beginning(stack, rows, texts)
-        width, pads = max(map(len, texts)), []
-        if after is not None:
-            before, read = after.past.mask.shape[1], after.past.pads()
-            new = [
-                len(text) - (before - read[place])
-                for text, place in zip(rows.texts, after.places, strict=True)
-            ]
-            width = before + max(new)
-            pads = [max(new) - n for n in new]
-        batch = left_pad(texts, different, self._pad, self.forward.device, width)
-        picked = picked.to(batch.ids.device)
+        tails = [text[-columns:] for text in texts]
+        ids = left_pad(tails, different, self._pad, self.forward.device).ids
+        starts = torch.tensor([[width - len(text)] for text in texts], device=ids.device)
+        places = torch.arange(width, device=ids.device)
+        mask = (places >= starts).long()
+        positions = (places[before:] - starts).clamp_min(0)
 
         def caches(some: Sequence[int], layers: range) -> Any:
             if after is None and room is None:
@@ -184,30 +194,36 @@ class Passes:
             empty = self.forward.cache(width + (room or 0))
             if after is None:
                 return empty
-            places, moved = zip(*((after.places[row], pads[row]) for row in some), strict=True)
-            return take_rows(after.past.cache, empty, places, layers, moved)
+            moved = [columns - new[row] for row in some]
+            return take_rows(
+                after.past.cache, empty, [after.places[row] for row in some], layers, moved
+            )
 
-        cut = 0 if after is None else after.past.mask.shape[1]
-        ids, positions = batch.ids[picked, cut:], batch.positions[picked, cut:]
-        return _Given(ids, batch.mask[picked], positions, different, picked), caches
+        each = torch.tensor(picked, device=ids.device)
+        return _Given(ids[each], mask[each], positions[each], different, picked), caches
 
-    def _beginning(self, stack: Stack, rows: Rows, texts: Sequence[Text]) -> After | None:
-        """What every candidate of the stack makes of what these texts begin with, if that pays."""
+    def _beginning(self, stack: Stack, rows: Rows, keep: int) -> After | None:
+        """What these candidates make of what their texts begin with, if that pays."""
+        members = tuple(dict.fromkeys(rows.owners))
+        width = max(map(len, rows.texts))
         for known in self._beginnings:
             n = len(known)
-            if n <= _CACHE_COST * max(map(len, texts)):
-                return None
-            if all(len(text) > n and text[:n] == known for text in texts):
-                if known not in self._begun:
-                    everyone = Rows.grid(range(stack.size), [known])
-                    self._begun[known] = self.fill(stack, everyone, 0)[1]
-                return After(self._begun[known], rows.owners)
+            if n <= _CACHE_COST * width:
+                break
+            if width - n >= keep and all(len(t) > n and t[:n] == known for t in set(rows.texts)):
+                past = self._begun.get((known, members))
+                if past is None:
+                    past = self.fill(stack, Rows.grid(members, [known]), 0)[1]
+                    self._begun[known, members] = past
+                place = {member: place for place, member in enumerate(members)}
+                return After(past, [place[owner] for owner in rows.owners])
         return None
 
     def _climb(self, stack: Stack, rows: Rows, given: _Given, caches: _Caches, keep: int) -> Tensor:
         """Hidden states (B, keep, D): layer by layer upwards, rows joining where they may begin."""
-        steps = joining(self._starts(stack, rows, len(given.different)))
-        hidden, shared = None, None  # of the rows that have joined, of the different texts
+        steps = joining(self._starts(stack, rows))
+        hidden, shared = None, None  # of the rows that have joined, of the texts of those that wait
+        waiting = {number: number for number in range(len(given.different))}
         for (layer, active), (above, more) in pairwise([(0, 0), *steps]):
             layers, some = range(layer, above), range(active)
             if not layers:
@@ -216,10 +232,13 @@ class Passes:
                 stack.select(rows.owners[:active])
                 with self._from(layer, hidden):
                     hidden = self.forward.up_to(above, *given.of(some), caches(some, layers))
-            same = given.different
+            left = sorted(set(given.picked[active:]))
+            shared = None if shared is None else shared[[waiting[number] for number in left]]
+            waiting = {number: place for place, number in enumerate(left)}
+            same = [given.different[number] for number in left]
             with stack.paused(), self._from(layer, shared):
                 shared = self.forward.up_to(above, *given.of(same), caches(same, layers))
-            joined = shared[given.picked[active:more].to(shared.device)]
+            joined = shared[[waiting[number] for number in given.picked[active:more]]]
             hidden = joined if hidden is None else torch.cat([hidden, joined])
         start, every = steps[-1][0], range(len(rows.owners))
         stack.select(rows.owners)
@@ -227,7 +246,7 @@ class Passes:
             cache = caches(every, range(start, len(self._anatomy.layers)))
             return self.forward.hidden(given.ids, given.mask, given.positions, cache, keep)
 
-    def _starts(self, stack: Stack, rows: Rows, different: int) -> list[int]:
+    def _starts(self, stack: Stack, rows: Rows) -> list[int]:
         """Per row the layer where it may begin, never above that of a row after it.
 
         Zero where that would not pay: where few rows have a text in common.
@@ -235,21 +254,22 @@ class Passes:
         most = min(self._anatomy.skippable, len(self._anatomy.layers) - 1) if self._reuse else 0
         layers = [min(stack.first_of(owner), most) for owner in rows.owners]
         starts = list(accumulate(reversed(layers), min))[::-1]
-        saved = sum(starts) - different * starts[-1]
-        return starts if saved > _CALL_COST * different else [0] * len(starts)
+        waiting = {text for text, start in zip(rows.texts, starts, strict=True) if start}
+        saved = sum(starts) - len(waiting) * starts[-1]
+        return starts if saved > _CALL_COST * len(waiting) else [0] * len(starts)
 
     def _from(self, layer: int, hidden: Tensor | None) -> Any:
         return nullcontext() if hidden is None else self.forward.starting_at(layer, hidden)
 
 
-def _distinct(rows: Rows) -> tuple[list[int], Tensor]:
+def _distinct(rows: Rows) -> tuple[list[int], list[int]]:
     """The last row of every different text, and which of the texts each row holds.
 
     The last, because no row begins higher: below that, its past is the original model's.
     """
     last = {text: row for row, text in enumerate(rows.texts)}
     numbers = {text: number for number, text in enumerate(last)}
-    return list(last.values()), torch.tensor([numbers[text] for text in rows.texts])
+    return list(last.values()), [numbers[text] for text in rows.texts]
 
 
 def joining(starts: Sequence[int]) -> list[tuple[int, int]]:

@@ -116,14 +116,10 @@ def same_length(order: Sequence[int], lengths: Sequence[int]) -> list[list[int]]
 
 
 def left_pad(
-    rows: Sequence[Sequence[int]],
-    numbers: Sequence[int],
-    pad: int,
-    device: torch.device,
-    width: int = 0,
+    rows: Sequence[Sequence[int]], numbers: Sequence[int], pad: int, device: torch.device
 ) -> Batch:
-    """One left-padded batch of these rows, as wide as the longest of them or wider."""
-    width = max(width, *map(len, rows))
+    """One left-padded batch of these rows."""
+    width = max(map(len, rows))
     pads = [width - len(row) for row in rows]
     ids = [[*[pad] * n, *row] for n, row in zip(pads, rows, strict=True)]
     mask = [[*[0] * n, *[1] * len(row)] for n, row in zip(pads, rows, strict=True)]
