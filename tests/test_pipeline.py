@@ -84,7 +84,9 @@ def test_the_exported_models_logits_are_the_measured_ones(demo_run: Path):
     for writer, edit in zip(method.writers, edits, strict=True):
         written = exported.get_submodule(writer.name).weight
         exact = writer.module.weight if edit is None else edit.apply_to_weight(writer.module.weight)
-        assert torch.equal(written, exact.to(torch.bfloat16).float())
+        # Half a unit of bfloat16's last place; the float32 below it depends on the number of threads.
+        slack = 1e-6 * writer.module.weight.abs().max()
+        assert bool(((written - exact).abs() <= exact.abs() / 256 + slack).all())
     stack = Stack(method.writers, [edits])
     stack.select([0])
     with torch.inference_mode(), stack.applied():
