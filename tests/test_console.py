@@ -204,8 +204,12 @@ def test_the_figures_as_a_table(width):
     assert "…" not in text
     for word in ("original", "edited (95 %)", "search", "holdout", "seen", "unseen"):
         assert word in text
-    rows = [line for line in text.splitlines() if "holdout" in line]
-    assert len(rows) == len(record.holdout)
+    lines = [line.strip() for line in text.splitlines()]
+    start = lines.index("on holdout prompts")
+    assert lines.index("on search prompts") < start
+    groups = sum(len(score.parts or {}) for score in record.holdout.values())
+    assert len([x for x in lines[start + 1 :] if x]) == len(record.holdout) + groups
+    assert all(len(x) < 80 for x in lines)  # nothing is broken into two lines
 
 
 @pytest.mark.parametrize("width", [80, 120])

@@ -103,7 +103,7 @@ def test_front_and_report_commands(demo_run: Path, capsys):
     front = json.loads(capsys.readouterr().out)
     assert front["selected"] in [t["number"] for t in front["front"]]
     assert cli.main(["front", str(demo_run)]) == 0
-    assert "behaviour rate" in capsys.readouterr().out
+    assert "removes nearly all" in capsys.readouterr().out
     before = (demo_run / "report.html").read_text()
     assert cli.main(["report", str(demo_run)]) == 0
     assert (demo_run / "report.html").read_text() == before

@@ -199,14 +199,16 @@ def front_table(record: Record, *, most: int = 12) -> Table:
     table.add_column("trial", justify="right")
     names = list(dict.fromkeys([*record.objectives, "drift_first"]))
     for name in names:
-        table.add_column(_SHORT.get(name, wording.title(name).lower()), justify="right")
+        # One word to a line, so that the words at the end fit a line of 80 characters.
+        table.add_column(_called(name).replace(" ", "\n"), justify="right", vertical="bottom")
     table.add_column("", style="dim")
     for trial in shown:
         mine = trial.number == record.selected
+        words = wording.assess(trial.scores, record.baseline)
         table.add_row(
             f"{'* ' if mine else ''}{trial.number}",
             *(_value(name, trial.scores) for name in names),
-            wording.assess(trial.scores, record.baseline).replace(" of the behaviour", ""),
+            words.replace(" of the behaviour", "").removeprefix("makes "),
             style="bold" if mine else "",
         )
     return table
@@ -222,21 +224,27 @@ def figures_table(record: Record) -> Table:
     table.add_column("", style="dim")
     chosen = record.chosen().scores
     parts: list[tuple[str, Scores, Scores]] = [
-        ("search", record.baseline | record.final_baseline, chosen | record.final),
-        ("holdout", record.holdout_baseline, record.holdout),
+        ("on search prompts", record.baseline | record.final_baseline, chosen | record.final),
+        ("on holdout prompts", record.holdout_baseline, record.holdout),
     ]
     for where, before, after in parts:
+        if after:
+            table.add_row(Text(where, style="dim"))
         for name, score in after.items():
-            n = f"{where}, {wording.sample(name, score)}"
-            called = _SHORT.get(name, wording.title(name).lower())
-            table.add_row(called, _value(name, before), wording.measured(name, score), n)
+            n = wording.sample(name, score)
+            row = _value(name, before), wording.measured(name, score), n
+            table.add_row(f"  {_called(name)}", *row)
             for group, part in (score.parts or {}).items():
                 old = (before[name].parts or {}).get(group) if name in before else None
                 was = "–" if old is None else wording.number(name, old.value)
-                table.add_row(
-                    Text(f"  {group}"), was, wording.measured(name, part), f"{part.n} of them"
-                )
+                now = wording.measured(name, part)
+                table.add_row(Text(f"    {group}"), was, now, wording.sample(name, part))
     return table
+
+
+def _called(name: str) -> str:
+    """A score's name at the head of a column or a row."""
+    return _SHORT.get(name, wording.title(name).lower())
 
 
 def _table(title: str | None = None, *, header: bool = True) -> Table:
