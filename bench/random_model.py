@@ -83,8 +83,12 @@ def setup(
     length: int,
     limit: int,
     candidates: int,
+    alike: int = 0,
 ) -> Setup:
-    """Build the model and everything that a trial of it needs."""
+    """Build the model and everything that a trial of it needs.
+
+    `alike`: so many tokens more, which all prompts begin with.
+    """
     torch.manual_seed(0)
     with torch.device(device):
         model = make(**shape).to(dtype).eval().requires_grad_(False)
@@ -94,8 +98,9 @@ def setup(
     rows = [normalise(torch.randn(layers, width)) for _ in range(2)]
     method = DirectionalMethod(writers, Directions(rows[0], rows[1]), EditSection())
     top = shape["vocab_size"]
+    head = torch.randint(2, top, (alike,)).tolist()
     ids = {
-        side: [torch.randint(2, top, (length,)).tolist() for _ in range(prompts)]
+        side: [head + torch.randint(2, top, (length,)).tolist() for _ in range(prompts)]
         for side in ("target", "contrast")
     }
     profiles = {name: Profile(1.0, 0.7 * layers, 0.5, 0.4 * layers) for name in COMPONENTS}

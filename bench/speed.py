@@ -39,6 +39,19 @@ from excise.search import Measure, Measured, Search
 from excise.space import distributions, from_params
 
 
+WIDE = {
+    "vocab_size": 8192,
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "global_head_dim": 256,
+    "hidden_size_per_layer_input": 64,
+}
+
+
 class Job:
     """The demo job, set up as the pipeline sets it up."""
 
@@ -146,22 +159,11 @@ def against_floor(job: Job, count: int = 32) -> dict[str, Any]:
     return {**found, "where": where_time_goes(job, engine, edits, requests)}
 
 
-def at_realistic_width() -> dict[str, Any]:
-    """The same on random weights of a width where matrix products dominate, as in real models."""
-    shape = {
-        "vocab_size": 8192,
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 2,
-        "head_dim": 128,
-        "global_head_dim": 256,
-        "hidden_size_per_layer_input": 64,
-    }
-    made = random_model.setup(
+def wide_model(alike: int = 0) -> random_model.Setup:
+    """Random weights of a width where matrix products dominate, as in real models."""
+    return random_model.setup(
         random_model.gemma4,
-        shape,
+        WIDE,
         "cpu",
         torch.float32,
         Plan(64, 8, 512),
@@ -169,9 +171,31 @@ def at_realistic_width() -> dict[str, Any]:
         length=32,
         limit=16,
         candidates=8,
+        alike=alike,
     )
+
+
+def at_realistic_width() -> dict[str, Any]:
+    """Time over the floor on the wide model."""
+    made = wide_model()
     found = floor_ratio(made.loaded, made.engine, made.edits, random_model.REQUESTS)
-    return {**found, "shape": shape}
+    return {**found, "shape": WIDE}
+
+
+def beginnings() -> dict[str, float]:
+    """What it saves to read once what all prompts begin with: time without over time with, by tokens."""
+    ratios = {}
+    for alike in (24, 64):
+        made, best = wide_model(alike), {True: float("inf"), False: float("inf")}
+        made.engine.original("contrast")
+        known = made.engine._passes._beginnings
+        for shared in (True, False, True, False):
+            made.engine._passes._beginnings = known if shared else []
+            begun = time.perf_counter()
+            made.engine.measure(made.edits, random_model.REQUESTS)
+            best[shared] = min(best[shared], time.perf_counter() - begun)
+        ratios[str(alike)] = round(best[False] / best[True], 2)
+    return ratios
 
 
 def floor_ratio(
@@ -304,6 +328,7 @@ def main(trials: int = 200) -> dict[str, Any]:
         "plain_loop": against_plain_loop(job, trials),
         "floor": against_floor(job),
         "floor_at_realistic_width": at_realistic_width(),
+        "beginnings": beginnings(),
         "growth": growth(job),
         "edit_building_ms": edit_building(),
     }

@@ -131,11 +131,12 @@ def greedy(
         cache: key-value cache with room for all that the rows may still say.
         regroup: told which rows are still in the batch, whenever that changes.
     """
-    tokens, seen = first, mask.shape[1]
+    device, seen = mask.device, mask.shape[1]  # logits may come from another device
+    tokens = first.to(device)
     positions = mask.sum(-1)
     rooms = list(map(transcript.room, alive))
     # A row that is through may stay for a while; it must not run out of positions meanwhile.
-    last = positions + torch.tensor(rooms, device=positions.device) - 1
+    last = positions + torch.tensor(rooms, device=device) - 1
     mask = torch.cat([mask, mask.new_ones(len(alive), max(rooms))], dim=1)
     while True:
         for row, token in zip(alive, tokens.tolist(), strict=True):
@@ -146,7 +147,7 @@ def greedy(
             return
         if len(open_slots) <= (1 - _COMPACT_AT) * len(alive):
             alive = [alive[slot] for slot in open_slots]
-            picked = torch.tensor(open_slots, device=tokens.device)
+            picked = torch.tensor(open_slots, device=device)
             tokens, mask = tokens[picked], mask[picked]
             positions, last = positions[picked], last[picked]
             select_rows(cache, open_slots)
@@ -154,4 +155,4 @@ def greedy(
         seen += 1
         hidden = forward.hidden(tokens[:, None], mask[:, :seen], positions[:, None], cache)
         positions = torch.minimum(positions + 1, last)
-        tokens = forward.greedy(hidden[:, -1])
+        tokens = forward.greedy(hidden[:, -1]).to(device)
