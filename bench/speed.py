@@ -38,7 +38,6 @@ from excise.record import ScoreRecord
 from excise.search import Measure, Measured, Search
 from excise.space import distributions, from_params
 
-
 WIDE = {
     "vocab_size": 8192,
     "hidden_size": 1024,
