@@ -73,6 +73,21 @@ def test_offloaded_weights_give_the_same_figures(pair):
             assert torch.equal(a, b)
 
 
+def test_offloaded_layers_are_not_fetched_for_a_beginning_alone(pair):
+    passes = []
+    for loaded in pair:
+        prompts = {"target": [[5, 6, 7, 8, *row] for row in builders.token_ids(5, 1)]}
+        engine = Engine(loaded, loaded.anatomy.select(WRITERS), prompts, max_new_tokens=6)
+        calls = []
+        hook = loaded.anatomy.backbone.register_forward_hook(lambda *_, c=calls: c.append(True))
+        said = [response.tokens for response in engine.original("target").responses]
+        hook.remove()
+        passes.append((len(calls), said))
+    (here, mine), (there, yours) = passes
+    assert mine == yours
+    assert here > there
+
+
 def test_offloaded_layers_give_the_same_residuals(pair):
     chunks = batches(builders.token_ids(7), 3, 0, torch.device("cpu"))
     here, there = (mean(residual_pass(loaded.anatomy, chunks, None)) for loaded in pair)

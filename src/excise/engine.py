@@ -92,12 +92,13 @@ class Engine:
         self._ends = end_tokens(loaded.model, loaded.tokenizer)
         pad = pad_token(loaded.tokenizer, self._ends)
         self._joins = can_join(self._forward.cache(1))
+        shares = self._joins and not loaded.fetches
         self._passes = Passes(
             self._forward,
             loaded.anatomy,
             pad,
             reuse=self.plan.reuse,
-            beginnings=[beginning(side) for side in prompts.values()] if self._joins else [],
+            beginnings=[beginning(side) for side in prompts.values()] if shares else [],
         )
         self._drafts: dict[str, Drafts] = {}
         self._learning = False

@@ -59,6 +59,11 @@ class Loaded:
         return str(Path(self.source).resolve()) if self.is_local else self.source
 
     @property
+    def fetches(self) -> bool:
+        """Whether some weights are offloaded: every pass, however small, brings them in anew."""
+        return any(parameter.is_meta for parameter in self.model.parameters())
+
+    @property
     def device(self) -> torch.device:
         """Where token ids go."""
         return device_of(self.model.get_input_embeddings())
