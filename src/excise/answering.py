@@ -5,7 +5,7 @@ Rows are candidates x prompts, candidate-major. B rows, P prompts, D width.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -50,22 +50,17 @@ class Answering:
     def follow(self, drafts: Drafts) -> None:
         """Read what each row is likely to say, as far as it says so; decode what is left."""
         first, past = self._filled(self._prompt_parts(), len(self._members), 0)
-        self._say(range(len(self._owners)), first)
+        for row, token in enumerate(first.tolist()):
+            self._transcript.say(row, token)
         pays = True
         while pays and (likely := self._likely(drafts)):
-            before = self._said_in_all()
-            read = self._read_drafts(likely, past)
-            pays = cheaper_than_decoding(self._said_in_all() - before, read)
+            pays = self._read_drafts(likely, past)
         left = self._transcript.open_rows()
         if left:
             some = [left[start : start + self._most] for start in range(0, len(left), self._most)]
             parts: list[Part] = [(self._rows(part), After(past, part)) for part in some]
             del past  # the parts hold it until they have been read
             self._decode(left, parts, 1)
-
-    def _say(self, rows: Iterable[int], tokens: Tensor) -> None:
-        for row, token in zip(rows, tokens.tolist(), strict=True):
-            self._transcript.say(row, token)
 
     def _prompt_parts(self) -> list[Part]:
         """All candidates with some of the prompts each, in passes of so many rows."""
@@ -84,16 +79,17 @@ class Answering:
                 found[row] = draft[: self._transcript.room(row)]
         return found
 
-    def _read_drafts(self, likely: dict[int, Text], past: Past) -> int:
+    def _read_drafts(self, likely: dict[int, Text], past: Past) -> bool:
         """One reading of every draft; its row says the model's tokens until they leave the draft.
 
-        Returns how many tokens were read.
+        Returns whether that was cheaper than to decode what they said.
         """
         texts = {row: (*self._text(row), *draft[:-1]) for row, draft in likely.items()}
         new = {row: len(self._transcript.said(row)) + len(likely[row]) - 1 for row in likely}
         # Rows with the same text stand together, so that they share a pass.
         order = sorted(likely, key=lambda row: (-new[row], texts[row], row))
         tokens = self._most * past.mask.shape[1]  # of a pass over whole prompts
+        gained = 0
         while order:
             most = max(1, min(tokens // new[order[0]], 2 * self._most))
             some, order = sorted(order[:most]), order[most:]
@@ -103,23 +99,18 @@ class Answering:
             wanted = torch.zeros(len(some), keep, dtype=torch.bool)
             for slot, row in enumerate(some):
                 wanted[slot, keep - len(likely[row]) :] = True
-            self._compare_all(some, likely, hidden[wanted.to(hidden.device)])
-        return sum(new.values())
+            said = iter(self._passes.forward.greedy(hidden[wanted.to(hidden.device)]).tolist())
+            for row in some:
+                gained += self._compare(row, likely[row], [next(said) for _ in likely[row]])
+        return cheaper_than_decoding(gained, sum(new.values()))
 
-    def _said_in_all(self) -> int:
-        return sum(len(self._transcript.said(row)) for row in range(len(self._owners)))
-
-    def _compare_all(self, rows: list[int], likely: dict[int, Text], hidden: Tensor) -> None:
-        """`hidden` are the states that predict the rows' drafts, row after row."""
-        said = iter(self._passes.forward.greedy(hidden).tolist())
-        for row in rows:
-            self._compare(row, likely[row], [next(said) for _ in likely[row]])
-
-    def _compare(self, row: int, draft: Text, said: list[int]) -> None:
-        for expected, token in zip(draft, said, strict=True):
+    def _compare(self, row: int, draft: Text, said: list[int]) -> int:
+        """Say the tokens up to the first that is not the draft's; returns how many."""
+        for count, (expected, token) in enumerate(zip(draft, said, strict=True), start=1):
             self._transcript.say(row, token)
             if token != expected or not self._transcript.is_open(row):
-                return
+                return count
+        return len(draft)
 
     def _decode(self, rows: list[int], parts: list[Part], groups: int) -> None:
         """Read what rows have so far, part by part, then decode them together."""

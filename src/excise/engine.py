@@ -30,7 +30,7 @@ from excise.loading import Loaded
 from excise.passes import Passes, Rows
 from excise.stacking import CandidateEdits, Stack, first_edited
 from excise.tokens import beginning, end_tokens, pad_token, same_length
-from excise.weights import let_go
+from excise.weights import any_offloaded, let_go
 
 R = TypeVar("R")
 
@@ -92,7 +92,7 @@ class Engine:
         self._ends = end_tokens(loaded.model, loaded.tokenizer)
         pad = pad_token(loaded.tokenizer, self._ends)
         self._joins = can_join(self._forward.cache(1))
-        shares = self._joins and not loaded.fetches
+        shares = self._joins and not any_offloaded(loaded.model)
         self._passes = Passes(
             self._forward,
             loaded.anatomy,

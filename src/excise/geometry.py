@@ -15,6 +15,7 @@ from torch import Tensor
 
 from excise.directions import auc, normalise
 from excise.errors import ConfigError
+from excise.swapping import threads
 
 Projection = Literal["pca", "umap"]
 _NEIGHBOURS = 15
@@ -129,9 +130,10 @@ def embed(target: Tensor, contrast: Tensor) -> tuple[Tensor, Tensor]:
     start = torch.cat([points[:, 0] for points in project(target[:, :1], contrast[:, :1])])
     place, out = start.numpy(), []
     neighbours = max(2, min(_NEIGHBOURS, len(rows) - 1))
-    for layer in range(rows.shape[1]):
-        fitted = UMAP(n_neighbors=neighbours, init=place, random_state=_SEED, n_jobs=1)
-        place = fitted.fit_transform(rows[:, layer])
-        out.append(torch.from_numpy(place.copy()))
+    with threads(torch.get_num_threads()):  # its libraries change the number for the whole process
+        for layer in range(rows.shape[1]):
+            fitted = UMAP(n_neighbors=neighbours, init=place, random_state=_SEED, n_jobs=1)
+            place = fitted.fit_transform(rows[:, layer])
+            out.append(torch.from_numpy(place.copy()))
     both = torch.stack(out, dim=1)
     return both[:split], both[split:]

@@ -24,7 +24,14 @@ from excise.discovering import discover
 from excise.errors import ModelError, UnknownArchitecture, first_line
 from excise.fitting import check_fits
 from excise.plain import Plain, quantisation, unpack, unpack_gguf
-from excise.weights import check_finite, device_of, is_packed, keep_readable, shape_of
+from excise.weights import (
+    any_offloaded,
+    check_finite,
+    device_of,
+    is_packed,
+    keep_readable,
+    shape_of,
+)
 
 DEMO = "demo"  # names the embedded model
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -57,11 +64,6 @@ class Loaded:
         if self.plain is None and self.is_local:
             return str(self.folder)
         return str(Path(self.source).resolve()) if self.is_local else self.source
-
-    @property
-    def fetches(self) -> bool:
-        """Whether some weights are offloaded: every pass, however small, brings them in anew."""
-        return any(parameter.is_meta for parameter in self.model.parameters())
 
     @property
     def device(self) -> torch.device:
@@ -122,7 +124,7 @@ def load(section: ModelSection) -> Loaded:
 def _anatomy(section: ModelSection, model: Any) -> Anatomy:
     if has_row(model):
         return describe(model)
-    if section.quantize is not None or any(p.is_meta for p in model.parameters()):
+    if section.quantize is not None or any_offloaded(model):
         raise UnknownArchitecture(
             f"model type {model.config.model_type!r} has no data row, so its writers must be proven on "
             "weights that are in memory as they are: leave out --quantize and model.device_map"

@@ -13,7 +13,6 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
@@ -24,6 +23,7 @@ from torch import Tensor
 from excise.anatomy import Writer
 from excise.errors import ExportError
 from excise.loading import weight_files
+from excise.swapping import threads
 
 # What can be edited where it stands; 8 bit and packed formats would need a reading of their own.
 _DTYPES = {
@@ -247,17 +247,6 @@ def _common_end(a: str, b: str) -> int:
     """How many dotted parts two names share, counted from the end."""
     pairs = zip(reversed(a.split(".")), reversed(b.split(".")), strict=False)
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """Compute with `count` threads here, and in threads that start within."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _bytes(tensor: Tensor) -> memoryview:

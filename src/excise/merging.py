@@ -24,8 +24,9 @@ from excise.anatomy import Writer
 from excise.edits import Edit
 from excise.errors import ExportError
 from excise.events import Notice, OnEvent, ignore, track
-from excise.matching import TensorPlace, WriterPlace, find_tensors, list_tensors, threads
+from excise.matching import TensorPlace, WriterPlace, find_tensors, list_tensors
 from excise.staging import add_files, check_destination, copy_bytes, staged
+from excise.swapping import threads
 
 # Other forms of the unedited weights (the first four are pickles, which also can run code): none of
 # them is what was measured, and a runner might prefer one of them.

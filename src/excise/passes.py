@@ -141,7 +141,8 @@ class Passes:
         """
         after = after or self._beginning(stack, rows, keep)
         given, caches = self._open(rows, None, after)
-        return self._climb(stack, rows, given, caches, keep)
+        steps = joining(self._starts(stack, rows))
+        return self._climb(stack, rows, given, caches, keep, steps)
 
     def fill(
         self, stack: Stack, rows: Rows, room: int, after: After | None = None
@@ -150,19 +151,17 @@ class Passes:
         after = after or self._beginning(stack, rows, 1)
         given, caches = self._open(rows, room, after)
         layer = self._starts(stack, rows)[0]
-        lower, hidden = None, None
+        filled: dict[int, Any] = {}  # by the layer that a part of the pass begins at
+
+        def remembered(some: Sequence[int], layers: range) -> Any:
+            filled[layers.start] = caches(some, layers)
+            return filled[layers.start]
+
+        # All rows join at once: a layer's keys and values are then those of all of them.
+        states = self._climb(stack, rows, given, remembered, 1, [(layer, len(rows.owners))])
         if layer > 0:
-            lower = caches(given.different, range(layer))
-            with stack.paused():
-                hidden = self.forward.up_to(layer, *given.of(given.different), lower)
-            hidden = hidden[given.picked]
-        cache = caches(range(len(rows.owners)), range(layer, len(self._anatomy.layers)))
-        stack.select(rows.owners)
-        with self._from(layer, hidden):
-            states = self.forward.hidden(given.ids, given.mask, given.positions, cache)
-        if lower is not None:
-            share_lower_layers(lower, cache, layer, torch.tensor(given.picked))
-        return states[:, -1], Past(cache, given.mask)
+            share_lower_layers(filled[0], filled[layer], layer, torch.tensor(given.picked))
+        return states[:, -1], Past(filled[layer], given.mask)
 
     def _open(self, rows: Rows, room: int | None, after: After | None) -> tuple[_Given, _Caches]:
         """What is left to read of texts, and the caches to go on from.
@@ -219,9 +218,16 @@ class Passes:
                 return After(past, [place[owner] for owner in rows.owners])
         return None
 
-    def _climb(self, stack: Stack, rows: Rows, given: _Given, caches: _Caches, keep: int) -> Tensor:
-        """Hidden states (B, keep, D): layer by layer upwards, rows joining where they may begin."""
-        steps = joining(self._starts(stack, rows))
+    def _climb(
+        self,
+        stack: Stack,
+        rows: Rows,
+        given: _Given,
+        caches: _Caches,
+        keep: int,
+        steps: Sequence[tuple[int, int]],
+    ) -> Tensor:
+        """Hidden states (B, keep, D): layer by layer upwards, rows joining as `steps` says."""
         hidden, shared = None, None  # of the rows that have joined, of the texts of those that wait
         waiting = {number: number for number in range(len(given.different))}
         for (layer, active), (above, more) in pairwise([(0, 0), *steps]):

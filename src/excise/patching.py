@@ -35,9 +35,9 @@ from excise.errors import ExportError, ModelError
 from excise.events import OnEvent, ignore, track
 from excise.ggml import Raw, check_can_store, from_float, to_float
 from excise.gguffile import GgufFile, GgufTensor, read_shards
-from excise.matching import threads
 from excise.merging import rows_of_edit
 from excise.staging import add_files, check_destination, copy_bytes, staged
+from excise.swapping import threads
 
 PATCHED = "edited-"  # put before the names of patched files
 _BLOCK = 1 << 18  # elements computed at a time

@@ -1,4 +1,4 @@
-"""Modules with another `forward` for a while, and exactly what they had before given back."""
+"""What is another for a while, and exactly given back: modules' `forward`, the number of threads."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -33,3 +34,14 @@ def replaced_forward(
                 module.__dict__.pop(name, None)
             else:
                 module.__dict__[name] = before[module]
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Compute with `count` threads here, and in threads that start within."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

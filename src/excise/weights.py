@@ -82,6 +82,11 @@ def let_go(module: nn.Module) -> None:
             part._parameters[name] = nn.Parameter(empty, requires_grad=False)
 
 
+def any_offloaded(model: nn.Module) -> bool:
+    """Whether some weights are offloaded: every pass, however small, brings them in anew."""
+    return any(parameter.is_meta for parameter in model.parameters())
+
+
 def check_finite(model: nn.Module) -> str | None:
     """Name of the first parameter that holds a NaN or an infinity, if any does."""
     for path, module in model.named_modules():
