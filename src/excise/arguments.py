@@ -37,7 +37,7 @@ def parser(functions: Mapping[str, Command]) -> argparse.ArgumentParser:
         description="Edit one behaviour out of an open-weight language model, and prove the cost.",
         allow_abbrev=False,
     )
-    whole.add_argument("--version", action="version", version=f"excise {__version__}")
+    whole.add_argument("-V", "--version", action="version", version=f"excise {__version__}")
     commands = whole.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, (text, fill) in _COMMANDS.items():
         sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
