@@ -282,6 +282,16 @@ def test_output_folder_that_holds_another_run(tiny, tmp_path, capsys):
     assert before == {p: p.stat().st_mtime_ns for p in out.rglob("*")}
 
 
+def test_a_run_inside_the_models_folder_is_refused(tiny, tmp_path, capsys):
+    """Every export is a copy of that folder."""
+    shutil.copytree(tiny / "model", tmp_path / "model")
+    arguments = job(tiny, tmp_path / "model" / "run")
+    arguments[1] = str(tmp_path / "model")
+    assert cli.main(arguments) == 2
+    assert "is inside the model's folder" in capsys.readouterr().err
+    assert not (tmp_path / "model" / "run").exists()
+
+
 def test_output_that_is_a_file_or_full_of_other_things(tiny, tmp_path, capsys):
     file = tmp_path / "file"
     file.write_text("mine")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import job
 
 from excise import cli
 from excise.record import read_record
@@ -163,3 +164,73 @@ def test_resume_to_more_trials_keeps_the_old_ones(demo_run: Path, tmp_path: Path
     after = read_record(run).trials
     assert len(after) == 64
     assert after[:48] == before
+
+
+def test_a_resume_keeps_what_was_put_on_the_record_meanwhile(tiny: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    assert cli.main(job(tiny, run)) == 0
+    to = tmp_path / "elsewhere"
+    assert cli.main(["export", str(run), "--to", str(to), "--trial", "0", "--quiet"]) == 0
+    assert cli.main(["geometry", str(run), "--quiet"]) == 0
+    before = read_record(run)
+    assert cli.main(["resume", str(run), "--trials", "16", "--quiet"]) == 0
+    after = read_record(run)
+    assert len(after.trials) == 16
+    assert before.geometry
+    assert after.geometry == before.geometry
+    assert [a.path for a in after.artifacts] == [str(to), "model"]
+
+
+def test_pages_are_written_in_the_runs_own_folder_only(tiny: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    assert cli.main(job(tiny, run)) == 0
+    for name in ("other", "run/model"):
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "README.md").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "other")
+    (run / "out").symlink_to(tmp_path / "other")
+    data = json.loads((run / "record.json").read_text())
+    first = data["artifacts"][0]
+    places = ("../other", str(tmp_path / "other"), "out", ".")
+    data["artifacts"] += [{**first, "path": path} for path in places]
+    (run / "record.json").write_text(json.dumps(data))
+    assert cli.main(["report", str(run)]) == 0
+    assert (tmp_path / "other" / "README.md").read_text() == "mine"
+    assert not (run / "README.md").exists()
+    assert (run / "model" / "README.md").read_text() != "mine"
+
+
+@pytest.mark.parametrize("change", ["dtype", "markers", "answers", "weights"])
+def test_trials_that_were_measured_otherwise_are_not_added_to(
+    tiny: Path, tmp_path: Path, capsys, change: str
+):
+    """Same paths, same settings, other contents: a resume must not mix the two."""
+    place = tmp_path / "place"
+    shutil.copytree(tiny, place)
+    with (place / "target.jsonl").open() as file:
+        rows = [json.loads(line) for line in file]
+    labelled = [{**row, "answer": "velm", "group": "a"} for row in rows]
+    (place / "target.jsonl").write_text("".join(json.dumps(row) + "\n" for row in labelled))
+    run = tmp_path / "run"
+    assert cli.main(job(place, run, "--set", "prompts.target.group_column=group")) == 0
+    config = (run / "config.toml").read_text()
+    assert 'dtype = "float32"' in config  # what "auto" came to
+    if change == "dtype":
+        (run / "config.toml").write_text(config.replace('"float32"', '"bfloat16"'))
+    elif change == "markers":
+        (place / "markers.txt").write_text("o\n")
+    elif change == "answers":
+        labelled[15]["group"] = "b"
+        (place / "target.jsonl").write_text("".join(json.dumps(row) + "\n" for row in labelled))
+    else:
+        file = place / "model" / "model.safetensors"
+        data = bytearray(file.read_bytes())
+        data[-40] ^= 1
+        file.write_bytes(data)
+    before = (run / "study.journal").read_bytes()
+    capsys.readouterr()
+    assert cli.main(["resume", str(run), "--trials", "16", "--quiet"]) == 2
+    said = capsys.readouterr().err
+    assert "belongs to another run" in said
+    assert {"weights": "model"}.get(change, change) in said
+    assert (run / "study.journal").read_bytes() == before

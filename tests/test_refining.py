@@ -195,6 +195,19 @@ def test_a_refinement_cut_short_is_gone_on_with():
     assert [r.params for r in again.records()] == [r.params for r in expected]
 
 
+def test_a_larger_total_cut_short_is_refined_by_a_plain_resume():
+    """A plain resume asks for the total of the configuration; the study knows of the larger one."""
+    expected = whole(whole(optuna.create_study(directions=["minimize"] * 2)).study, 24).records()
+    study = whole(optuna.create_study(directions=["minimize"] * 2)).study
+
+    def dies(_params, _finished):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        search_of(study, 24).run(24, dies, lambda _: None)
+    assert [r.params for r in whole(study).records()] == [r.params for r in expected]
+
+
 def test_a_run_with_refinement(tiny: Path, tmp_path: Path, capsys):
     out = tmp_path / "run"
     letters = ", ".join(f'"{letter}"' for letter in "abcdefghijklmnopqrstuvwxyz0123456789")

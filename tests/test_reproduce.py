@@ -90,6 +90,27 @@ def test_other_scoring_prompts_do_not_matter(place: Path, tmp_path: Path) -> Non
     assert not any(named.values())
 
 
+def test_no_code_that_a_record_names_is_run(place: Path, tmp_path: Path, capfd: Any) -> None:
+    """Leave to run code is the reader's to give: a record may come from anyone."""
+    shutil.copytree(place / "model", tmp_path / "model")
+    ran = tmp_path / "ran"
+    code = f"open({str(ran)!r}, 'a').write('x')\n"
+    (tmp_path / "scorer.py").write_text(code)
+    (tmp_path / "model" / "own.py").write_text(
+        code + "from transformers import Qwen3ForCausalLM\nclass Own(Qwen3ForCausalLM): pass\n"
+    )
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "own.Own"}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    data = json.loads((place / "alone" / "record.json").read_text())
+    data["config"]["model"] |= {"source": str(tmp_path / "model"), "trust_remote_code": True}
+    data["config"]["scores"]["files"] = [str(tmp_path / "scorer.py")]
+    (tmp_path / "record.json").write_text(json.dumps(data))
+    found = reproduce(tmp_path)
+    assert found.same
+    assert not ran.exists()
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

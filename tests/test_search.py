@@ -122,6 +122,27 @@ def test_fewer_trials_than_there_are_change_nothing(tmp_path):
     assert whole(folder, 10) == whole(folder, 5)
 
 
+def test_a_smaller_total_ends_at_a_whole_batch_and_the_rest_comes_later(tmp_path):
+    expected = whole(tmp_path / "whole", 20)
+    folder = tmp_path / "cut"
+    folder.mkdir()
+    calls = []
+
+    def dies(params, finished):
+        calls.append(params)
+        if len(calls) == 2:
+            raise Stop
+        return toy(params, finished)
+
+    with pytest.raises(Stop):
+        search_in(folder).run(20, dies, ignore)
+    search = search_in(folder)
+    search.run(10, toy, ignore)
+    assert trials(search) == expected[:16]  # those of the second batch had been asked for
+    assert whole(folder, 16) == expected[:16]
+    assert whole(folder, 20) == expected
+
+
 def test_batches_stop_where_a_total_was_asked_for():
     assert batches([10], 4) == [(0, 4), (4, 8), (8, 10)]
     assert batches([10, 15], 4) == [(0, 4), (4, 8), (8, 10), (10, 14), (14, 15)]

@@ -227,6 +227,9 @@ def test_a_packed_search_exports_the_edit_of_the_sources_own_weights(
     assert cli.main(["export", str(out), "--to", str(tmp_path / "again"), "--quiet"]) == 0
     again = load_file(tmp_path / "again" / "model.safetensors")
     assert all(torch.equal(again[name], tensor) for name, tensor in edited.items())
+    capsys.readouterr()
+    assert cli.main(["reproduce", str(out), "--quiet"]) == 0
+    assert capsys.readouterr().out.count("same bytes") == 2
 
 
 def test_packing_without_its_package(wide, monkeypatch):

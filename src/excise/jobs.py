@@ -59,15 +59,16 @@ def export_run(
         RunStateError: no such run or trial, or its model or prompts have changed.
         OutputError: `to` exists.
     """
-    record = read_record(folder)
+    read_record(folder)  # where there is none, this is no run: not even a lock is left there
     if to.exists():
         raise OutputError(f"{to} exists: give --to a new folder")
     config = _with_options(load_config(file=folder / "config.toml"), options or {})
     plan_gguf(config.export, [format_name])
     scoring = stage.scoring(config)
-    number = trial if trial is not None else _selected(record, select, scoring.goals())
-    chosen = record.trial(number)
     with journal.hold(folder):
+        record = read_record(folder)  # as others left it, who held the folder until now
+        number = trial if trial is not None else _selected(record, select, scoring.goals())
+        chosen = record.trial(number)
         with phase("load", on_event):
             sets, loaded = load_prompt_sets(config.prompts), load(config.model)
         check_formats([format_name], loaded.anatomy.select(config.edit.components))
@@ -81,7 +82,7 @@ def export_run(
         place = [(format_name, to)]
         record = export(record, chosen, loaded, method, checker, place, folder, on_event)
         write_record(folder, record)
-        write_pages(folder, record)
+        write_pages(folder, record, [record.artifacts[-1].path])
     return record.artifacts[-1]
 
 
@@ -107,9 +108,10 @@ def survey(
         MeasurementError: residuals are not finite.
     """
     check_projection(projection)
-    record = read_record(folder)
+    read_record(folder)
     config = load_config(file=folder / "config.toml")
     with journal.hold(folder):
+        record = read_record(folder)
         with phase("load", on_event):
             sets, loaded = load_prompt_sets(config.prompts), load(config.model)
         _check_unchanged(record, sets.all())

@@ -14,6 +14,7 @@ from excise.directions import Directions
 from excise.errors import RunStateError, StorageError
 from excise.opening import Opening, from_dict
 from excise.record import Separation
+from excise.staging import sync
 
 DIRECTIONS = "directions.safetensors"
 CAPTURED = "method.safetensors"
@@ -46,6 +47,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
     partial = path.with_name(f".{path.name}.partial")
     try:
         save_file(tensors, partial, metadata=metadata)
+        sync(partial)  # a rename may outlast a power cut that the data do not
         partial.replace(path)
     except (OSError, SafetensorError) as error:
         partial.unlink(missing_ok=True)

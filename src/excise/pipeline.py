@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from excise import events, journal, stage
-from excise.artifacts import Checker, export_chosen
+from excise.artifacts import FOLDERS, Checker, export_chosen
 from excise.config import Config, to_toml
 from excise.edits import Edit
-from excise.errors import MeasurementError, OutputError, StorageError
+from excise.errors import MeasurementError, OutputError, RunStateError, StorageError
 from excise.events import OnEvent
 from excise.export import check_formats
 from excise.finish import final_figures, summary, write_pages
@@ -26,7 +26,14 @@ from excise.methods import Method, check_method, named
 from excise.panel import Panel
 from excise.planning import Sizing, from_dict, size
 from excise.prompts import PromptSets, load_prompt_sets
-from excise.record import Record, Separation, TrialRecord, write_record, write_text
+from excise.record import (
+    Record,
+    Separation,
+    TrialRecord,
+    read_record,
+    write_record,
+    write_text,
+)
 from excise.refining import refined, refiner_for
 from excise.search import Measure, Measured, Search
 
@@ -83,6 +90,7 @@ def run(
     plan_gguf(config.export, config.export.formats)
     check_output(out, resume)
     sets, loaded, tokens, config = _load(config, scoring, clock)
+    check_apart(out, loaded)
     with _held(out):
         if not resume:
             write_text(out / CONFIG, to_toml(config))
@@ -104,16 +112,9 @@ def run(
             edits = method.edits(method.candidate(chosen.params))
             figures = final_figures(engine, loaded, edits, sets, tokens, config, scoring)
         record = summary(config, loaded, sets, sizing, search, clock.seconds, method.notes)
-        record = record.model_copy(
-            update={
-                "baseline": baseline,
-                "front": front,
-                "selected": chosen.number,
-                "separation": separation,
-                "formatting": tokens.as_dict(),
-                **figures,
-            }
-        )
+        found = {"baseline": baseline, "front": front, "selected": chosen.number, **figures}
+        found |= {"separation": separation, "formatting": tokens.as_dict(), **_kept(out)}
+        record = record.model_copy(update=found)
         write_record(out, record)  # before the export: what was measured is never lost
         with clock.phase("export"):
             checker = Checker(engine, scoring, context, config, tokens)
@@ -123,6 +124,16 @@ def run(
         write_pages(out, record)
     on_event(events.Finished(str(out)))
     return record
+
+
+def _kept(out: Path) -> dict[str, Any]:
+    """What was put on the record of this run after it had ended: exports elsewhere, the geometry."""
+    try:
+        known = read_record(out)
+    except RunStateError:  # it is new, or was interrupted before it had one
+        return {}
+    elsewhere = [a for a in known.artifacts if a.path not in FOLDERS.values()]
+    return {"artifacts": elsewhere, "geometry": known.geometry}
 
 
 def check_output(out: Path, resume: bool) -> None:
@@ -143,6 +154,20 @@ def check_output(out: Path, resume: bool) -> None:
         raise OutputError(f"{out} is not empty: give --out a new folder")
 
 
+def check_apart(out: Path, loaded: Loaded) -> None:
+    """Refuse a run inside the model's own folder, which exports are copies of.
+
+    Raises:
+        OutputError: it is there.
+    """
+    for folder in {loaded.folder, Path(loaded.place) if loaded.is_local else loaded.folder}:
+        if out.resolve().is_relative_to(folder.resolve()):
+            raise OutputError(
+                f"{out} is inside the model's folder {folder}, whose files every export copies: "
+                "choose another --out"
+            )
+
+
 @contextmanager
 def _held(out: Path) -> Iterator[None]:
     try:
@@ -161,7 +186,7 @@ def _load(
         sets = load_prompt_sets(config.prompts)
     with clock.phase("load"):
         loaded = load(config.model)
-        config = named(config, loaded.anatomy)
+        config = stage.settled(named(config, loaded.anatomy), loaded)
         check_formats(config.export.formats, loaded.anatomy.select(config.edit.components))
         tokens = stage.tokenise(loaded, sets, config)
         scoring.check(sets)
@@ -198,7 +223,7 @@ def _open_search(job: _Job, out: Path, resume: bool) -> tuple[Sizing, Search]:
     known = None if fresh else journal.open_study(out)
     stored = None if known is None else known.user_attrs["sizing"]
     sizing = _sizing(job.loaded, job.tokens, config) if stored is None else from_dict(stored)
-    mine = stage.identity(job.loaded, job.sets, job.tokens, config, sizing)
+    mine = stage.identity(job.loaded, job.sets, job.tokens, config, job.scoring, sizing.batch)
     if known is None:
         ways = [s.goal for s in job.scoring.objectives]
         study = journal.create_study(out, ways, mine, sizing.as_dict())

@@ -43,10 +43,16 @@ class PromptSet:
     @property
     def sha256(self) -> str:
         """Hash of the texts, in order, so that a changed file is noticed."""
-        digest = hashlib.sha256()
-        for prompt in self.prompts:
-            digest.update(prompt.text.encode("utf-8") + b"\0")
-        return digest.hexdigest()
+        return _digest([prompt.text for prompt in self.prompts])
+
+    @property
+    def labels_sha256(self) -> str:
+        """Hash of the answers and groups, in order."""
+        return _digest([f"{prompt.answer!r} {prompt.group!r}" for prompt in self.prompts])
+
+
+def _digest(texts: list[str]) -> str:
+    return hashlib.sha256(b"".join(text.encode("utf-8") + b"\0" for text in texts)).hexdigest()
 
 
 @dataclass(frozen=True)

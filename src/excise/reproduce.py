@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from excise import stage
+from excise.anatomy import Writer
 from excise.card import model_card
 from excise.config import Config, load_config
 from excise.edits import Edit
@@ -23,11 +24,12 @@ from excise.errors import ConfigError
 from excise.events import OnEvent, ignore, phase
 from excise.export import Exported, export_adapter, export_safetensors
 from excise.finish import model_record, versions
-from excise.keeping import CAPTURED
+from excise.keeping import CAPTURED, DIRECTIONS, save_directions
 from excise.loading import Loaded, load, weight_files
-from excise.methods import Method, check_method
+from excise.methods import check_method
 from excise.prompts import PromptSets, load_prompt_sets
 from excise.record import ArtifactRecord, Record, TrialRecord, read_record
+from excise.scorers import read_markers
 from excise.staging import check_destination, scratch, staged
 
 _FOLDERS = {"safetensors": "model", "adapter": "adapter"}
@@ -121,7 +123,7 @@ def reproduce(
     """
     record = read_record(path)
     shown = record.chosen() if trial is None else record.trial(trial)
-    config = load_config(flags=dict(record.config), sets=tuple(sets))
+    config = load_config(flags=_without_code(record.config), sets=tuple(sets))
     if out is not None:
         check_destination(out)
     made = [a for a in record.artifacts if a.trial == shown.number]
@@ -132,16 +134,26 @@ def reproduce(
     differences = _differences(record, loaded, prompts)
     near = (path if path.is_dir() else path.parent) / "reproduced"
     with _room(out, near, loaded.folder) as room:
-        method = _method(loaded, prompts, config, room, on_event)
-        edits = method.edits(method.candidate(shown.params))
+        made_anew = _edits(loaded, prompts, config, shown.params, room, on_event)
         rebuilt = tuple(
-            _rebuild(name, known, record, shown, loaded, method, edits, room, near.parent, on_event)
+            _rebuild(name, known, record, shown, *made_anew, room, near.parent, on_event)
             for name, known in _wanted(made).items()
         )
         for file in room.glob("*.safetensors"):  # what the method captured on the way
             file.unlink()
     left = tuple(dict.fromkeys(a.format for a in made if a.format not in _FOLDERS))
     return Reproduction(shown.number, rebuilt, differences, left)
+
+
+def _without_code(config: dict[str, Any]) -> dict[str, Any]:
+    """A record's configuration without leave to run code: a record may come from anyone."""
+    named = {"model": "trust_remote_code", "scores": "files"}
+    return {
+        section: {k: v for k, v in values.items() if k != named[section]}
+        if section in named and isinstance(values, dict)
+        else values
+        for section, values in config.items()
+    }
 
 
 def _room(out: Path | None, near: Path, source: Path) -> AbstractContextManager[Path]:
@@ -155,17 +167,25 @@ def _wanted(made: Sequence[ArtifactRecord]) -> dict[str, ArtifactRecord | None]:
     return {**known} if known else {"safetensors": None}
 
 
-def _method(
-    loaded: Loaded, prompts: PromptSets, config: Config, room: Path, on_event: OnEvent
-) -> Method:
-    """The run's method, captured anew."""
+def _edits(
+    loaded: Loaded,
+    prompts: PromptSets,
+    config: Config,
+    params: dict[str, Any],
+    room: Path,
+    on_event: OnEvent,
+) -> tuple[Loaded, Sequence[Writer], list[Edit | None]]:
+    """A trial's edits with all that its run captured captured anew; and the model to fold them into."""
     tokens = stage.tokenise(loaded, prompts, config)
-    tokens = stage.open_responses(loaded, tokens, config, stage.scoring(config).markers)
+    markers = read_markers(config.scores.markers, config.scores.markers_file)
+    tokens = stage.open_responses(loaded, tokens, config, markers)
     check_method(loaded.anatomy, prompts, config)
     with phase("capture", on_event):
-        directions, _ = stage.find_directions(loaded, tokens, config.directions, on_event)
+        directions, separation = stage.find_directions(loaded, tokens, config.directions, on_event)
+        save_directions(room / DIRECTIONS, directions, separation, tokens.opening)
         stored = room / CAPTURED
-        return stage.method_for(loaded, directions, tokens, config, stored, on_event, anew=True)
+        method = stage.method_for(loaded, directions, tokens, config, stored, on_event, anew=True)
+        return stage.own_edits(loaded, method, params, tokens, config, room, on_event)
 
 
 def _rebuild(
@@ -174,13 +194,12 @@ def _rebuild(
     record: Record,
     trial: TrialRecord,
     loaded: Loaded,
-    method: Method,
+    writers: Sequence[Writer],
     edits: Sequence[Edit | None],
     room: Path,
     beside: Path,
     on_event: OnEvent,
 ) -> Rebuilt:
-    writers = method.writers
     named = {w.name: e for w, e in zip(writers, edits, strict=True) if e is not None}
     card = {"README.md": model_card(record, artifact_format=name, trial=trial.number)}
     to = room / _FOLDERS[name]

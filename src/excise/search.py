@@ -67,6 +67,8 @@ class Search:
     def run(self, trials: int, measure: Measure, on_event: OnEvent) -> None:
         """Go on until the study holds `trials` finished trials.
 
+        A total below one that was asked for before ends at the first batch that reaches it.
+
         Raises:
             StorageError: the journal cannot be written.
         """
@@ -97,7 +99,8 @@ class Search:
 
         They are stored before they are measured, so that a resume measures the same ones.
         """
-        asked = self._section.trials
+        ends = {start + len(entry["params"]) for start, entry in self._refined()}
+        asked = max(stop for stop in self.study.user_attrs["stops"] if stop not in ends)
         if not any(entry["asked"] == asked for _, entry in self._refined()):
             stops: list[int] = list(self.study.user_attrs["stops"])
             found = propose(self.points(stops[-1]))
@@ -161,9 +164,15 @@ class Search:
 
     def _stops(self, trials: int) -> list[int]:
         """The totals asked for so far: batches never straddle one, so each part repeats exactly."""
-        stops: list[int] = list(self.study.user_attrs.get("stops", []))
-        if not stops or trials > stops[-1]:
-            stops.append(trials)
+        known: list[int] = list(self.study.user_attrs.get("stops", []))
+        stops = known
+        if not known or trials > known[-1]:
+            stops = [*known, trials]
+        elif not self._refined():  # what was refined stands after all that was asked for before it
+            least = max(trials, len(self._trials()))
+            end = next(stop for _, stop in batches(known, self._batch) if stop >= least)
+            stops = [*(stop for stop in known if stop < end), end]
+        if stops != known:
             self.study.set_user_attr("stops", stops)
         return stops
 

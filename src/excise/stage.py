@@ -34,7 +34,6 @@ from excise.keeping import (
 from excise.loading import Loaded, load, read_config, weight_files
 from excise.methods import Bench, Method, kind_of
 from excise.opening import Opening, find_opening, given_opening
-from excise.planning import Sizing
 from excise.prompts import PromptSet, PromptSets
 from excise.record import Separation
 from excise.refining import direction_engine
@@ -347,34 +346,64 @@ def own_responses(loaded: Loaded, contrast: list[list[int]], config: Config) -> 
     return [response.tokens for response in engine.original("contrast").responses]
 
 
+def settled(config: Config, loaded: Loaded) -> Config:
+    """The configuration with the dtype that "auto" came to, for what goes on with the run later.
+
+    What it comes to depends on the memory that is free at the time.
+    """
+    name = str(loaded.dtype).removeprefix("torch.")
+    return config.model_copy(update={"model": config.model.model_copy(update={"dtype": name})})
+
+
 def identity(
-    loaded: Loaded, sets: PromptSets, tokens: Tokens, config: Config, sizing: Sizing
+    loaded: Loaded, sets: PromptSets, tokens: Tokens, config: Config, scoring: Scoring, batch: int
 ) -> dict[str, Any]:
     """What a study's trials belong to; two runs may share trials only if all of it is equal."""
     method = str(config.method)
     return {
         "model": fingerprint(loaded.folder),
+        "dtype": str(loaded.dtype),
+        "quantize": loaded.quantize,
         "prompts": {s.role: s.sha256 for s in sets.all()},
+        "answers": {s.role: s.labels_sha256 for s in sets.all()},
         "method": method,
         "goal": config.goal,
         method: config.model_dump(mode="json").get(method),
         "seed": config.seed,
         "directions": config.directions.model_dump(mode="json"),
         "edit": config.edit.model_dump(mode="json"),
-        "scores": config.scores.model_dump(mode="json", exclude={"final"}),
+        "scores": config.scores.model_dump(
+            mode="json", exclude={"final", "show", "files", "markers", "markers_file"}
+        ),
+        "markers": list(scoring.markers.phrases),
+        "scorer files": [
+            hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in config.scores.files
+        ],
         "template": {
             **config.prompts.model_dump(mode="json", include={"system", "prefix", "suffix"}),
             **tokens.as_dict(),
         },
-        "batch": sizing.batch,
+        "batch": batch,
     }
 
 
+# Where a weight file is looked at, beside its beginning: models that were trained from one another
+# have the same names, sizes and, often, the same embeddings.
+_SAMPLES, _SAMPLE_BYTES = 64, 4096
+
+
 def fingerprint(folder: Path) -> str:
-    """Hash of a checkpoint's configuration and of the names, sizes and headers of its weights."""
+    """Hash of a checkpoint's configuration and of its weights' names, sizes, headers and samples."""
     digest = hashlib.sha256(json.dumps(read_config(folder), sort_keys=True).encode())
     for file in weight_files(folder):
-        digest.update(f"{file.name} {file.stat().st_size}".encode())
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
         with file.open("rb") as stream:
-            digest.update(stream.read(1 << 16))
+            begin = stream.read(8)
+            digest.update(begin + stream.read(int.from_bytes(begin, "little")))
+            data = stream.tell()
+            rest = max(0, size - data - _SAMPLE_BYTES)
+            for number in range(_SAMPLES):
+                stream.seek(data + number * rest // (_SAMPLES - 1))
+                digest.update(stream.read(_SAMPLE_BYTES))
     return digest.hexdigest()

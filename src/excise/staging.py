@@ -54,9 +54,9 @@ def staged(destination: Path, size: int) -> Iterator[Path]:
     with _beside(destination, size, f"cannot write {destination}") as partial:
         yield partial
         for path in [*partial.rglob("*"), partial]:
-            _sync(path)
+            sync(path)
         partial.rename(destination)
-        _sync(destination.parent)
+        sync(destination.parent)
 
 
 @contextmanager
@@ -122,7 +122,7 @@ def copy_bytes(old: io.BufferedReader, new: io.BufferedWriter, start: int, stop:
         start += copied
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Make what was written to a file or folder outlast a power cut."""
     if path.is_dir() and os.name == "nt":
         return  # Windows opens no folders, and needs not
