@@ -154,6 +154,7 @@ def test_corrupt_header(refused, model):
 
 
 def test_index_that_names_a_missing_or_foreign_shard(refused, model):
+    (model / "model.safetensors").unlink()  # it would be loaded in place of what an index names
     index = model / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}}))
     assert "is missing" in refused(model=model)

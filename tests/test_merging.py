@@ -381,22 +381,53 @@ def test_other_formats_are_left_out_and_links_followed(tmp_path: Path, source: P
         )
 
 
+@pytest.mark.parametrize("named", [False, True])
+def test_of_two_checkpoints_in_a_folder_the_loaded_one_is_edited(
+    tmp_path: Path, source: Path, named: bool
+) -> None:
+    """Transformers takes what the configuration names, else the whole file before an index."""
+    other = load(source)
+    for parameter in other.parameters():
+        parameter.data.neg_()
+    other.save_pretrained(tmp_path / "other")
+    shutil.copy(tmp_path / "other" / "model.safetensors", source)
+    shards = {path.name for path in source.glob("model-*.safetensors")}
+    assert len(shards) > 1
+    index = "model.safetensors.index.json"
+    if named:
+        config = json.loads((source / "config.json").read_text())
+        config["transformers_weights"] = index
+        (source / "config.json").write_text(json.dumps(config))
+    model = load(source)
+    writers = describe(model).writers
+    edits = random_edits(writers)
+    merge = merge_checkpoint(source, tmp_path / "out", edits, writers)
+    assert set(merge.left_out) == ({"model.safetensors"} if named else {*shards, index})
+    again = {w.name: w.weight for w in describe(load(tmp_path / "out")).writers}
+    for writer in writers:
+        edited = edits[writer.name].apply_to_weight(writer.weight)
+        assert torch.equal(again[writer.name], edited.to(writer.weight.dtype))
+    kept = {path.name for path in (tmp_path / "out").glob("*.safetensors")}
+    assert kept == (shards if named else {"model.safetensors"})
+
+
 def test_a_broken_link_is_an_error(tmp_path: Path, source: Path) -> None:
     (source / "merges.txt").symlink_to(source / "nowhere")
     with pytest.raises(ExportError, match=r"merges\.txt links to a missing file"):
         merge_checkpoint(source, tmp_path / "out", {}, ())
 
 
-def test_weights_outside_the_index_are_copied_and_named(tmp_path: Path, source: Path) -> None:
+def test_weights_of_another_part_are_copied_and_named(tmp_path: Path, source: Path) -> None:
     writers = describe(load(source)).writers
     weight = writers[0].module.weight.detach()
-    save_file({"layers.0.attention.wo.weight": weight}, source / "consolidated.safetensors")
+    (source / "speech").mkdir()
+    save_file({"layers.0.attention.wo.weight": weight}, source / "speech" / "lora.safetensors")
     events: list[Event] = []
     merge = merge_checkpoint(
         source, tmp_path / "out", random_edits(writers), writers, events.append
     )
-    assert merge.unindexed == ("consolidated.safetensors",)
-    assert any(isinstance(e, Notice) and "consolidated" in e.message for e in events)
+    assert merge.unindexed == ("speech/lora.safetensors",)
+    assert any(isinstance(e, Notice) and "lora" in e.message for e in events)
     steps = [event for event in events if isinstance(event, Progress)]
     assert steps[-1].done == steps[-1].total == len(files_of(source))
 

@@ -16,6 +16,7 @@ from excise.config import Config
 from excise.edits import Edit
 from excise.engine import Engine
 from excise.evidence import Responses
+from excise.identity import fingerprint
 from excise.loading import DEMO, Loaded, read_config, read_json
 from excise.panel import Panel
 from excise.planning import Sizing
@@ -170,7 +171,7 @@ def model_record(loaded: Loaded) -> ModelRecord:
         license=_license(loaded.folder),
         multimodal=loaded.anatomy.tower,
         sampling=_sampling(loaded.folder),
-        fingerprint=stage.fingerprint(loaded.folder),
+        fingerprint=fingerprint(loaded.folder),
         notes=loaded.notes,
     )
 

@@ -34,6 +34,7 @@ from excise.weights import (
 )
 
 DEMO = "demo"  # names the embedded model
+_WHOLE = "model.safetensors"  # all weights in one file
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -204,6 +205,18 @@ def read_json(path: Path) -> dict[str, Any]:
     return data if isinstance(data, dict) else {}
 
 
+def weight_index(folder: Path) -> Path | None:
+    """The index that a checkpoint's shards are loaded by; None where one file is loaded.
+
+    In Transformers' order: what the configuration names, one whole file, an index.
+    """
+    named = _named_weights(folder)
+    if named is not None:
+        return _inside(folder, named) if named.endswith(".index.json") else None
+    index = folder / "model.safetensors.index.json"
+    return index if index.is_file() and not (folder / _WHOLE).is_file() else None
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors shards of a checkpoint, each checked to open and to be whole.
 
@@ -211,12 +224,14 @@ def weight_files(folder: Path) -> list[Path]:
         ModelError: none, only pickles, a shard that the index names is missing, outside the folder,
             truncated or corrupt.
     """
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(_weight_map(index).values()))
-        files = [_inside(folder, name) for name in names]
+    index, named = weight_index(folder), _named_weights(folder)
+    if index is not None:
+        files = [_inside(folder, name) for name in sorted(set(_weight_map(index).values()))]
+    elif named is not None:
+        files = [_inside(folder, named)]
     else:
-        files = sorted(folder.glob("*.safetensors"))
+        whole = folder / _WHOLE
+        files = [whole] if whole.is_file() else sorted(folder.glob("*.safetensors"))
     if not files:
         if any(next(folder.glob(pattern), None) for pattern in _PICKLES):
             raise ModelError(
@@ -227,6 +242,11 @@ def weight_files(folder: Path) -> list[Path]:
     for file in files:
         _check_shard(file)
     return files
+
+
+def _named_weights(folder: Path) -> str | None:
+    name = read_json(folder / "config.json").get("transformers_weights")
+    return name if isinstance(name, str) else None
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -242,7 +262,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 def _inside(folder: Path, name: str) -> Path:
     path = folder / name
     if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise ModelError(f"checkpoint index of {folder} names {name!r}, outside the model folder")
+        raise ModelError(f"the checkpoint in {folder} names {name!r}, outside the model folder")
     if not path.is_file():
         raise ModelError(f"shard {name} of {folder} is missing: download the model again")
     return path

@@ -129,11 +129,7 @@ def list_tensors(source: Path) -> list[TensorPlace]:
     Raises:
         ModelError: the checkpoint is not whole.
     """
-    files = weight_files(source)
-    if not (source / "model.safetensors.index.json").is_file():
-        # Without an index this one is what loaders take, whatever else lies beside it.
-        files = [file for file in files if file.name == "model.safetensors"] or files
-    return [place for file in files for place in _read_header(source, file)]
+    return [place for file in weight_files(source) for place in _read_header(source, file)]
 
 
 def _read_header(source: Path, file: Path) -> list[TensorPlace]:

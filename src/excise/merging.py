@@ -24,7 +24,8 @@ from excise.anatomy import Writer
 from excise.edits import Edit
 from excise.errors import ExportError
 from excise.events import Notice, OnEvent, ignore, track
-from excise.matching import TensorPlace, WriterPlace, find_tensors, list_tensors
+from excise.loading import weight_files, weight_index
+from excise.matching import TensorPlace, WriterPlace, find_tensors
 from excise.staging import add_files, check_destination, copy_bytes, staged
 from excise.swapping import threads
 
@@ -102,9 +103,9 @@ def write_checkpoint(
     check_destination(destination, source)
     extra = dict(extra_files or {})
     folds = _folds(edits, places)
-    files, left_out = _files(source, set(extra))
-    known = {place.file for place in list_tensors(source)}
-    other = tuple(str(f) for f in files if f.suffix == ".safetensors" and f not in known)
+    weights = _weights(source)
+    files, left_out = _files(source, set(extra), weights)
+    other = tuple(str(f) for f in files if f.suffix == ".safetensors" and f not in weights)
     if other:
         on_event(Notice(f"not part of the checkpoint, so copied unedited: {', '.join(other)}"))
     size = sum((source / file).stat().st_size for file in files)
@@ -142,7 +143,16 @@ def _folds(edits: Mapping[str, Edit], places: Mapping[str, WriterPlace]) -> dict
     return folds
 
 
-def _files(source: Path, replaced: set[str]) -> tuple[list[Path], tuple[str, ...]]:
+def _weights(source: Path) -> set[Path]:
+    """The files that the model is loaded from, relative to `source`: shards, and their index."""
+    index = weight_index(source)
+    files = weight_files(source) if index is None else [index, *weight_files(source)]
+    return {file.relative_to(source) for file in files}
+
+
+def _files(
+    source: Path, replaced: set[str], weights: set[Path]
+) -> tuple[list[Path], tuple[str, ...]]:
     """The files to copy, relative to `source`, and those left out; links are followed."""
 
     def unreadable(error: OSError) -> None:
@@ -158,12 +168,19 @@ def _files(source: Path, replaced: set[str]) -> tuple[list[Path], tuple[str, ...
             if name not in _HIDDEN and os.path.realpath(Path(top, name)) not in seen
         ]
         files += [Path(top, name).relative_to(source) for name in sorted(names)]
-    stale = [file for file in files if file.name.lower().endswith(_STALE)]
+    stale = [file for file in files if _is_stale(file, weights)]
     files = [file for file in files if file not in stale and str(file) not in replaced]
     for file in files:
         if not (source / file).is_file():
             raise ExportError(f"{source / file} links to a missing file: download the model again")
     return files, tuple(str(file) for file in stale)
+
+
+def _is_stale(file: Path, weights: set[Path]) -> bool:
+    """Whether a file holds the unedited weights in a form other than what was loaded."""
+    name = file.name.lower()
+    beside = name.endswith((".safetensors", ".safetensors.index.json")) and file.parent == Path()
+    return name.endswith(_STALE) or (beside and file not in weights)
 
 
 def _write_file(source: Path, target: Path, folds: list[_Fold]) -> None:

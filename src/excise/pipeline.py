@@ -20,6 +20,7 @@ from excise.export import check_formats
 from excise.finish import final_figures, summary, write_pages
 from excise.front import Objective, Point, choose, pareto, parse_rule
 from excise.ggufexport import plan_gguf
+from excise.identity import identity
 from excise.keeping import CAPTURED, DIRECTIONS, read_directions, read_opening, save_directions
 from excise.loading import Loaded, load
 from excise.methods import Method, check_method, named
@@ -223,7 +224,7 @@ def _open_search(job: _Job, out: Path, resume: bool) -> tuple[Sizing, Search]:
     known = None if fresh else journal.open_study(out)
     stored = None if known is None else known.user_attrs["sizing"]
     sizing = _sizing(job.loaded, job.tokens, config) if stored is None else from_dict(stored)
-    mine = stage.identity(job.loaded, job.sets, job.tokens, config, job.scoring, sizing.batch)
+    mine = identity(job.loaded, job.sets, job.tokens, config, job.scoring, sizing.batch)
     if known is None:
         ways = [s.goal for s in job.scoring.objectives]
         study = journal.create_study(out, ways, mine, sizing.as_dict())

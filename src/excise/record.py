@@ -53,7 +53,7 @@ class ModelRecord(Part):
     license: str | None = None
     multimodal: bool = False  # it has towers for images or sounds beside its language model
     sampling: dict[str, Any] = {}  # of the generation config: temperature, top_p and the like
-    fingerprint: str | None = None  # `stage.fingerprint` of its checkpoint
+    fingerprint: str | None = None  # `identity.fingerprint` of its checkpoint
     notes: list[str] = []  # what the measured weights are, where they are not simply the source's
 
 

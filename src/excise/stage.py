@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,7 +29,7 @@ from excise.keeping import (
     read_tensors,
     save_tensors,
 )
-from excise.loading import Loaded, load, read_config, weight_files
+from excise.loading import Loaded, load
 from excise.methods import Bench, Method, kind_of
 from excise.opening import Opening, find_opening, given_opening
 from excise.prompts import PromptSet, PromptSets
@@ -353,57 +351,3 @@ def settled(config: Config, loaded: Loaded) -> Config:
     """
     name = str(loaded.dtype).removeprefix("torch.")
     return config.model_copy(update={"model": config.model.model_copy(update={"dtype": name})})
-
-
-def identity(
-    loaded: Loaded, sets: PromptSets, tokens: Tokens, config: Config, scoring: Scoring, batch: int
-) -> dict[str, Any]:
-    """What a study's trials belong to; two runs may share trials only if all of it is equal."""
-    method = str(config.method)
-    return {
-        "model": fingerprint(loaded.folder),
-        "dtype": str(loaded.dtype),
-        "quantize": loaded.quantize,
-        "prompts": {s.role: s.sha256 for s in sets.all()},
-        "answers": {s.role: s.labels_sha256 for s in sets.all()},
-        "method": method,
-        "goal": config.goal,
-        method: config.model_dump(mode="json").get(method),
-        "seed": config.seed,
-        "directions": config.directions.model_dump(mode="json"),
-        "edit": config.edit.model_dump(mode="json"),
-        "scores": config.scores.model_dump(
-            mode="json", exclude={"final", "show", "files", "markers", "markers_file"}
-        ),
-        "markers": list(scoring.markers.phrases),
-        "scorer files": [
-            hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in config.scores.files
-        ],
-        "template": {
-            **config.prompts.model_dump(mode="json", include={"system", "prefix", "suffix"}),
-            **tokens.as_dict(),
-        },
-        "batch": batch,
-    }
-
-
-# Where a weight file is looked at, beside its beginning: models that were trained from one another
-# have the same names, sizes and, often, the same embeddings.
-_SAMPLES, _SAMPLE_BYTES = 64, 4096
-
-
-def fingerprint(folder: Path) -> str:
-    """Hash of a checkpoint's configuration and of its weights' names, sizes, headers and samples."""
-    digest = hashlib.sha256(json.dumps(read_config(folder), sort_keys=True).encode())
-    for file in weight_files(folder):
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}".encode())
-        with file.open("rb") as stream:
-            begin = stream.read(8)
-            digest.update(begin + stream.read(int.from_bytes(begin, "little")))
-            data = stream.tell()
-            rest = max(0, size - data - _SAMPLE_BYTES)
-            for number in range(_SAMPLES):
-                stream.seek(data + number * rest // (_SAMPLES - 1))
-                digest.update(stream.read(_SAMPLE_BYTES))
-    return digest.hexdigest()
