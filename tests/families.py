@@ -219,7 +219,6 @@ FOUND: dict[str, tuple[str, dict[str, Any]]] = {
             "num_heads": 4,
             "attention_types": [[["global"], LAYERS]],
         },
-        "recurrent_gemma": {"lru_width": WIDTH, "attention_window_size": 8},
     }.items()
 }
 
@@ -477,7 +476,8 @@ family's structure switched on, and the checkpoint that the class writes. What i
 
 "not by default" marks components that are edited only when `edit.components` names them. "found" are
 families that no data row describes: generic rules found the writers, and proof 1 is made at every
-load. Other families are tried in the same way, and refused where the proof fails.
+load, and that they decode from their cache alone. Other families are tried in the same way, and
+refused where the proof fails.
 
 | model type | writers | experts | post-norms | multimodal | data row | tests passed |
 |---|---|---|---|---|---|---|

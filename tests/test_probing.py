@@ -58,8 +58,18 @@ def mamba():
     return built("mamba", state_size=8, **SMALL)
 
 
+def recurrent_gemma():
+    """It keeps the states of its recurrent blocks on the blocks themselves."""
+    return built("recurrent_gemma", lru_width=32, **SMALL | {"num_hidden_layers": 3})
+
+
 @pytest.mark.parametrize(
-    ("make", "text"), [(minimax, "something besides"), (mamba, "past_key_values")]
+    ("make", "text"),
+    [
+        (minimax, "something besides"),
+        (mamba, "past_key_values"),
+        (recurrent_gemma, "outside its cache"),
+    ],
 )
 def test_what_cannot_be_proven_is_refused_in_one_line(make, text, tmp_path, capsys):
     model = make()

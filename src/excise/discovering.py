@@ -22,6 +22,7 @@ from excise.anatomy import (
     has_row,
 )
 from excise.errors import UnknownArchitecture, first_line
+from excise.kvcache import roomy_cache, select_rows, with_room
 from excise.probing import (
     TOLERANCE,
     LayerRun,
@@ -29,10 +30,17 @@ from excise.probing import (
     flat,
     layer_runs,
     outputs_of,
+    probe_tokens,
     prove,
+    run_backbone,
     unexplained,
 )
 
+_STEPS_APART = (
+    0.1  # of the states' norm: room for half precision; another row's states cost most of it
+)
+# What a model may raise that is called in a way that it was not made for.
+_FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError)
 _PASSES = 30  # of the least squares that measure a norm's gain
 
 
@@ -70,7 +78,7 @@ def discover(model: Any) -> Anatomy:
         for index, run in enumerate(layer_runs(model, bare)):
             tuples = tuples or isinstance(run(), tuple)
             writers += _find_writers(run, layers[index], index, f"{path}.{index}", width)
-    except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
+    except _FAILURES as error:
         raise UnknownArchitecture(
             f"model type {config.model_type!r}: no data row says where its writers are, and its "
             f"layers cannot be run alone to find them ({first_line(error)})"
@@ -86,7 +94,53 @@ def discover(model: Any) -> Anatomy:
     )
     check_unshared(writers, config.model_type)
     prove(model, found)
+    _prove_steps(model, found)
     return found
+
+
+def _prove_steps(model: Any, anatomy: Anatomy) -> None:
+    """Check that rows go on from a cache as in one pass, also after others have left the batch.
+
+    Raises:
+        UnknownArchitecture: the model keeps something of the rows elsewhere.
+    """
+    who = f"model type {anatomy.model_type!r}: no data row describes it, and"
+    try:
+        # A prompt of one token must not look like a step.
+        apart = [_steps_apart(model, anatomy, *case) for case in ((3, [1]), (1, [1, 0]))]
+    except _FAILURES as error:
+        raise UnknownArchitecture(f"{who} it cannot be decoded ({first_line(error)})") from error
+    if not all(share <= _STEPS_APART for share in apart):  # also where one is not a number
+        raise UnknownArchitecture(
+            f"{who} step by step it does not say what it says in one pass: it keeps states of the "
+            "batch's rows outside its cache"
+        )
+
+
+def _steps_apart(model: Any, anatomy: Anatomy, first: int, rows: list[int]) -> float:
+    """How far states of some rows step by step, after `first` tokens of all, are from one pass."""
+    ids = probe_tokens(model)[:, : first + 2]
+    cache = with_room(roomy_cache(model.config), ids.shape[1])
+    _read(anatomy, ids[:, :first], 0, cache)
+    select_rows(cache, rows)
+    places = range(first, ids.shape[1])
+    steps = [_read(anatomy, ids[rows, at : at + 1], at, cache) for at in places]
+    whole = run_backbone(anatomy, ids[rows])[:, first:].float()
+    return float((torch.cat(steps, 1).float() - whole).norm() / whole.norm())
+
+
+def _read(anatomy: Anatomy, ids: Tensor, before: int, cache: Any) -> Tensor:
+    """Final hidden states (B, T, D) of tokens (B, T) that follow the `before` that the cache holds."""
+    positions = torch.arange(before, before + ids.shape[1], device=ids.device).expand(ids.shape)
+    with torch.inference_mode():
+        hidden: Tensor = anatomy.backbone(
+            input_ids=ids,
+            attention_mask=ids.new_ones(ids.shape[0], before + ids.shape[1]),
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+    return hidden
 
 
 def _find_layers(model: Any, config: Any) -> tuple[str, Any, tuple[nn.Module, ...]]:
