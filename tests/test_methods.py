@@ -14,7 +14,7 @@ import torch
 from conftest import job
 
 from excise import arguments as command_line
-from excise import cli, events
+from excise import cli, directional, events
 from excise.capture import mean, residual_pass
 from excise.config import validate
 from excise.directions import Directions, from_means
@@ -311,3 +311,18 @@ def test_ridge_lets_mlps_go_a_share_of_the_way_or_none_of_it():
 def test_where_nothing_stands_for_attention_all_components_go_the_whole_way():
     _, _, _, method = method_of("ridge", edit={"components": ("mlp.down_proj",)})
     assert not [name for name in method.space() if name.endswith(".share")]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_is_computed_together_lies_on_one_device(name, monkeypatch):
+    """As where `device_map` spreads a model over several; "meta" stands in for another one."""
+    _, bench, captured, _ = method_of(name)
+    for writer in bench.writers:
+        if writer.layer == 2:
+            writer.module.to("meta")
+    monkeypatch.setattr(directional, "prepare", lambda *_a, **_k: None)  # it looks at values
+    method = KINDS[name].bind(bench, captured)
+    groups = [members for members, _ in getattr(method, "_single", method)._groups]
+    for members in groups:
+        assert len({method.writers[n].like.device for n in members}) == 1
+    assert sorted(n for members in groups for n in members) == list(range(len(method.writers)))

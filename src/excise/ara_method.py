@@ -62,7 +62,7 @@ class AraMethod:
         self._iterations = config.ara.iterations
         self._groups: list[tuple[list[int], AraStats]] = []
         few, self.notes = few_prompts(writers, captured)
-        shapes: dict[tuple[int, ...], list[int]] = {}
+        alike: dict[tuple[Any, ...], list[int]] = {}
         bases: dict[int, Tensor | None] = {}
         for number, writer in enumerate(writers):
             if number in few:
@@ -70,9 +70,9 @@ class AraMethod:
             rows = [captured[f"{writer.name}/{side}"] for side in ("target", "contrast")]
             bases[number] = basis = _basis(torch.cat(rows))
             span = rows[0].shape[1] if basis is None else len(basis)
-            key = (*writer.shape, *map(len, rows), span)
-            shapes.setdefault(key, []).append(number)
-        for members in shapes.values():
+            key = (writer.like.device, *writer.shape, *map(len, rows), span)
+            alike.setdefault(key, []).append(number)
+        for members in alike.values():
             stats = _stats([writers[n] for n in members], [bases[n] for n in members], captured,
                            keep_norms=config.edit.row_norms == "full")  # fmt: skip
             self._groups.append((members, stats))

@@ -38,13 +38,10 @@ class DirectionalMethod:
         self.layers = directions.unit.shape[0]
         self.sign = -1.0 if strengthen else 1.0
         self._groups: list[tuple[list[int], GroupStats]] = []
-        shapes = dict.fromkeys((w.component, w.shape) for w in writers)
-        for component, shape in shapes:
-            members = [
-                number
-                for number, w in enumerate(writers)
-                if w.component == component and w.shape == shape
-            ]
+        alike: dict[tuple[Any, ...], list[int]] = {}
+        for number, w in enumerate(writers):
+            alike.setdefault((w.component, w.shape, w.like.device), []).append(number)
+        for members in alike.values():
             chosen = [writers[number] for number in members]
             stats = prepare(
                 [w.weight for w in chosen],

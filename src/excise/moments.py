@@ -250,7 +250,7 @@ def token_moments(
     bounds = _from_the_end(texts)
 
     def see(number: int, x: Tensor, _y: Tensor, at: Tensor, batch: Batch) -> None:
-        out[number].add(x[_counted(batch, bounds)[at]].float())
+        out[number].add(x[_counted(batch, bounds, x.device)[at]].float())
 
     _pass(loaded, writers, [text.ids for text in texts], see, name, on_event)
     return out
@@ -278,7 +278,7 @@ def token_sketches(
         sums.append(torch.zeros(size, weight.shape[1], device=weight.device))
 
     def see(number: int, x: Tensor, _y: Tensor, at: Tensor, batch: Batch) -> None:
-        rows = x[_counted(batch, bounds)[at]].float()
+        rows = x[_counted(batch, bounds, x.device)[at]].float()
         sums[number] += (rows @ draws[number]).T @ rows
 
     _pass(loaded, writers, [text.ids for text in texts], see, name, on_event)
@@ -290,9 +290,9 @@ def _from_the_end(texts: Sequence[Text]) -> Tensor:
     return torch.tensor([[len(text.ids) - text.begin, text.spare] for text in texts])
 
 
-def _counted(batch: Batch, bounds: Tensor) -> Tensor:
+def _counted(batch: Batch, bounds: Tensor, device: torch.device) -> Tensor:
     """Which positions (B * T) of a left-padded batch count, by `_from_the_end` of all texts."""
-    mine = bounds[batch.rows].to(batch.mask.device)  # (B, 2)
+    mine = bounds[batch.rows].to(device)  # (B, 2)
     left = torch.arange(batch.ids.shape[1], 0, -1, device=mine.device)[None]  # tokens to the end
     return ((left <= mine[:, :1]) & (left > mine[:, 1:])).flatten()
 

@@ -147,7 +147,7 @@ class RidgeMethod:
         self._rank = config.ridge.rank
         self._followers = followers(list(dict.fromkeys(w.component for w in writers)))
         self._groups: list[tuple[list[int], RidgeStats]] = []
-        shapes: dict[tuple[int, ...], list[int]] = {}
+        alike: dict[tuple[Any, ...], list[int]] = {}
         few, self.notes = few_prompts(writers, captured)
         for number, writer in enumerate(writers):
             if number in few:
@@ -155,10 +155,10 @@ class RidgeMethod:
             parts = [
                 captured[f"{writer.name}/{what}"] for what in ("target", "outputs", "contrast")
             ]
-            key = (*writer.shape, *(s for p in parts for s in p.shape))
-            shapes.setdefault(key, []).append(number)
+            key = (writer.like.device, *writer.shape, *(s for p in parts for s in p.shape))
+            alike.setdefault(key, []).append(number)
         restore = config.edit.row_norms == "full"
-        for members in shapes.values():
+        for members in alike.values():
             some = [writers[n] for n in members]
             self._groups.append((members, _stats(some, captured, self._most, restore)))
 
