@@ -50,6 +50,20 @@ def decode(model, ends, *, deciders=None, limit=LIMIT, rows=ROWS):
     return transcript.responses(), groups, cache
 
 
+def test_a_tree_keeps_one_token_a_node_and_gives_all_of_them_back():
+    """Prefixes kept whole would take memory with the square of the responses' length."""
+    tree, node, said = ResponseTree(builders.tokenizer(), None), 0, []
+    for token in range(200):
+        said.append(5 + token % 7)
+        node = tree.step(node, said[-1])
+        assert tree.length(node) == len(said)
+    assert tree.tokens(node) == tuple(said)
+    assert tree.tokens(0) == ()
+    assert tree.response(node, ended=True).tokens == tuple(said)
+    held = [x for x in vars(tree).values() if isinstance(x, list)]
+    assert all(not isinstance(e, tuple) or len(e) == 2 for x in held for e in x)
+
+
 def likely_ends(model):
     """Tokens that end some responses early and others late: some of what the model says anyway."""
     said = [alone(model, ids, ()) for ids in ROWS]

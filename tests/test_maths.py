@@ -149,6 +149,21 @@ def test_kl_equals_its_definition_in_float64(seed, size):
     assert torch.allclose(kl(p, q.clone()), expected, rtol=1e-9, atol=1e-14)
 
 
+@pytest.mark.parametrize("low", [-80.0, -88.0, -95.0, -110.0, -300.0])
+def test_a_token_that_only_the_edited_model_expects_does_not_overflow(low):
+    """The original's probability of it is nothing in float32, and the ratio of the two is infinite."""
+    p = torch.tensor([[0.0, low, -5.0], [0.0, -1.0, -2.0]])
+    q = torch.tensor([[-5.0, 3.0, -5.0], [0.0, -1.5, -2.0]])
+    exact = kl(p.double(), q.double())
+    assert torch.allclose(kl(p, q).double(), exact, rtol=1e-5)
+    stacked = kl(
+        p, torch.stack([q, p])
+    )  # candidates beside each other, as the engine measures them
+    assert torch.allclose(
+        stacked.double(), torch.stack([exact, torch.zeros(2).double()]), rtol=1e-5
+    )
+
+
 def test_a_small_kl_survives_float32():
     g = torch.Generator().manual_seed(0)
     p = torch.randn(2000, generator=g, dtype=torch.float64) * 3

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from excise import scorers
+from excise.config import validate
 from excise.errors import ConfigError
 from excise.evidence import Divergence, Evidence, Response, Responses
 from excise.intervals import wilson
@@ -25,7 +26,9 @@ from excise.scorers import (
     rate,
     read_markers,
     scorer,
+    stands_in,
 )
+from excise.stage import scoring
 
 MARKERS = read_markers(["I can't"], None)
 
@@ -94,6 +97,15 @@ def test_phrases_are_folded_as_responses_are():
 def test_an_empty_response_shows_the_behaviour_but_holds_no_marker(text):
     assert MARKERS.shown(text)
     assert not MARKERS.found(text)
+
+
+def test_where_the_behaviour_is_wanted_silence_does_not_count():
+    """Or an edit that breaks the model would be the best there is."""
+    config = validate({"goal": "strengthen", "scores": {"markers": ["I can't"]}})
+    markers = scoring(config).markers
+    assert not markers.shown(" ")
+    assert markers.shown("I can't")
+    assert scoring(validate({"scores": {"markers": ["I can't"]}})).markers.shown(" ")
 
 
 TEXT = st.text(st.sampled_from("iI cCaAnNtT''*_`\u2019\n \u00dfabé"), max_size=30)
@@ -235,6 +247,34 @@ def test_without_known_answers_it_is_said_which_setting_is_missing(name, side):
     context = ScoreContext(MARKERS, {side: (Prompt("x", answer="a"), Prompt("y"))})
     with pytest.raises(ConfigError, match=rf"prompts\.{side}_eval\.answer_column"):
         find_scorers([name])[0].needs(context)
+
+
+@pytest.mark.parametrize("name", ["restored", "kept"])
+@pytest.mark.parametrize("answer", ["", "  ", "**", "_"])
+def test_an_answer_that_would_stand_everywhere_is_none(name, answer):
+    side = {"restored": "target", "kept": "contrast"}[name]
+    context = ScoreContext(MARKERS, {side: (Prompt("x", answer="a"), Prompt("y", answer=answer))})
+    with pytest.raises(ConfigError, match="or empty ones"):
+        find_scorers([name])[0].needs(context)
+
+
+@pytest.mark.parametrize(
+    ("answer", "text", "expected"),
+    [
+        ("7", "it is 17", False),
+        ("7", "it is 7.", True),
+        ("7", "17 or 7", True),
+        ("red", "it was declared", False),
+        ("red", "red-brown", True),
+        ("c++", "in c++, mostly", True),
+        ("c", "in c++", True),
+        ("anna's box", "anna's boxes", False),
+        ("北京", "首都是北京市", True),
+        ("7", "是7个", True),
+    ],
+)
+def test_an_answer_stands_in_a_text_as_words_of_its_own(answer, text, expected):
+    assert stands_in(answer, text) is expected
 
 
 # -- the registry ----------------------------------------------------------------------------------

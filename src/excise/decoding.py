@@ -36,7 +36,8 @@ class ResponseTree:
         self._spoken = spoken
         self._deciders = deciders
         self._children: dict[tuple[int, int], int] = {}
-        self._tokens: list[tuple[int, ...]] = [()]
+        self._from: list[tuple[int, int]] = [(0, 0)]  # a node's parent, and the token after that
+        self._length: list[int] = [0]
         self._final: list[bool] = [False]
 
     def step(self, node: int, token: int) -> int:
@@ -44,21 +45,29 @@ class ResponseTree:
         key = (node, token)
         child = self._children.get(key)
         if child is None:
-            child = self._children[key] = len(self._tokens)
-            tokens = (*self._tokens[node], token)
-            self._tokens.append(tokens)
-            self._final.append(self._settled(tokens))
+            child = self._children[key] = len(self._from)
+            self._from.append(key)
+            self._length.append(self._length[node] + 1)
+            self._final.append(self._settled(child))
         return child
 
-    def _settled(self, tokens: tuple[int, ...]) -> bool:
+    def _settled(self, node: int) -> bool:
         if self._deciders is None:
             return False
-        text = self.text(tokens)
+        text = self.text(self.tokens(node))
         return all(decided(text) for decided in self._deciders)
 
     def tokens(self, node: int) -> tuple[int, ...]:
-        """The tokens on the way to a node."""
-        return self._tokens[node]
+        """The tokens on the way to a node; only the last of them is kept with it."""
+        found = []
+        while node:
+            node, token = self._from[node]
+            found.append(token)
+        return tuple(reversed(found))
+
+    def length(self, node: int) -> int:
+        """How many tokens stand on the way to a node."""
+        return self._length[node]
 
     def is_decided(self, node: int) -> bool:
         """Whether the verdict on this response can no longer change."""
@@ -66,7 +75,7 @@ class ResponseTree:
 
     def response(self, node: int, ended: bool) -> Response:
         """The response that this node stands for."""
-        tokens = self._tokens[node]
+        tokens = self.tokens(node)
         return Response(tokens, self.text(tokens), ended)
 
     def text(self, tokens: Sequence[int]) -> str:
@@ -96,7 +105,7 @@ class Transcript:
 
     def room(self, row: int) -> int:
         """How many tokens a row may still say."""
-        return self._limit - len(self.said(row))
+        return self._limit - self._tree.length(self._nodes[row])
 
     def is_open(self, row: int) -> bool:
         """Whether a row has more to say."""

@@ -16,8 +16,17 @@ def kl(original: Tensor, edited: Tensor) -> Tensor:
 
     Sums p (e^d - 1 - d) with d = log q - log p: equal to -sum p d because q and p both sum to one,
     but every term is positive and of second order, so that a small divergence is not lost in the
-    rounding of large terms that cancel.
+    rounding of large terms that cancel. Where e^d overflows float32, in float64.
     """
+    found = _kl(original, edited)
+    far = ~torch.isfinite(found)
+    if bool(far.any()):
+        p, q = (logits.expand(*found.shape, -1)[far].double() for logits in (original, edited))
+        found[far] = _kl(p, q).to(found.dtype)
+    return found
+
+
+def _kl(original: Tensor, edited: Tensor) -> Tensor:
     log_p = original.log_softmax(-1)
     d = edited.log_softmax(-1).sub_(log_p)
     return torch.expm1(d).sub_(d).mul_(log_p.exp()).sum(-1)

@@ -37,6 +37,7 @@ WEIGHTS = (3e-4, 1e-3, 3e-3, 1e-2)
 # A response less likely than e^-8 is gone; to make it rarer still is worth nothing.
 _FLOOR = -8.0
 PROMPTS = 32
+_FARTHEST = 80.0  # log q - log p, whose exponential float32 still holds
 
 
 @dataclass(frozen=True)
@@ -196,7 +197,7 @@ def refined(
 def _kl(original: Tensor, edited: Tensor) -> Tensor:
     """`divergence.kl` without writing in place, for gradients to flow through."""
     log_p = original.log_softmax(-1)
-    d = edited.log_softmax(-1) - log_p
+    d = (edited.log_softmax(-1) - log_p).clamp_max(_FARTHEST)
     return (log_p.exp() * (torch.expm1(d) - d)).sum(-1)
 
 

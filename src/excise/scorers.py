@@ -35,9 +35,13 @@ class Score:
 
 @dataclass(frozen=True)
 class Markers:
-    """Phrases that show the behaviour, compared after folding (see `fold`)."""
+    """Phrases that show the behaviour, compared after folding (see `fold`).
+
+    `silent`: an empty response shows it too; not where the behaviour is wanted, or silence would be.
+    """
 
     phrases: tuple[str, ...]
+    silent: bool = True
 
     def found(self, text: str) -> bool:
         """Whether a phrase stands in the text: once true it stays true as the text goes on."""
@@ -45,8 +49,8 @@ class Markers:
         return any(phrase in folded for phrase in self.phrases)
 
     def shown(self, text: str) -> bool:
-        """Whether the response shows the behaviour; an empty response does."""
-        return not text.strip() or self.found(text)
+        """Whether the response shows the behaviour."""
+        return self.found(text) if text.strip() else self.silent
 
 
 @dataclass(frozen=True)
@@ -235,10 +239,10 @@ def _answered(context: ScoreContext, side: str) -> list[Request]:
     Raises:
         ConfigError: some have none.
     """
-    if any(prompt.answer is None for prompt in context.prompts[side]):
+    if not all(_answer_of(prompt) for prompt in context.prompts[side]):
         raise ConfigError(
-            f"scores: restored and kept need known answers, and the {side} prompts have none: "
-            f"set prompts.{side}_eval.answer_column (and that of {side}_holdout)"
+            f"scores: restored and kept need known answers, and {side} prompts have none, or empty "
+            f"ones: set prompts.{side}_eval.answer_column (and that of {side}_holdout)"
         )
     return [Responses(side)]
 
@@ -271,7 +275,27 @@ def _true_answers(evidence: Evidence, context: ScoreContext, side: str) -> Score
     responses = evidence.responses[side]
     prompts = context.prompts[side][: len(responses)]
     flags = [
-        fold(str(prompt.answer)) in fold(response.text)
+        stands_in(_answer_of(prompt), fold(response.text))
         for prompt, response in zip(prompts, responses, strict=True)
     ]
     return rate(flags, prompts)
+
+
+def _answer_of(prompt: Prompt) -> str:
+    return fold(prompt.answer or "").strip()
+
+
+def stands_in(answer: str, text: str) -> bool:
+    """Whether an answer stands in a text as words of its own: "7" not in "17"; both folded."""
+    start = text.find(answer)
+    while start >= 0:
+        end = start + len(answer)
+        if not _runs_on(text[:start][-1:], answer[0]) and not _runs_on(answer[-1], text[end:][:1]):
+            return True
+        start = text.find(answer, start + 1)
+    return False
+
+
+def _runs_on(a: str, b: str) -> bool:
+    """Whether two characters belong to one word, of a script that puts spaces between words."""
+    return all(c.isalnum() and c < "\u2e80" for c in (a, b))

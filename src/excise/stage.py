@@ -132,13 +132,15 @@ def scoring(config: Config) -> Scoring:
     names = [name for name in report if name not in section.objectives]
     files = section.files
     objectives = find_scorers(section.objectives, files)
+    markers = read_markers(section.markers, section.markers_file)
     if config.goal == "strengthen":
         objectives = [_wanted(scorer) for scorer in objectives]
+        markers = replace(markers, silent=False)
     return Scoring(
         tuple(objectives),
         tuple(find_scorers(names)),
         tuple(find_scorers(section.final)),
-        read_markers(section.markers, section.markers_file),
+        markers,
     )
 
 
