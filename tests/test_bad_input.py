@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import builders
+import families
 import pytest
 import torch
 from conftest import job, write_prompts
@@ -281,6 +282,24 @@ def test_output_folder_that_holds_another_run(tiny, tmp_path, capsys):
     assert cli.main(job(tiny, out)) == 2
     assert "already holds a run" in capsys.readouterr().err
     assert before == {p: p.stat().st_mtime_ns for p in out.rglob("*")}
+
+
+def test_half_a_character(refused, tmp_path):
+    rows = [*({"text": f"question {n}"} for n in range(30)), {"text": "half \ud800"}]
+    path = tmp_path / "half.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "half.jsonl cannot be read" in refused("--target", str(path))
+
+
+def test_more_text_than_a_model_has_positions(refused, tmp_path, tiny):
+    from transformers import AutoTokenizer
+
+    gpt2 = families.model("gpt2")
+    gpt2.save_pretrained(tmp_path / "gpt2")
+    AutoTokenizer.from_pretrained(tiny / "model").save_pretrained(tmp_path / "gpt2")
+    most = gpt2.config.max_position_embeddings
+    line = refused("--max-new-tokens", str(most), model=tmp_path / "gpt2")
+    assert f"do not fit the {most} positions" in line
 
 
 def test_a_run_inside_the_models_folder_is_refused(tiny, tmp_path, capsys):

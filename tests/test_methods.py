@@ -314,6 +314,19 @@ def test_where_nothing_stands_for_attention_all_components_go_the_whole_way():
 
 
 @pytest.mark.parametrize("name", METHODS)
+def test_a_model_of_one_layer_is_searched_at_that_layer(name):
+    loaded = builders.loaded("llama", num_hidden_layers=1)
+    bench = bench_of(loaded, name, {})
+    method = KINDS[name].bind(bench, KINDS[name].capture(bench))
+    for params in params_of(method, 8):
+        edits = method.edits(method.candidate(params))
+        assert any(edit is not None for edit in edits)
+        if name == "directional":
+            strengths = method.candidate(params).profiles["attn.o_proj"].strengths(1)
+            assert strengths == [params["attn.o_proj.max_weight"]]
+
+
+@pytest.mark.parametrize("name", METHODS)
 def test_what_is_computed_together_lies_on_one_device(name, monkeypatch):
     """As where `device_map` spreads a model over several; "meta" stands in for another one."""
     _, bench, captured, _ = method_of(name)

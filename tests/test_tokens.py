@@ -162,8 +162,11 @@ def test_no_end_token_at_all():
 
 
 def test_pad_token(shared):
-    assert pad_token(shared, frozenset({7})) == shared.pad_token_id == 0
-    assert pad_token(SimpleNamespace(pad_token_id=None), frozenset({9, 7})) == 7
+    model = builders.model("llama")
+    assert pad_token(model, shared) == shared.pad_token_id == 0
+    (end,) = end_tokens(model, shared)
+    for unfit in (None, model.config.vocab_size):  # a token that was added to the tokenizer alone
+        assert pad_token(model, SimpleNamespace(pad_token_id=unfit)) == end
 
 
 # -- batches ---------------------------------------------------------------------------------------

@@ -18,12 +18,13 @@ from excise.capture import mean, residual_pass
 from excise.config import ModelSection
 from excise.directional import DirectionalMethod
 from excise.engine import Engine
-from excise.errors import ModelError, UnknownArchitecture
+from excise.errors import ConfigError, ModelError, UnknownArchitecture
 from excise.evidence import Divergence, Responses
+from excise.export import check_formats
 from excise.loading import load
 from excise.merging import find_tensors
 from excise.tokens import batches
-from excise.weights import check_finite, is_packed, values
+from excise.weights import any_offloaded, check_finite, is_packed, values
 
 WRITERS = ("attn.o_proj", "mlp.down_proj")
 
@@ -104,6 +105,16 @@ def test_offloaded_writers_are_found_in_the_checkpoint(pair):
         assert mine.like.device == yours.like.device == mine.weight.device
         assert (mine.gain is None) == (yours.gain is None)
     assert there.device == here.device
+
+
+def test_an_adapter_of_offloaded_weights_is_refused_before_the_work(pair):
+    """PEFT cannot merge it, so it could not be measured."""
+    whole, spread = pair
+    writers = spread.anatomy.select(WRITERS)
+    check_formats(["adapter"], writers, offloaded=any_offloaded(whole.model))
+    check_formats(["safetensors"], writers, offloaded=any_offloaded(spread.model))
+    with pytest.raises(ConfigError, match="where weights are offloaded"):
+        check_formats(["safetensors", "adapter"], writers, offloaded=any_offloaded(spread.model))
 
 
 def test_offloaded_weights_are_checked_too(tmp_path):

@@ -80,7 +80,7 @@ def _export(sub: argparse.ArgumentParser) -> None:
     choice.add_argument("--select", metavar="RULE", help="knee, drift<=X or rate<=X")
     sub.add_argument("--format", choices=_FORMATS, default="safetensors", dest="format_name")
     sub.add_argument("--rank", type=int, metavar="R", help="rank of an adapter")
-    sub.add_argument("--error", type=float, metavar="X", help="its error (default 0.1)")
+    sub.add_argument("--error", type=float, metavar="X", help="its error (default 0.2)")
     sub.add_argument("--quantize", metavar="A,B", help="GGUF file types, such as Q4_K_M,Q8_0")
     sub.add_argument("--from-gguf", type=Path, metavar="FILE", help="patch this GGUF instead")
     sub.add_argument("--llama-cpp", type=Path, metavar="DIR", help="a checkout of llama.cpp")

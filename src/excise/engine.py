@@ -90,7 +90,7 @@ class Engine:
         self._loaded = loaded
         self._forward = Forward(loaded.model, loaded.anatomy)
         self._ends = end_tokens(loaded.model, loaded.tokenizer)
-        pad = pad_token(loaded.tokenizer, self._ends)
+        pad = pad_token(loaded.model, loaded.tokenizer)
         self._joins = can_join(self._forward.cache(1))
         shares = self._joins and not any_offloaded(loaded.model)
         self._passes = Passes(

@@ -143,12 +143,20 @@ class AdapterFactors:
     not_carried: tuple[str, ...]
 
 
-def check_formats(formats: Sequence[str], writers: Sequence[Writer]) -> None:
+def check_formats(
+    formats: Sequence[str], writers: Sequence[Writer], *, offloaded: bool = False
+) -> None:
     """Whether these writers' edits can be written in these formats: before the work, not after it.
 
     Raises:
-        ConfigError: an adapter of fused experts, whose matrices share a module.
+        ConfigError: an adapter of fused experts, whose matrices share a module, or of a model of
+            which weights are `offloaded`, where PEFT cannot merge it to be measured.
     """
+    if offloaded and "adapter" in formats:
+        raise ConfigError(
+            "format adapter: it cannot be merged, and so not measured, where weights are offloaded: "
+            "export safetensors, or give the model enough memory to stay in"
+        )
     fused = dict.fromkeys(w.component for w in writers if w.expert is not None)
     unfit = [name for name in formats if name.endswith("adapter")]
     if fused and unfit:

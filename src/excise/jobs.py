@@ -23,6 +23,7 @@ from excise.planning import from_dict, size
 from excise.prompts import PromptSet, load_prompt_sets
 from excise.record import ArtifactRecord, Record, Scores, read_record, write_record, write_text
 from excise.search import points
+from excise.weights import any_offloaded
 
 Part = Literal["eval", "holdout"]
 GEOMETRY = "geometry.html"
@@ -71,7 +72,8 @@ def export_run(
         chosen = record.trial(number)
         with phase("load", on_event):
             sets, loaded = load_prompt_sets(config.prompts), load(config.model)
-        check_formats([format_name], loaded.anatomy.select(config.edit.components))
+        writers = loaded.anatomy.select(config.edit.components)
+        check_formats([format_name], writers, offloaded=any_offloaded(loaded.model))
         _check_unchanged(record, sets.all())
         sizing = from_dict(record.engine)
         tokens = stage.stored_tokens(loaded, sets, config, scoring.markers, folder)

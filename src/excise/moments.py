@@ -22,7 +22,7 @@ from excise.events import OnEvent, track
 from excise.experts import ExpertWatch, edited_forward
 from excise.loading import Loaded
 from excise.swapping import replaced_forward
-from excise.tokens import Batch, batches, end_tokens, pad_token
+from excise.tokens import Batch, batches, pad_token
 
 _ROWS = 64
 # A writer that fewer prompts reach is left alone: an edit fitted to them would be fitted to noise.
@@ -111,7 +111,7 @@ def _pass(
     on_event: OnEvent,
 ) -> None:
     """Run all rows through the model; `see` is shown every writer's inputs and outputs."""
-    pad = pad_token(loaded.tokenizer, end_tokens(loaded.model, loaded.tokenizer))
+    pad = pad_token(loaded.model, loaded.tokenizer)
     chunks = batches(rows, _ROWS, pad, loaded.device, padding=loaded.anatomy.padding)
     for batch in track(chunks, name, len(chunks), on_event):
         _run(loaded, writers, batch, see)

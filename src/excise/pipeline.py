@@ -37,6 +37,7 @@ from excise.record import (
 )
 from excise.refining import refined, refiner_for
 from excise.search import Measure, Measured, Search
+from excise.weights import any_offloaded
 
 CONFIG = "config.toml"
 
@@ -188,7 +189,8 @@ def _load(
     with clock.phase("load"):
         loaded = load(config.model)
         config = stage.settled(named(config, loaded.anatomy), loaded)
-        check_formats(config.export.formats, loaded.anatomy.select(config.edit.components))
+        chosen = loaded.anatomy.select(config.edit.components)
+        check_formats(config.export.formats, chosen, offloaded=any_offloaded(loaded.model))
         tokens = stage.tokenise(loaded, sets, config)
         scoring.check(sets)
         check_method(loaded.anatomy, sets, config)

@@ -146,7 +146,9 @@ def read_prompts(source: PromptSource, limit: int | None = None) -> tuple[Prompt
     rows = _rows(source)
     try:
         prompts = tuple(islice((p for p in map(_prompt(source), rows) if p.text), limit))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
+        for prompt in prompts:
+            prompt.text.encode("utf-8")  # JSON can name half of a character
+    except (OSError, UnicodeError, json.JSONDecodeError, csv.Error) as error:
         raise PromptError(f"prompt file {source.source} cannot be read: {error}") from None
     if not prompts:
         raise PromptError(f"prompt set {source.source} is empty: it needs at least one prompt")

@@ -28,7 +28,7 @@ from excise.loading import Loaded
 from excise.methods import Method
 from excise.space import MOST_REFINED, Candidate, layer_key
 from excise.swapping import replaced_forward
-from excise.tokens import Batch, end_tokens, left_pad, pad_token
+from excise.tokens import Batch, left_pad, pad_token
 
 STEPS = 16
 _RATE = 0.04  # Adam's; strengths are about one
@@ -58,7 +58,7 @@ def texts(
 ) -> Texts:
     """One batch of prompts and the responses to them."""
     rows = [[*p, *r[:-1]] for p, r in zip(prompts, responses, strict=True)]
-    pad = pad_token(loaded.tokenizer, end_tokens(loaded.model, loaded.tokenizer))
+    pad = pad_token(loaded.model, loaded.tokenizer)
     batch = left_pad(rows, range(len(rows)), pad, loaded.device)
     answers = torch.full_like(batch.ids, -1)
     for row, response in zip(answers, responses, strict=True):

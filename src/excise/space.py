@@ -44,7 +44,7 @@ class Candidate:
 
 def distributions(components: tuple[str, ...], layers: int) -> dict[str, BaseDistribution]:
     """The space of a model with these edited components and L layers."""
-    n = max(layers - 1, 1)
+    n = layers - 1
     space: dict[str, BaseDistribution] = {
         "direction_scope": CategoricalDistribution(_SCOPES),
         "direction_index": FloatDistribution(0.4 * n, 0.9 * n),
@@ -119,7 +119,7 @@ def shares_of(params: Mapping[str, Any]) -> dict[str, float]:
 
 def hill(layers: int) -> dict[str, BaseDistribution]:
     """Where over L layers one profile peaks, and how it falls, in the names of `distributions`."""
-    n = max(layers - 1, 1)
+    n = layers - 1
     return {
         "max_weight_position": FloatDistribution(0.3 * n, n),
         "min_weight": FloatDistribution(0.0, 1.0),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ from excise.directions import Directions, auc, from_means
 from excise.dressing import Dressing, dress
 from excise.edits import Edit
 from excise.engine import Engine, Plan, Reference
-from excise.errors import ConfigError, MeasurementError, RunStateError
+from excise.errors import ConfigError, MeasurementError, PromptError, RunStateError
 from excise.events import OnEvent, track
 from excise.front import Objective
 from excise.keeping import (
@@ -31,7 +32,7 @@ from excise.keeping import (
 )
 from excise.loading import Loaded, load
 from excise.methods import Bench, Method, kind_of
-from excise.opening import Opening, find_opening, given_opening
+from excise.opening import LONGEST, Opening, find_opening, given_opening
 from excise.prompts import PromptSet, PromptSets
 from excise.record import Separation
 from excise.refining import direction_engine
@@ -156,12 +157,28 @@ def tokenise(loaded: Loaded, sets: PromptSets, config: Config) -> Tokens:
 
     Raises:
         ModelError: the chat template cannot render a prompt, or no token ends a response.
+        PromptError: prompts and responses are longer than the model has positions.
     """
     section = config.prompts
     end_tokens(loaded.model, loaded.tokenizer)
     dressing = dress(loaded.tokenizer, section)
     rows = {s.role: encode(loaded.tokenizer, s, section, dressing) for s in sets.all() if len(s)}
+    _check_positions(loaded, rows, config)
     return Tokens(rows, dressing)
+
+
+def _check_positions(loaded: Loaded, rows: dict[str, list[list[int]]], config: Config) -> None:
+    """Refuse what has no position, in models that learn a vector for each; others go on without end."""
+    text = loaded.model.config.get_text_config()
+    most = getattr(text, "max_position_embeddings", None)
+    if most is None or getattr(text, "rope_parameters", None):
+        return
+    prompt, new = max(map(len, chain(*rows.values()))), max(config.scores.max_new_tokens, LONGEST)
+    if prompt + new > most:
+        raise PromptError(
+            f"the longest prompt has {prompt} tokens, and {new} more do not fit the {most} positions "
+            "that this model has: give shorter prompts, or lower --max-new-tokens"
+        )
 
 
 def open_responses(
@@ -249,7 +266,7 @@ def residuals(
 def _pass(
     loaded: Loaded, side: str, ids: list[list[int]], winsor: float | None, on_event: OnEvent
 ) -> Pass:
-    pad = pad_token(loaded.tokenizer, end_tokens(loaded.model, loaded.tokenizer))
+    pad = pad_token(loaded.model, loaded.tokenizer)
     padding = loaded.anatomy.padding
     chunks = batches(ids, _CAPTURE_ROWS, pad, loaded.device, padding=padding)
     run = residual_pass(loaded.anatomy, chunks, winsor)

@@ -82,9 +82,11 @@ def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
     return frozenset(ids if isinstance(ids, list) else [int(ids)])
 
 
-def pad_token(tokenizer: Any, ends: frozenset[int]) -> int:
-    """The id that fills rows; masked, so any will do."""
-    return int(tokenizer.pad_token_id) if tokenizer.pad_token_id is not None else min(ends)
+def pad_token(model: Any, tokenizer: Any) -> int:
+    """The id that fills rows; masked, so any will do that the model has."""
+    pad = tokenizer.pad_token_id
+    known = pad is not None and pad < model.config.get_text_config().vocab_size
+    return int(pad) if known else min(end_tokens(model, tokenizer))
 
 
 def batches(
