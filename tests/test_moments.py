@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import builders
 import pytest
 import torch
@@ -172,3 +174,27 @@ def test_experts_that_few_prompts_reach_are_left_alone_and_named(name, method):
             w, merged = writer.weight, edit.apply_to_weight(writer.weight)
             assert torch.allclose(merged.norm(dim=1), w.norm(dim=1), rtol=1e-3)
             assert float((merged - w).norm()) > 0
+
+
+def test_no_writers_inputs_are_kept_beside_anothers(model, monkeypatch):
+    """All writers' inputs and outputs of a pass together would be many times the model's activations."""
+    alive, watched = [], moments._watched
+
+    def watching(writers, show):
+        refs = []
+
+        def look(number, x, y, at):
+            alive.append(sum(ref() is not None for ref in refs))
+            refs.append(weakref.ref(x))
+            show(number, x, y, at)
+
+        return watched(writers, look)
+
+    monkeypatch.setattr(moments, "_watched", watching)
+    writers = model.anatomy.select(builders.COMPONENTS)
+    texts = [Text(ids) for ids in ROWS]
+    moments.last_rows(model, writers, ROWS, "capture", events.ignore)
+    moments.token_moments(model, writers, texts, [None] * len(writers), "capture", events.ignore)
+    moments.token_sketches(model, writers, texts, 4, "capture", events.ignore)
+    assert len(alive) == 3 * len(writers)
+    assert max(alive) <= 1

@@ -138,7 +138,7 @@ def test_states_that_do_not_grow_are_counted_once_per_row():
 
 def test_memory_rows_shrink_with_length_and_never_vanish(model):
     rows = [
-        planning._memory_rows(model, config(scores__max_new_tokens=n), longest)
+        planning.memory_rows(model, config(scores__max_new_tokens=n), longest)
         for n, longest in ((1, 10), (1000, 10), (1000, 100_000), (10**15, 10))
     ]
     assert rows == sorted(rows, reverse=True)
@@ -147,7 +147,7 @@ def test_memory_rows_shrink_with_length_and_never_vanish(model):
 
 def test_memory_rows_follow_the_fraction(model):
     half, tenth = (
-        planning._memory_rows(model, config(engine__memory_fraction=f), 10) for f in (0.5, 0.05)
+        planning.memory_rows(model, config(engine__memory_fraction=f), 10) for f in (0.5, 0.05)
     )
     assert tenth == pytest.approx(half / 10, rel=0.2)  # others use the memory meanwhile
 

@@ -12,7 +12,8 @@ import torch
 from conftest import job
 
 from excise import cli, refining
-from excise.config import SearchSection, load_config
+from excise.config import SearchSection, load_config, validate
+from excise.engine import Plan
 from excise.errors import MeasurementError
 from excise.front import Objective
 from excise.record import ScoreRecord, read_record
@@ -232,6 +233,23 @@ def test_nothing_to_refine_towards_is_said(tiny: Path):
     config = load_config(sets=("scores.max_new_tokens=3",))
     with pytest.raises(MeasurementError, match="none of the original's first 4 responses shows"):
         refining.refiner_for(loaded, method, tokens, config, lambda _: False)
+
+
+# -- the engine on direction prompts ---------------------------------------------------------------
+
+
+def test_responses_to_direction_prompts_are_had_within_the_free_memory(monkeypatch):
+    loaded = builders.loaded("qwen3")
+    prompts = {"contrast": builders.token_ids(40, 5)}
+    config = validate({"scores": {"max_new_tokens": 8}})
+    roomy = refining.direction_engine(loaded, prompts, config)
+    assert (roomy.plan.rows, roomy.plan.decode) == (Plan().rows, Plan().decode)
+    monkeypatch.setattr(refining, "memory_rows", lambda *_: 7)
+    tight = refining.direction_engine(loaded, prompts, config)
+    assert (tight.plan.rows, tight.plan.decode) == (7, 7)
+    for engine in (roomy, tight):
+        engine.original("contrast")
+    assert roomy.original("contrast").responses == tight.original("contrast").responses
 
 
 # -- strengthening ---------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,8 @@ from excise.experts import ExpertWatch, edited_forward
 from excise.loading import Loaded
 from excise.swapping import replaced_forward
 from excise.tokens import Batch, batches, pad_token
+
+R = TypeVar("R")
 
 _ROWS = 64
 # A writer that fewer prompts reach is left alone: an edit fitted to them would be fitted to noise.
@@ -52,7 +54,10 @@ class Text:
 # Called with a writer's number, its inputs (S, I) and outputs (S, O), and where they stand in the batch,
 # row * T + position (S,).
 _Show = Callable[[int, Tensor, Tensor, Tensor], None]
-_See = Callable[[int, Tensor, Tensor, Tensor, Batch], None]
+# The same with its batch: gives what of them is wanted, which is small beside them.
+_Reduce = Callable[[int, Tensor, Tensor, Tensor, Batch], R]
+# Takes it, once the pass that it is from is through.
+_Take = Callable[[int, R], None]
 
 
 @contextmanager
@@ -106,25 +111,29 @@ def _pass(
     loaded: Loaded,
     writers: Sequence[Writer],
     rows: Sequence[Sequence[int]],
-    see: _See,
+    reduce: _Reduce[R],
+    take: _Take[R],
     name: str,
     on_event: OnEvent,
 ) -> None:
-    """Run all rows through the model; `see` is shown every writer's inputs and outputs."""
+    """Run all rows through the model; of every writer's inputs and outputs, `take` what they reduce to."""
     pad = pad_token(loaded.model, loaded.tokenizer)
     chunks = batches(rows, _ROWS, pad, loaded.device, padding=loaded.anatomy.padding)
     for batch in track(chunks, name, len(chunks), on_event):
-        _run(loaded, writers, batch, see)
+        _run(loaded, writers, batch, reduce, take)
 
 
-def _run(loaded: Loaded, writers: Sequence[Writer], batch: Batch, see: _See) -> None:
-    """One batch, in halves where memory is short: nothing is shown before the pass is through."""
-    seen: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+def _run(
+    loaded: Loaded, writers: Sequence[Writer], batch: Batch, reduce: _Reduce[R], take: _Take[R]
+) -> None:
+    """One batch, in halves where memory is short: nothing is taken before the pass is through."""
+    found: dict[int, R] = {}
+
+    def show(number: int, x: Tensor, y: Tensor, at: Tensor) -> None:
+        found[number] = reduce(number, x, y, at, batch)
+
     try:
-        with (
-            _watched(writers, lambda n, x, y, at: seen.__setitem__(n, (x, y, at))),
-            torch.inference_mode(),
-        ):
+        with _watched(writers, show), torch.inference_mode():
             loaded.anatomy.backbone(
                 input_ids=batch.ids,
                 attention_mask=batch.mask,
@@ -134,18 +143,18 @@ def _run(loaded: Loaded, writers: Sequence[Writer], batch: Batch, see: _See) -> 
     except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        seen.clear()
         halved = True
     else:
         halved = False
     if not halved:
-        for number in list(seen):
-            see(number, *seen.pop(number), batch)
+        for number, one in found.items():
+            take(number, one)
         return
+    found.clear()
     if len(batch.rows) == 1:
         raise MemoryExhausted("out of memory while capturing the writers of one prompt")
     for half in batch.halves():
-        _run(loaded, writers, half, see)
+        _run(loaded, writers, half, reduce, take)
 
 
 def last_rows(
@@ -162,15 +171,18 @@ def last_rows(
     Raises:
         MeasurementError: they are not finite. MemoryExhausted: one prompt does not fit.
     """
-    parts: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in writers]
+    parts: list[list[_Last]] = [[] for _ in writers]
 
-    def see(number: int, x: Tensor, y: Tensor, at: Tensor, batch: Batch) -> None:
+    def reduce(_number: int, x: Tensor, y: Tensor, at: Tensor, batch: Batch) -> _Last:
         width = batch.ids.shape[1]
         last = (at % width == width - 1).nonzero()[:, 0]
         prompts = batch.rows[(at[last] // width).cpu()]
-        parts[number].append((prompts, x[last].float().cpu(), y[last].float().cpu()))
+        return prompts, x[last].float().cpu(), y[last].float().cpu()
 
-    _pass(loaded, writers, rows, see, name, on_event)
+    def take(number: int, found: _Last) -> None:
+        parts[number].append(found)
+
+    _pass(loaded, writers, rows, reduce, take, name, on_event)
     found = [_in_order(writer, some) for writer, some in zip(writers, parts, strict=True)]
     for writer, one in zip(writers, found, strict=True):
         if not bool(torch.isfinite(one.inputs).all() and torch.isfinite(one.outputs).all()):
@@ -180,7 +192,10 @@ def last_rows(
     return found
 
 
-def _in_order(writer: Writer, parts: list[tuple[Tensor, Tensor, Tensor]]) -> LastRows:
+_Last = tuple[Tensor, Tensor, Tensor]  # which prompts (S,), inputs (S, I), outputs (S, O)
+
+
+def _in_order(writer: Writer, parts: list[_Last]) -> LastRows:
     """Rows of all batches in the order of their prompts; none for an expert that no prompt reaches."""
     if not parts:
         out, features = writer.weight.shape
@@ -212,6 +227,16 @@ class TokenMoments:
         self.tokens += x.shape[0]
         z = x if self.basis is None else x @ self.basis.T
         self.moment += (z.T @ z).double()
+
+    def join(self, more: TokenMoments) -> None:
+        """Those of other tokens."""
+        self.square += more.square
+        self.tokens += more.tokens
+        self.moment += more.moment
+
+    def empty(self) -> TokenMoments:
+        """Moments of no token, in the same basis."""
+        return TokenMoments(self.basis, torch.zeros_like(self.moment))
 
     def mean(self) -> Tensor:
         """The moment per token (Q, Q), in float32; zero where there was no token."""
@@ -249,10 +274,15 @@ def token_moments(
     ]
     bounds = _from_the_end(texts)
 
-    def see(number: int, x: Tensor, _y: Tensor, at: Tensor, batch: Batch) -> None:
-        out[number].add(x[_counted(batch, bounds, x.device)[at]].float())
+    def reduce(number: int, x: Tensor, _y: Tensor, at: Tensor, batch: Batch) -> TokenMoments:
+        part = out[number].empty()
+        part.add(x[_counted(batch, bounds, x.device)[at]].float())
+        return part
 
-    _pass(loaded, writers, [text.ids for text in texts], see, name, on_event)
+    def take(number: int, found: TokenMoments) -> None:
+        out[number].join(found)
+
+    _pass(loaded, writers, [text.ids for text in texts], reduce, take, name, on_event)
     return out
 
 
@@ -277,11 +307,14 @@ def token_sketches(
         draws.append(torch.randn(weight.shape[1], size, generator=generator).to(weight.device))
         sums.append(torch.zeros(size, weight.shape[1], device=weight.device))
 
-    def see(number: int, x: Tensor, _y: Tensor, at: Tensor, batch: Batch) -> None:
+    def reduce(number: int, x: Tensor, _y: Tensor, at: Tensor, batch: Batch) -> Tensor:
         rows = x[_counted(batch, bounds, x.device)[at]].float()
-        sums[number] += (rows @ draws[number]).T @ rows
+        return (rows @ draws[number]).T @ rows
 
-    _pass(loaded, writers, [text.ids for text in texts], see, name, on_event)
+    def take(number: int, found: Tensor) -> None:
+        sums[number] += found
+
+    _pass(loaded, writers, [text.ids for text in texts], reduce, take, name, on_event)
     return sums
 
 

@@ -45,7 +45,7 @@ def size(loaded: Loaded, config: Config, longest: int, prompts: int) -> Sizing:
         longest: tokens of the longest prompt.
         prompts: prompts of the larger side.
     """
-    fits = _memory_rows(loaded, config, longest)
+    fits = memory_rows(loaded, config, longest)
     rows = config.engine.rows
     if not rows:
         most = min(fits, prompts * _LARGEST_BATCH)
@@ -65,8 +65,14 @@ def from_dict(known: dict[str, Any]) -> Sizing:
     return Sizing(plan, int(known["batch"]))
 
 
-def _memory_rows(loaded: Loaded, config: Config, longest: int) -> int:
-    """Rows whose keys, values and activations fit in the memory that is free now."""
+def memory_rows(loaded: Loaded, config: Config, longest: int) -> int:
+    """Rows whose keys, values and activations fit in the memory that is free now; at least one.
+
+    Args:
+        loaded: the model, on its device.
+        config: the share of memory, and how many tokens a response may have.
+        longest: tokens of the longest prompt.
+    """
     inner = max(writer.shape[1] for writer in loaded.anatomy.writers)
     activations = loaded.dtype.itemsize * (8 * loaded.anatomy.width + 4 * inner)
     tokens = longest + config.scores.max_new_tokens

@@ -26,6 +26,7 @@ from excise.errors import MeasurementError
 from excise.experts import edited_forward, stack_experts
 from excise.loading import Loaded
 from excise.methods import Method
+from excise.planning import memory_rows
 from excise.space import MOST_REFINED, Candidate, layer_key
 from excise.swapping import replaced_forward
 from excise.tokens import Batch, left_pad, pad_token
@@ -70,8 +71,10 @@ def direction_engine(
     loaded: Loaded, prompts: dict[str, list[list[int]]], config: Config, spoken: Sequence[int] = ()
 ) -> Engine:
     """An engine on direction prompts, for the original model's responses to them."""
-    plan = Plan(rows=config.engine.rows or Plan().rows)
-    limit = config.scores.max_new_tokens
+    limit, usual = config.scores.max_new_tokens, Plan()
+    fits = memory_rows(loaded, config, max(len(row) for rows in prompts.values() for row in rows))
+    rows = min(config.engine.rows or usual.rows, fits)
+    plan = Plan(rows=rows, decode=min(usual.decode, fits))
     return Engine(loaded, (), prompts, max_new_tokens=limit, plan=plan, spoken=spoken)
 
 
