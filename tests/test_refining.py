@@ -15,6 +15,7 @@ from excise import cli, refining
 from excise.config import SearchSection, load_config, validate
 from excise.engine import Plan
 from excise.errors import MeasurementError
+from excise.forward import Forward
 from excise.front import Objective
 from excise.record import ScoreRecord, read_record
 from excise.search import Measured, Search
@@ -70,6 +71,34 @@ def test_the_loss_is_drift_plus_weighed_likelihood_of_merged_weights(strengthen)
         found = float(refiner.loss(candidate.index, strengths, 0.01))
         expected = plain_loss(loaded, method, prompts, answers, candidate, 0.01)
         assert found == pytest.approx(expected, rel=1e-3, abs=1e-5)
+
+
+def test_loss_and_gradient_do_not_depend_on_how_much_is_held_at_once(monkeypatch):
+    """With a large vocabulary the logits of all tokens, and their graph, would not fit a card."""
+    shapes, original = [], Forward.logits
+
+    def logits(self, hidden):
+        shapes.append(len(hidden))
+        return original(self, hidden)
+
+    monkeypatch.setattr(Forward, "logits", logits)
+    found = []
+    for rows, tokens in ((8, 1000), (2, 5)):
+        shapes.clear()
+        monkeypatch.setattr(refining, "_ROWS", rows)
+        room = property(lambda self, n=tokens: 8 * n * self.vocabulary)
+        monkeypatch.setattr(Forward, "chunk_bytes", room)
+        _, method, refiner, _, _ = refiner_of()
+        candidate = builders.candidates(2)[1]
+        start = [0.3 + 0.05 * n for n in range(len(method.writers))]
+        strengths = torch.tensor(start, dtype=torch.float64, requires_grad=True)
+        loss = refiner.loss(candidate.index, strengths, 0.1)
+        (gradient,) = torch.autograd.grad(loss, strengths)
+        found.append((loss.detach(), gradient))
+        assert max(shapes) <= tokens
+    assert max(shapes) == 5
+    for one, other in zip(*found, strict=True):
+        assert torch.allclose(one, other, rtol=1e-3, atol=1e-6)
 
 
 def test_the_gradient_is_that_of_differences():

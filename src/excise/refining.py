@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from excise.config import Config
 from excise.directional import DirectionalMethod
@@ -24,6 +25,7 @@ from excise.edits import Edit
 from excise.engine import Engine, Plan
 from excise.errors import MeasurementError
 from excise.experts import edited_forward, stack_experts
+from excise.forward import Forward
 from excise.loading import Loaded
 from excise.methods import Method
 from excise.planning import memory_rows
@@ -38,6 +40,7 @@ WEIGHTS = (3e-4, 1e-3, 3e-3, 1e-2)
 # A response less likely than e^-8 is gone; to make it rarer still is worth nothing.
 _FLOOR = -8.0
 PROMPTS = 32
+_ROWS = 8  # of one pass: with gradients, all layers' activations are held
 _FARTHEST = 80.0  # log q - log p, whose exponential float32 still holds
 
 
@@ -52,6 +55,14 @@ class Texts:
 
     batch: Batch
     answers: Tensor
+
+    def parts(self, rows: int) -> list[Texts]:
+        """The same in batches of so many rows."""
+        return [self._part(start, start + rows) for start in range(0, len(self.answers), rows)]
+
+    def _part(self, start: int, stop: int) -> Texts:
+        batch = self.batch.part(start, stop)
+        return Texts(batch, self.answers[start:stop, -batch.ids.shape[1] :])
 
 
 def texts(
@@ -84,12 +95,12 @@ class Refiner:
     def __init__(
         self, loaded: Loaded, method: DirectionalMethod, target: Texts, contrast: Texts
     ) -> None:
-        self._loaded = loaded
         self._method = method
-        self._target = target
-        self._contrast = contrast
+        self._forward = Forward(loaded.model, loaded.anatomy)
+        self._target, self._contrast = target.parts(_ROWS), contrast.parts(_ROWS)
+        self._rows, self._tokens = len(target.answers), int((contrast.answers >= 0).sum())
         with torch.no_grad():
-            self._original = self._logits(contrast)
+            self._original = [self._states(part) for part in self._contrast]
 
     def refine(self, candidate: Candidate, weight: float) -> dict[str, float]:
         """The parameters of the strengths that descending from `candidate` ends at.
@@ -103,16 +114,18 @@ class Refiner:
         optimiser = torch.optim.Adam([strengths], lr=_RATE)
         best, least = strengths.detach().clone(), float("inf")
         for step in range(STEPS + 1):
-            loss = self.loss(candidate.index, strengths, weight)
-            value = float(loss.detach())
+            optimiser.zero_grad()
+            value = 0.0
+            for part in self._losses(candidate.index, strengths, weight):
+                value += float(part.detach())
+                if step < STEPS:
+                    part.backward()  # type: ignore[no-untyped-call]
             if not value == value or abs(value) == float("inf"):
                 raise MeasurementError("refinement: the loss is not finite")
             if value < least:
                 best, least = strengths.detach().clone(), value
             if step == STEPS:
                 break
-            optimiser.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()
             with torch.no_grad():
                 strengths.clamp_(0.0, MOST_REFINED)
@@ -123,30 +136,55 @@ class Refiner:
 
     def loss(self, index: float | None, strengths: Tensor, weight: float) -> Tensor:
         """drift + weight x log-likelihood, differentiable in the strengths (W)."""
-        edits = self._method.graded(index, strengths)
-        with _edited(self._method, edits):
-            drift = _kl(self._original, self._logits(self._contrast)).mean()
-            logits = self._logits(self._target)
-        answers = self._target.answers
-        chosen = logits.log_softmax(-1).gather(1, answers[answers >= 0][:, None])[:, 0]
-        sums = torch.zeros(len(answers), device=chosen.device).index_add(
-            0, (answers >= 0).nonzero()[:, 0], chosen
-        )
-        floor = torch.tensor(_FLOOR, device=sums.device)
-        likelihood = torch.logaddexp(sums, floor).mean()
-        return drift + self._method.sign * weight * likelihood
+        return torch.stack(list(self._losses(index, strengths, weight))).sum()
 
-    def _logits(self, text: Texts) -> Tensor:
-        """Logits (tokens, V) in float32 at the positions that predict a response's tokens."""
-        batch = text.batch
-        output: Any = self._loaded.model(
-            input_ids=batch.ids,
-            attention_mask=batch.mask,
-            position_ids=batch.positions,
-            use_cache=False,
-        )
-        logits: Tensor = output.logits[text.answers >= 0].float()
-        return logits
+    def _losses(self, index: float | None, strengths: Tensor, weight: float) -> Iterator[Tensor]:
+        """What the loss is the sum of: a few rows each, so that little of the graph stands at once."""
+        for part, original in zip(self._contrast, self._original, strict=True):
+            with _edited(self._method, self._method.graded(index, strengths)):
+                states = self._states(part)
+            yield self._head(_divergence, original, states).sum() / self._tokens
+        for part in self._target:
+            with _edited(self._method, self._method.graded(index, strengths)):
+                states = self._states(part)
+            spoken = part.answers >= 0
+            chosen = self._head(_chosen, states, part.answers[spoken])
+            rows = spoken.nonzero()[:, 0].to(chosen.device)
+            sums = chosen.new_zeros(len(spoken)).index_add(0, rows, chosen)
+            floor = sums.new_tensor(_FLOOR)
+            likelihood = torch.logaddexp(sums, floor).sum() / self._rows
+            yield self._method.sign * weight * likelihood
+
+    def _states(self, text: Texts) -> Tensor:
+        """Final hidden states (N, D) at the positions that predict a response's tokens."""
+        batch, spoken = text.batch, text.answers >= 0
+        keep = int(spoken.any(0).sum())
+        hidden = self._forward.hidden(batch.ids, batch.mask, batch.positions, keep=keep)
+        return hidden[spoken[:, -keep:].to(hidden.device)]
+
+    def _head(self, take: _Take, *each: Tensor) -> Tensor:
+        """What `take` makes (N,) of tensors of N tokens each, in chunks whose logits are not kept."""
+        step = max(1, self._forward.chunk_bytes // (8 * self._forward.vocabulary))
+        chunks = zip(*(torch.split(tensor, step) for tensor in each), strict=True)
+        logits = self._forward.logits
+        return torch.cat([checkpoint(take, logits, *c, use_reentrant=False) for c in chunks])
+
+
+# Of some tokens: the model's head, and tensors of their states or tokens -> a number each.
+_Take = Callable[..., Tensor]
+
+
+def _divergence(logits: Callable[[Tensor], Tensor], original: Tensor, edited: Tensor) -> Tensor:
+    """`divergence.kl` without writing in place, for gradients to flow through."""
+    log_p = logits(original).log_softmax(-1)
+    d = (logits(edited).log_softmax(-1) - log_p).clamp_max(_FARTHEST)
+    return (log_p.exp() * (torch.expm1(d) - d)).sum(-1)
+
+
+def _chosen(logits: Callable[[Tensor], Tensor], states: Tensor, tokens: Tensor) -> Tensor:
+    """Log-likelihoods of these tokens."""
+    tokens = tokens.to(states.device)
+    return logits(states).log_softmax(-1).gather(1, tokens[:, None])[:, 0]
 
 
 def refiner_for(
@@ -195,13 +233,6 @@ def refined(
         strengths = refiner.refine(method.candidate(starts[at]), WEIGHTS[number % len(WEIGHTS)])
         out.append({**starts[at], **strengths})
     return out
-
-
-def _kl(original: Tensor, edited: Tensor) -> Tensor:
-    """`divergence.kl` without writing in place, for gradients to flow through."""
-    log_p = original.log_softmax(-1)
-    d = (edited.log_softmax(-1) - log_p).clamp_max(_FARTHEST)
-    return (log_p.exp() * (torch.expm1(d) - d)).sum(-1)
 
 
 def _every_layer(method: DirectionalMethod) -> list[str]:
