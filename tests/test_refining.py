@@ -264,6 +264,34 @@ def test_nothing_to_refine_towards_is_said(tiny: Path):
         refining.refiner_for(loaded, method, tokens, config, lambda _: False)
 
 
+def test_a_run_with_nothing_to_refine_ends_with_what_it_found(tiny: Path, tmp_path: Path, capsys):
+    (tmp_path / "markers.txt").write_text("a phrase that nobody says\n")
+    markers = ("--markers", str(tmp_path / "markers.txt"), "--refine", "3", "--json-events")
+    arguments = [a for a in job(tiny, tmp_path / "run", *markers) if a != "--quiet"]
+    assert cli.main(arguments) == 0
+    said = capsys.readouterr()
+    assert "nothing whose likelihood could change" in said.out + said.err
+    assert len(read_record(tmp_path / "run").trials) == 12
+
+
+def test_rows_stand_alone_where_padding_is_not_trusted():
+    loaded = builders.loaded("qwen3")
+    bare = replace(loaded, anatomy=replace(loaded.anatomy, padding=False))
+    method = builders.method(loaded)
+    rows, answers = builders.token_ids(5, 3), builders.token_ids(5, 4, shortest=3)
+    both = [refining.texts(loaded, rows, answers)] * 2
+    candidate = builders.candidates(2)[1]
+    strengths = torch.full((len(method.writers),), 0.5, dtype=torch.float64)
+    losses = []
+    for one in (loaded, bare):
+        refiner = refining.Refiner(one, method, *both)
+        losses.append(float(refiner.loss(candidate.index, strengths, 0.1)))
+    parts = refiner._target
+    assert len(parts) == len(rows)
+    assert all(bool(part.batch.mask.all()) for part in parts)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
 # -- the engine on direction prompts ---------------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from excise.config import PromptSection
@@ -159,6 +160,16 @@ def test_end_tokens_of_a_real_model(shared):
 def test_no_end_token_at_all():
     with pytest.raises(ModelError, match="end token"):
         ends(SimpleNamespace(eos_token_id=None), None)
+
+
+def test_an_end_that_the_tokenizer_adds_is_taken_off_a_plain_prompt():
+    tokenizer = plain_tokenizer(adds_bos=False)
+    plain, end = ids_of(tokenizer, "one two"), tokenizer.eos_token_id
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A <eos>", special_tokens=[("<eos>", end)]
+    )
+    assert tokenizer("one two", add_special_tokens=True)["input_ids"][-1] == end
+    assert ids_of(tokenizer, "one two") == plain
 
 
 def test_pad_token(shared):

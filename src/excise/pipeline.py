@@ -35,7 +35,7 @@ from excise.record import (
     write_record,
     write_text,
 )
-from excise.refining import refined, refiner_for
+from excise.refining import NothingToRefine, refined, refiner_for
 from excise.search import Measure, Measured, Search
 from excise.weights import any_offloaded
 
@@ -246,15 +246,21 @@ def _search(job: _Job, search: Search, measure: Measure, clock: Clock) -> None:
         search.run(section.trials, measure, clock.on_event)
     if section.refine:
         with clock.phase("refine", section.refine):
-            search.refine(_refinement(job, search), measure, clock.on_event)
+            search.refine(_refinement(job, search, clock.on_event), measure, clock.on_event)
 
 
-def _refinement(job: _Job, search: Search) -> Callable[[list[Point]], list[dict[str, Any]]]:
+def _refinement(
+    job: _Job, search: Search, on_event: OnEvent
+) -> Callable[[list[Point]], list[dict[str, Any]]]:
     """Points so far -> parameters of new trials, refined from their front."""
 
     def propose(points: list[Point]) -> list[dict[str, Any]]:
         shown, spoken = job.scoring.markers.shown, job.tokens.opening.spoken
-        refiner = refiner_for(job.loaded, job.method, job.tokens, job.config, shown, spoken)
+        try:
+            refiner = refiner_for(job.loaded, job.method, job.tokens, job.config, shown, spoken)
+        except NothingToRefine as error:  # what the search found is not lost for it
+            on_event(events.Notice(str(error)))
+            return []
         trials = search.records()
         starts = [trials[p.number].params for p in pareto(points, job.scoring.goals())]
         return refined(refiner, job.method, starts, job.config.search.refine)

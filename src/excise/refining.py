@@ -44,6 +44,10 @@ _ROWS = 8  # of one pass: with gradients, all layers' activations are held
 _FARTHEST = 80.0  # log q - log p, whose exponential float32 still holds
 
 
+class NothingToRefine(MeasurementError):
+    """The original does not show the behaviour where refinement looks for it."""
+
+
 @dataclass(frozen=True)
 class Texts:
     """Prompts and responses, side by side in one batch each, and where the responses stand.
@@ -97,7 +101,8 @@ class Refiner:
     ) -> None:
         self._method = method
         self._forward = Forward(loaded.model, loaded.anatomy)
-        self._target, self._contrast = target.parts(_ROWS), contrast.parts(_ROWS)
+        rows = _ROWS if loaded.anatomy.padding else 1  # a row alone has no padding
+        self._target, self._contrast = target.parts(rows), contrast.parts(rows)
         self._rows, self._tokens = len(target.answers), int((contrast.answers >= 0).sum())
         with torch.no_grad():
             self._original = [self._states(part) for part in self._contrast]
@@ -198,7 +203,7 @@ def refiner_for(
     """What refines candidates, on the first direction prompts and the original's responses to them.
 
     Raises:
-        MeasurementError: no response of the original shows the behaviour.
+        NothingToRefine: no response of the original shows the behaviour.
     """
     assert isinstance(method, DirectionalMethod)
     prompts = {side: tokens[side][:PROMPTS] for side in ("target", "contrast")}
@@ -206,9 +211,9 @@ def refiner_for(
     found = {side: engine.original(side).responses for side in prompts}
     shown = [n for n, r in enumerate(found["target"]) if r.tokens and shows(r.text)]
     if not shown:
-        raise MeasurementError(
+        raise NothingToRefine(
             f"refinement: none of the original's first {len(prompts['target'])} responses shows the "
-            "behaviour, so there is nothing whose likelihood could change"
+            "behaviour, so there is nothing whose likelihood could change: no trial is refined"
         )
     target = texts(
         loaded,

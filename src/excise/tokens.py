@@ -67,9 +67,18 @@ def encode(
     # The template writes its own <bos>; adding another would change every position.
     special = dressing.template is None
     ids = tokenizer(rendered, add_special_tokens=special)["input_ids"]
+    if special:
+        ids = [_unended(tokenizer, text, row) for text, row in zip(rendered, ids, strict=True)]
     if any(not row for row in ids):
         raise PromptError(f"a prompt of {prompts.source} has no tokens")
     return [list(map(int, row)) for row in ids]
+
+
+def _unended(tokenizer: Any, text: str, row: list[int]) -> list[int]:
+    """A prompt's tokens without the end that some tokenizers add: nothing would be left to say."""
+    end = tokenizer.eos_token_id
+    added = end is not None and row[-1:] == [end] and not text.endswith(tokenizer.eos_token)
+    return row[:-1] if added else row
 
 
 def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
