@@ -284,6 +284,126 @@ def test_output_folder_that_holds_another_run(tiny, tmp_path, capsys):
     assert before == {p: p.stat().st_mtime_ns for p in out.rglob("*")}
 
 
+@pytest.mark.parametrize(
+    ("file", "change", "words"),
+    [
+        ("config.json", lambda d: {**d, "num_hidden_layers": 99}, "`num_hidden_layers` (99)"),
+        ("config.json", lambda d: {**d, "hidden_size": "many"}, "expected int, got str"),
+        ("config.json", lambda d: {**d, "num_attention_heads": 0}, "cannot be loaded"),
+        ("generation_config.json", lambda _: [], "cannot be loaded"),
+    ],
+)
+def test_a_configuration_that_contradicts_itself(refused, model, file, change, words):
+    path = model / file
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    assert words in refused(model=model)
+
+
+def test_a_device_that_is_not_there(refused):
+    assert "cannot be loaded" in refused("--set", "model.device_map=cuda:7")
+
+
+def own_scorer(folder: Path, needs: str, returns: str) -> list[str]:
+    """Flags of a run whose first objective is a user's scorer with these expressions."""
+    file = folder / "mine.py"
+    file.write_text(
+        "from excise import scorer\nfrom excise.evidence import Responses\n"
+        "from excise.scorers import Score\n"
+        f"@scorer('mine', needs=lambda _: {needs})\ndef mine(e, c):\n    return {returns}\n"
+    )
+    sets = (f'scores.files=["{file}"]', 'scores.objectives=["mine", "drift"]')
+    return [part for one in sets for part in ("--set", one)]
+
+
+@pytest.mark.parametrize(
+    ("needs", "words"),
+    [
+        ("3", "must be a list of Responses and Divergence"),
+        ("[Responses('nobody')]", "of target or contrast"),
+        ("1 / 0", "its needs raise ZeroDivisionError"),
+    ],
+)
+def test_a_users_scorer_whose_needs_do_not_fit(refused, tmp_path, needs, words):
+    assert words in refused(*own_scorer(tmp_path, needs, "Score(0.5, 1)"))
+
+
+@pytest.mark.parametrize(
+    ("returns", "words"),
+    [
+        ("0.5", "must return a Score, and returned 0.5"),
+        ("1 / 0", "scorer mine raises ZeroDivisionError"),
+    ],
+)
+def test_a_users_scorer_that_fails_while_running(tiny, tmp_path, capsys, returns, words):
+    out = tmp_path / "out"
+    assert cli.main(job(tiny, out, *own_scorer(tmp_path, "[Responses('target')]", returns))) == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert words in line
+    assert not (out / "record.json").exists()
+
+
+def test_a_users_scorer_is_an_objective_or_only_reported(tiny, tmp_path):
+    file = tmp_path / "own.py"
+    file.write_text(
+        "from excise import scorer\nfrom excise.evidence import Responses\n"
+        "from excise.scorers import Score\n"
+        "@scorer('length', needs=lambda _: [Responses('target')])\n"
+        "def length(e, c):\n"
+        "    rows = e.responses['target']\n"
+        "    return Score(sum(len(r.tokens) for r in rows) / len(rows), len(rows))\n"
+    )
+    for where in ("objectives", "report"):
+        names = {"objectives": ["length", "drift"], "report": ["length"]}[where]
+        out = tmp_path / where
+        sets = (f'scores.files=["{file}"]', f"scores.{where}={json.dumps(names)}")
+        flags = [part for one in sets for part in ("--set", one)]
+        assert cli.main(job(tiny, out, *flags)) == 0
+        record = json.loads((out / "record.json").read_text())
+        assert ("length" in record["objectives"]) == (where == "objectives")
+        assert all(0 < t["scores"]["length"]["value"] <= 4 for t in record["trials"])
+
+
+def test_a_folder_below_a_file(tiny, tmp_path, capsys):
+    (tmp_path / "file").write_text("x")
+    assert cli.main(job(tiny, tmp_path / "file" / "run")) == 2
+    assert "file is a file" in capsys.readouterr().err
+
+
+def test_a_lock_alone_is_no_run(tiny, tmp_path):
+    """What a kill in the first moment leaves."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").touch()
+    assert cli.main(job(tiny, tmp_path / "run")) == 0
+
+
+@pytest.mark.parametrize("how", ["missing", "empty"])
+def test_a_finished_run_without_its_journal_is_not_begun_again(tiny, tmp_path, capsys, how):
+    out = tmp_path / "run"
+    assert cli.main(job(tiny, out)) == 0
+    before = (out / "record.json").read_bytes()
+    (out / "study.journal").unlink()
+    if how == "empty":
+        (out / "study.journal").touch()
+    capsys.readouterr()
+    assert cli.main(["resume", str(out), "--quiet"]) == 2
+    assert "put the journal back" in capsys.readouterr().err
+    assert (out / "record.json").read_bytes() == before
+
+
+def test_a_run_of_a_model_that_has_changed_is_not_exported(tiny, tmp_path, capsys):
+    place, out = tmp_path / "model", tmp_path / "run"
+    shutil.copytree(tiny / "model", place)
+    arguments = job(tiny, out)
+    arguments[1] = str(place)
+    assert cli.main(arguments) == 0
+    builders.checkpoint(place, "qwen3", seed=5)
+    capsys.readouterr()
+    for command in (["export", str(out), "--to", str(tmp_path / "to")], ["geometry", str(out)]):
+        assert cli.main([*command, "--quiet"]) == 2
+        assert "has changed since the run" in capsys.readouterr().err
+    assert not (tmp_path / "to").exists()
+
+
 def test_half_a_character(refused, tmp_path):
     rows = [*({"text": f"question {n}"} for n in range(30)), {"text": "half \ud800"}]
     path = tmp_path / "half.jsonl"

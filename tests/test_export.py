@@ -17,12 +17,12 @@ from torch import Tensor
 
 from excise import export
 from excise.anatomy import Writer, describe
-from excise.artifacts import touched_by
+from excise.artifacts import apart, touched_by
 from excise.edits import Edit
 from excise.errors import ExportError, OutputError, StorageError
 from excise.events import Event, Notice, Progress
 from excise.export import export_adapter, export_safetensors, low_rank, rank_for, weight_difference
-from excise.record import CoverageRecord
+from excise.record import CoverageRecord, ScoreRecord
 from excise.staging import sha256_of
 
 IDS = torch.arange(3, 23).view(2, 10)
@@ -320,3 +320,17 @@ def test_what_a_trial_touches_is_said_by_component_and_layer(tmp_path: Path) -> 
         f"mlp.down_proj: {layers} matrices, left alone by this edit",
         "embedding",
     ]
+
+
+def test_an_artifact_that_measures_otherwise_than_the_search_is_said() -> None:
+    def scores(rate: float, drift: float) -> dict[str, ScoreRecord]:
+        return {
+            "behaviour_rate": ScoreRecord(value=rate, n=100),
+            "drift": ScoreRecord(value=drift, n=100),
+        }
+
+    assert apart(scores(0.1, 0.01), scores(0.14, 0.0119)) == []
+    (line,) = apart(scores(0.1, 0.01), scores(0.16, 0.01))
+    assert line == "behaviour_rate was 0.1 in the search, is 0.16 now"
+    (line,) = apart(scores(0.1, 0.01), scores(0.1, 0.0))
+    assert line == "drift was 0.01 in the search, is 0 now"

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import job
 
-from excise import cli
+from excise import artifacts, cli
 from excise.record import read_record
 
 FILES = ("config.toml", "study.journal", "directions.safetensors", "record.json", "report.html")
@@ -154,6 +154,23 @@ def test_evaluate_an_edited_model_against_its_base(demo_run: Path, capsys):
         value = found["search"]["edited"][name]["value"]
         assert value == pytest.approx(measured[name].value, rel=1e-3, abs=1e-6)
     assert found["holdout"]["edited"]["restored"]["value"] > 0.7
+
+
+def test_an_export_is_measured_as_it_was_written(tiny: Path, tmp_path: Path, monkeypatch, capsys):
+    """One that lost its edit has no drift, and that is said beside what the search measured."""
+    real = artifacts.export_safetensors
+
+    def lost(source, to, edits, *more):
+        return real(source, to, {}, *more)
+
+    monkeypatch.setattr(artifacts, "export_safetensors", lost)
+    arguments = [a for a in job(tiny, tmp_path / "run", "--json-events") if a != "--quiet"]
+    assert cli.main(arguments) == 0
+    (artifact,) = read_record(tmp_path / "run").artifacts
+    assert artifact.expected["drift"].value > 1e-5
+    assert artifact.measured["drift"].value < 1e-9
+    said = capsys.readouterr()
+    assert ("drift was" in said.out + said.err) == (artifact.expected["drift"].value > 1.25e-4)
 
 
 def test_resume_to_more_trials_keeps_the_old_ones(demo_run: Path, tmp_path: Path):

@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         command: Callable[[argparse.Namespace], int] = arguments.command
         return command(arguments)
     except KeyboardInterrupt:
-        _complain("interrupted; what was finished is kept" + _resume_hint(arguments))
+        _complain("interrupted" + _resume_hint(arguments))
         return EXIT_INTERRUPTED
     except ExciseError as error:
         if arguments.debug:
@@ -131,7 +131,7 @@ def _do_run(config: Any, out: Path, arguments: argparse.Namespace, *, resume: bo
     from excise.console import Reporter, show_result
     from excise.pipeline import run
 
-    arguments.folder = out
+    arguments.run = out
     with Reporter(quiet=arguments.quiet, json_events=arguments.json_events) as on_event:
         record = run(config, out, on_event, resume=resume)
     if not arguments.json_events:
@@ -284,8 +284,11 @@ def _complain(text: str) -> None:
 
 
 def _resume_hint(arguments: argparse.Namespace) -> str:
-    folder = getattr(arguments, "folder", None)
-    return f": go on with `excise resume {folder}`" if folder is not None else ""
+    """How to go on with a run; "" where none has begun."""
+    folder = getattr(arguments, "run", None)
+    if folder is None or not (folder / "config.toml").is_file():
+        return ""
+    return f"; what was finished is kept: go on with `excise resume {folder}`"
 
 
 if __name__ == "__main__":

@@ -91,6 +91,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """A library's error in one line, for a message of ours: its first line, else its type."""
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+    """A library's error in one line, for a message of ours: its first line, else its type.
+
+    With the line after it where the first only leads up to that.
+    """
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

@@ -17,7 +17,8 @@ from excise.front import Objective, Point, choose
 from excise.geometry import Projection, check_projection, describe_layers, embed, project
 from excise.geometry_page import projection_page
 from excise.ggufexport import plan_gguf
-from excise.loading import load
+from excise.identity import fingerprint
+from excise.loading import Loaded, load
 from excise.panel import Panel
 from excise.planning import from_dict, size
 from excise.prompts import PromptSet, load_prompt_sets
@@ -74,7 +75,7 @@ def export_run(
             sets, loaded = load_prompt_sets(config.prompts), load(config.model)
         writers = loaded.anatomy.select(config.edit.components)
         check_formats([format_name], writers, offloaded=any_offloaded(loaded.model))
-        _check_unchanged(record, sets.all())
+        _check_unchanged(record, loaded, sets.all())
         sizing = from_dict(record.engine)
         tokens = stage.stored_tokens(loaded, sets, config, scoring.markers, folder)
         method = stage.stored_method(loaded, tokens, config, folder, on_event)
@@ -116,7 +117,7 @@ def survey(
         record = read_record(folder)
         with phase("load", on_event):
             sets, loaded = load_prompt_sets(config.prompts), load(config.model)
-        _check_unchanged(record, sets.all())
+        _check_unchanged(record, loaded, sets.all())
         markers = stage.scoring(config).markers
         tokens = stage.stored_tokens(loaded, sets, config, markers, folder)
         target, contrast = (
@@ -200,7 +201,11 @@ def _selected(record: Record, rule: str | None, goals: list[Objective]) -> int:
     return chosen.number
 
 
-def _check_unchanged(record: Record, sets: tuple[PromptSet, ...]) -> None:
+def _check_unchanged(record: Record, loaded: Loaded, sets: tuple[PromptSet, ...]) -> None:
+    if record.model.fingerprint not in (None, fingerprint(loaded.folder)):
+        raise RunStateError(
+            f"the model in {loaded.folder} has changed since the run: its edits are of other weights"
+        )
     for prompts in sets:
         known = record.prompts.get(prompts.role)
         if known is not None and known.sha256 != prompts.sha256:

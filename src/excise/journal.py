@@ -24,7 +24,7 @@ Goal = Literal["minimize", "maximize"]
 
 FILE = "study.journal"
 STUDY = "excise"
-_LOCK = ".lock"
+LOCK = ".lock"
 _STUB_BYTES = 4096  # a journal that was stopped while it was made is shorter
 
 
@@ -35,7 +35,7 @@ def hold(folder: Path) -> Iterator[None]:
     Raises:
         RunStateError: another process works on it.
     """
-    lock = FileLock(folder / _LOCK)
+    lock = FileLock(folder / LOCK)
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -82,13 +82,15 @@ def create_study(
 def open_study(folder: Path) -> optuna.Study | None:
     """The study of a run folder; a line that a power cut left half-written is dropped.
 
-    None when the run was stopped before its study was whole: then nothing is lost by a new one.
+    None when the run was stopped before its study was there and whole: nothing is lost by a new one.
 
     Raises:
         RunStateError: not an Excise journal.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     path = folder / FILE
+    if not path.exists():
+        return None
     _drop_torn_line(path)
     try:
         study = optuna.load_study(study_name=STUDY, storage=_storage(path))

@@ -16,6 +16,7 @@ from typing import Any
 
 import psutil
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from excise.anatomy import Anatomy, describe, has_row
@@ -36,6 +37,9 @@ from excise.weights import (
 DEMO = "demo"  # names the embedded model
 _WHOLE = "model.safetensors"  # all weights in one file
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+# What Transformers raises of a configuration that contradicts itself, or a device that is not there.
+_UNLOADABLE = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError,
+               OSError, RuntimeError, ImportError, StrictDataclassError)  # fmt: skip
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -344,7 +348,7 @@ def _load_model(
             ignore_mismatched_sizes=True,  # so that we can name them ourselves, below
             output_loading_info=True,
         )
-    except (ValueError, OSError, RuntimeError, KeyError, ImportError) as error:
+    except _UNLOADABLE as error:
         raise ModelError(f"model {section.source} cannot be loaded: {first_line(error)}") from error
     mismatched = (k[0] if isinstance(k, tuple) else k for k in info["mismatched_keys"])
     wrong = sorted({*info["missing_keys"], *mismatched})

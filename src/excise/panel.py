@@ -9,7 +9,7 @@ from typing import Protocol
 from excise.evidence import Divergence, Evidence, Request
 from excise.front import Objective, Point, hopeless
 from excise.record import ScoreRecord, Scores
-from excise.scorers import Score, ScoreContext, Scorer
+from excise.scorers import Score, ScoreContext, Scorer, needs_of, score_of
 from excise.search import Measured
 from excise.stacking import CandidateEdits
 
@@ -41,7 +41,7 @@ class Panel:
         self._engine = engine
         self._context = context
         self._screen = screen
-        self._requests = {s.name: list(s.needs(context)) for s in scorers}
+        self._requests = {s.name: needs_of(s, context) for s in scorers}
         self._names = [s.name for s in scorers]
         self._quick = [s for s in scorers if _is_quick(self._requests[s.name])]
         self._slow = [s for s in scorers if not _is_quick(self._requests[s.name])]
@@ -96,7 +96,7 @@ class Panel:
         return [request for s in scorers for request in self._requests[s.name]]
 
     def _scores(self, scorers: Sequence[Scorer], evidence: Evidence) -> Scores:
-        return {s.name: to_record(s.score(evidence, self._context)) for s in scorers}
+        return {s.name: to_record(score_of(s, evidence, self._context)) for s in scorers}
 
 
 def to_record(score: Score) -> ScoreRecord:

@@ -27,6 +27,7 @@ from excise.methods import Method, check_method, named
 from excise.panel import Panel
 from excise.planning import Sizing, from_dict, size
 from excise.prompts import PromptSets, load_prompt_sets
+from excise.record import FILE as RECORD
 from excise.record import (
     Record,
     Separation,
@@ -146,13 +147,15 @@ def check_output(out: Path, resume: bool) -> None:
     """
     if resume:
         return
-    if out.exists() and not out.is_dir():
-        raise OutputError(f"{out} is a file: give --out a new folder")
+    for place in (out, *out.absolute().parents):
+        if place.exists() and not place.is_dir():
+            raise OutputError(f"{place} is a file: give --out a new folder")
     if (out / journal.FILE).exists() or (out / CONFIG).exists():
         raise OutputError(
             f"{out} already holds a run: go on with `excise resume {out}`, or choose a new --out"
         )
-    if out.is_dir() and any(out.iterdir()):
+    # A run that was killed as it began leaves its lock alone.
+    if out.is_dir() and any(path.name != journal.LOCK for path in out.iterdir()):
         raise OutputError(f"{out} is not empty: give --out a new folder")
 
 
@@ -222,8 +225,12 @@ def _prepare(
 def _open_search(job: _Job, out: Path, resume: bool) -> tuple[Sizing, Search]:
     """The study of this run, new or resumed, and the sizes that it was started with."""
     config, goals = job.config, job.scoring.goals()
-    fresh = not resume or not (out / journal.FILE).exists()
-    known = None if fresh else journal.open_study(out)
+    known = journal.open_study(out) if resume else None
+    if resume and known is None and (out / RECORD).exists():
+        raise RunStateError(
+            f"{out} has a record of finished trials and no {journal.FILE} that holds them: put the "
+            "journal back, or choose a new --out"
+        )
     stored = None if known is None else known.user_attrs["sizing"]
     sizing = _sizing(job.loaded, job.tokens, config) if stored is None else from_dict(stored)
     mine = identity(job.loaded, job.sets, job.tokens, config, job.scoring, sizing.batch)

@@ -15,7 +15,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Literal
 
-from excise.errors import ConfigError
+from excise.errors import ConfigError, MeasurementError, first_line
 from excise.evidence import Divergence, Evidence, Request, Responses
 from excise.intervals import ratio, wilson
 from excise.prompts import Prompt
@@ -135,6 +135,50 @@ def _load_file(path: Path) -> None:
         spec.loader.exec_module(module)
     except Exception as error:
         raise ConfigError(f"scores.files: {path} cannot be loaded: {error}") from error
+
+
+def needs_of(one: Scorer, context: ScoreContext) -> list[Request]:
+    """What a scorer, perhaps a user's own, asks of the engine.
+
+    Raises:
+        ConfigError: it asks for something else than the sides' responses and divergence.
+    """
+    try:
+        found = one.needs(context)
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"scorer {one.name}: its needs raise {_named(error)}") from error
+    fit = isinstance(found, list | tuple) and all(
+        isinstance(request, Responses | Divergence) and request.side in context.prompts
+        for request in found
+    )
+    if not fit:
+        sides = " or ".join(context.prompts)
+        raise ConfigError(
+            f"scorer {one.name}: its needs must be a list of Responses and Divergence of {sides}, and "
+            f"are {found!r}"
+        )
+    return list(found)
+
+
+def score_of(one: Scorer, evidence: Evidence, context: ScoreContext) -> Score:
+    """What a scorer, perhaps a user's own, makes of the evidence.
+
+    Raises:
+        MeasurementError: it raises, or gives no `Score`.
+    """
+    try:
+        found = one.score(evidence, context)
+    except Exception as error:
+        raise MeasurementError(f"scorer {one.name} raises {_named(error)}") from error
+    if not isinstance(found, Score):
+        raise MeasurementError(f"scorer {one.name} must return a Score, and returned {found!r}")
+    return found
+
+
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 _QUOTES = str.maketrans({"\u2018": "'", "\u2019": "'", "\u02bc": "'", "\u201c": '"', "\u201d": '"'})

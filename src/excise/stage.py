@@ -41,6 +41,7 @@ from excise.scorers import (
     ScoreContext,
     Scorer,
     find_scorers,
+    needs_of,
     read_markers,
 )
 from excise.tokens import batches, encode, end_tokens, pad_token
@@ -107,9 +108,9 @@ class Scoring:
             ConfigError: a scorer needs what the prompts do not have.
         """
         for scorer in (*self.objectives, *self.report, *self.final):
-            scorer.needs(self.context(sets.target_eval, sets.contrast_eval))
+            needs_of(scorer, self.context(sets.target_eval, sets.contrast_eval))
         for scorer in self.final:
-            scorer.needs(self.context(sets.target_holdout, sets.contrast_holdout))
+            needs_of(scorer, self.context(sets.target_holdout, sets.contrast_holdout))
 
     def context(self, target: PromptSet, contrast: PromptSet) -> ScoreContext:
         """What scorers know when these two sets are measured."""

@@ -70,7 +70,9 @@ def encode(
     if special:
         ids = [_unended(tokenizer, text, row) for text, row in zip(rendered, ids, strict=True)]
     if any(not row for row in ids):
-        raise PromptError(f"a prompt of {prompts.source} has no tokens")
+        raise PromptError(
+            f"a prompt of {prompts.source} has no tokens: are the model's tokenizer files there?"
+        )
     return [list(map(int, row)) for row in ids]
 
 
