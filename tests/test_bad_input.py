@@ -13,7 +13,7 @@ import torch
 from conftest import job, write_prompts
 from safetensors.torch import load_file, save_file
 
-from excise import cli, fitting
+from excise import cli, fitting, journal
 from excise.keeping import CAPTURED
 
 
@@ -330,7 +330,7 @@ def test_a_users_scorer_whose_needs_do_not_fit(refused, tmp_path, needs, words):
 @pytest.mark.parametrize(
     ("returns", "words"),
     [
-        ("0.5", "must return a Score, and returned 0.5"),
+        ("0.5", "must return a Score with a number, and returned 0.5"),
         ("1 / 0", "scorer mine raises ZeroDivisionError"),
     ],
 )
@@ -402,6 +402,47 @@ def test_a_run_of_a_model_that_has_changed_is_not_exported(tiny, tmp_path, capsy
         assert cli.main([*command, "--quiet"]) == 2
         assert "has changed since the run" in capsys.readouterr().err
     assert not (tmp_path / "to").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("chat.jsonl", '{"text": [{"role": "user", "content": "q"}]}\n', "holds list, not text"),
+        ("flag.jsonl", '{"text": true}\n', "holds bool, not text"),
+        ("comma.csv", "id,text\n3,question 3, with a comma?\n", "more fields than the header"),
+        ("quote.csv", 'id,text\n3,"question 3?\n4,question 4?\n', "cannot be read"),
+    ],
+)
+def test_prompts_that_are_not_text(refused, tmp_path, name, content, words):
+    (tmp_path / name).write_text(content)
+    assert words in refused("--target", str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("declared", "words"),
+    [("'drift'", "is built in"), ("'mine', goal='smaller'", "minimize or maximize")],
+)
+def test_a_scorer_that_cannot_be_registered(refused, tmp_path, declared, words):
+    file = tmp_path / "own.py"
+    file.write_text(
+        "from excise import scorer\n"
+        f"@scorer({declared}, needs=lambda _: [])\ndef own(e, c):\n    return None\n"
+    )
+    assert words in refused("--set", f'scores.files=["{file}"]')
+
+
+def test_a_run_folder_that_cannot_be_written(tiny, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "run"
+    assert cli.main(job(tiny, out)) == 0
+
+    def deny(*_args, **_kwargs):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(journal.FileLock, "acquire", deny)
+    for command in (["geometry", str(out)], ["resume", str(out)]):
+        capsys.readouterr()
+        assert cli.main([*command, "--quiet"]) == 1
+        assert "Read-only file system" in capsys.readouterr().err
 
 
 def test_half_a_character(refused, tmp_path):

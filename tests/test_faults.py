@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from conftest import job
 
-from excise import cli, pipeline
+from excise import artifacts, cli, pipeline
 from excise.events import PhaseStarted, Progress
 from excise.record import read_record
 
@@ -114,6 +114,35 @@ def test_ctrl_c_in_each_phase_keeps_the_run(tiny: Path, tmp_path: Path, phase, m
     reference = tmp_path / "reference"
     assert cli.main(job(tiny, reference)) == 0
     assert facts(out) == facts(reference)
+
+
+def test_an_interrupted_export_leaves_the_model_of_before(tiny: Path, tmp_path: Path, monkeypatch):
+    out = tmp_path / "run"
+    assert cli.main(job(tiny, out)) == 0
+    before = (out / "model" / "model.safetensors").read_bytes()
+
+    def strike(*_args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(artifacts, "export_safetensors", strike)
+        assert cli.main(["resume", str(out), "--trials", "16", "--quiet"]) == 130
+    assert (out / "model" / "model.safetensors").read_bytes() == before
+    assert cli.main(["resume", str(out), "--quiet"]) == 0
+    assert (out / "model" / "model.safetensors").is_file()
+    assert not [p for p in out.iterdir() if p.name.startswith(".") and p.name != ".lock"]
+
+
+def test_a_run_whose_reader_went_away_has_not_succeeded(tiny: Path, tmp_path: Path):
+    arguments = [a for a in job(tiny, tmp_path / "run", "--json-events") if a != "--quiet"]
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "excise.cli", *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    found = subprocess.run(command, env=environment, stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    assert found.returncode == 1
+    assert b"Traceback" not in found.stderr
 
 
 def test_a_real_ctrl_c_exits_130_and_says_how_to_go_on(tiny: Path, tmp_path: Path):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,10 +93,26 @@ def export_chosen(
     """Write the formats that the configuration names into the run folder; see `export`."""
     formats = checker.config.export.formats
     places = [(name, out / FOLDERS[name]) for name in formats]
-    for _, path in places:
-        if path.exists():  # of an earlier choice of this very run
-            shutil.rmtree(path)
-    return export(record, trial, loaded, method, checker, places, out, on_event)
+    with _aside([path for _, path in places]):  # those of an earlier choice of this very run
+        return export(record, trial, loaded, method, checker, places, out, on_event)
+
+
+@contextmanager
+def _aside(paths: Sequence[Path]) -> Iterator[None]:
+    """Within this context these folders are out of the way; where none takes its place, it comes back."""
+    kept = {path: path.with_name(f".{path.name}.before") for path in paths}
+    for path, before in kept.items():
+        if path.exists():
+            shutil.rmtree(before, ignore_errors=True)
+            path.rename(before)
+    try:
+        yield
+    finally:
+        for path, before in kept.items():
+            if path.exists():
+                shutil.rmtree(before, ignore_errors=True)
+            elif before.exists():
+                before.rename(path)
 
 
 def export(

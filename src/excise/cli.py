@@ -39,7 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # The reader of a pipe went away: not our failure, and nothing more can be said to it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_DONE
+        unfinished = getattr(arguments, "json_events", False)  # its reader went away while it ran
+        return EXIT_FAILED if unfinished else EXIT_DONE
 
 
 def build_parser() -> argparse.ArgumentParser:

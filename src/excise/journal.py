@@ -42,6 +42,8 @@ def hold(folder: Path) -> Iterator[None]:
         raise RunStateError(
             f"{folder} is in use by another process: wait for it or stop it"
         ) from None
+    except OSError as error:
+        raise StorageError(f"cannot write {folder / LOCK}: {error.strerror or error}") from None
     try:
         yield
     finally:

@@ -168,7 +168,13 @@ def _prompt(source: PromptSource) -> Any:
                 raise PromptError(f"prompt set {source.source} has no column {column!r}")
             value = None if column is None else row[column]
             optional.append(None if value is None else str(value))
-        return Prompt(str(row[source.column] or "").strip(), *optional)
+        text = row[source.column]
+        if not isinstance(text, str | int | float | None) or isinstance(text, bool):
+            raise PromptError(
+                f"prompt set {source.source}: column {source.column!r} holds {type(text).__name__}, "
+                f"not text: {text!r:.60}"
+            )
+        return Prompt("" if text is None else str(text).strip(), *optional)
 
     return build
 
@@ -195,7 +201,7 @@ def _file_rows(path: Path, suffix: str, column: str) -> Iterator[dict[str, Any]]
         if suffix == ".txt":
             yield from ({column: line} for line in file)
         elif suffix == ".csv":
-            yield from csv.DictReader(file)
+            yield from _csv_rows(path, csv.DictReader(file, strict=True))
         else:
             for number, line in enumerate(file, start=1):
                 if not line.strip():
@@ -204,6 +210,16 @@ def _file_rows(path: Path, suffix: str, column: str) -> Iterator[dict[str, Any]]
                 if not isinstance(row, dict):
                     raise PromptError(f"prompt file {path}, line {number}: not a JSON object")
                 yield row
+
+
+def _csv_rows(path: Path, reader: csv.DictReader[str]) -> Iterator[dict[str, Any]]:
+    for row in reader:
+        if None in row:  # what stands beyond the header's last column
+            raise PromptError(
+                f"prompt file {path}, line {reader.line_num}: more fields than the header has: put "
+                "quotes around text with commas"
+            )
+        yield dict(row)
 
 
 def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:

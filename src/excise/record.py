@@ -223,7 +223,8 @@ def write_text(path: Path, text: str) -> Path:
         Path(name).chmod(0o644)
         Path(name).replace(path)
     except OSError as error:
-        if name:
-            Path(name).unlink(missing_ok=True)
         raise StorageError(f"cannot write {path}: {error.strerror or error}") from None
+    finally:
+        if name:  # also where an interrupt struck; what was renamed is no longer there
+            Path(name).unlink(missing_ok=True)
     return path

@@ -82,6 +82,7 @@ class Scorer:
 
 
 _REGISTRY: dict[str, Scorer] = {}
+_BUILT_IN: set[str] = set()  # their names, once all of them are registered
 
 
 def scorer(
@@ -94,11 +95,19 @@ def scorer(
 ) -> Callable[
     [Callable[[Evidence, ScoreContext], Score]], Callable[[Evidence, ScoreContext], Score]
 ]:
-    """Register the decorated function as the scorer `name`."""
+    """Register the decorated function as the scorer `name`.
+
+    Raises:
+        ConfigError: a built-in scorer has the name, or the goal is neither of the two.
+    """
 
     def register(
         function: Callable[[Evidence, ScoreContext], Score],
     ) -> Callable[[Evidence, ScoreContext], Score]:
+        if name in _BUILT_IN:
+            raise ConfigError(f"scorer {name!r} is built in: give yours another name")
+        if goal not in ("minimize", "maximize"):
+            raise ConfigError(f"scorer {name!r}: its goal is minimize or maximize, not {goal!r}")
         _REGISTRY[name] = Scorer(name, needs, function, goal, best, worth)
         return function
 
@@ -172,8 +181,10 @@ def score_of(one: Scorer, evidence: Evidence, context: ScoreContext) -> Score:
         found = one.score(evidence, context)
     except Exception as error:
         raise MeasurementError(f"scorer {one.name} raises {_named(error)}") from error
-    if not isinstance(found, Score):
-        raise MeasurementError(f"scorer {one.name} must return a Score, and returned {found!r}")
+    if not isinstance(found, Score) or not isinstance(found.value, int | float):
+        raise MeasurementError(
+            f"scorer {one.name} must return a Score with a number, and returned {found!r}"
+        )
     return found
 
 
@@ -286,7 +297,8 @@ def _answered(context: ScoreContext, side: str) -> list[Request]:
     if not all(_answer_of(prompt) for prompt in context.prompts[side]):
         raise ConfigError(
             f"scores: restored and kept need known answers, and {side} prompts have none, or empty "
-            f"ones: set prompts.{side}_eval.answer_column (and that of {side}_holdout)"
+            f"ones: set prompts.{side}.answer_column, or prompts.{side}_eval.answer_column and that of "
+            f"{side}_holdout where these have sources of their own"
         )
     return [Responses(side)]
 
@@ -343,3 +355,6 @@ def stands_in(answer: str, text: str) -> bool:
 def _runs_on(a: str, b: str) -> bool:
     """Whether two characters belong to one word, of a script that puts spaces between words."""
     return all(c.isalnum() and c < "\u2e80" for c in (a, b))
+
+
+_BUILT_IN |= _REGISTRY.keys()
