@@ -81,7 +81,8 @@ def speed_page(found: dict[str, Any]) -> str:
             "the row-normalised difference, `generate` for the responses, another `generate` for the "
             "logits. It measures divergence at the first token only; ours measures whole responses. "
             f"Both are whole searches of {plain['trials']} trials with a journal and a sampler of the "
-            "same settings, which the loop asks for one candidate at a time. "
+            "same settings, which the loop asks for one candidate at a time; the edits are directional, as "
+            "such loops have no others. "
             "The floor counts the matrix products that a trial cannot avoid "
             f"({floor['gigaflop_per_trial']:.1f} GFLOP on the demo model) at the rate of a large matrix "
             "product here (`bench/floor.py`). On the demo model the first batch of candidates teaches "
@@ -146,7 +147,8 @@ def memory_page(found: dict[str, Any]) -> str:
     return "\n\n".join(
         [
             "## Export of a large checkpoint",
-            "A random checkpoint in 8 shards; every attention and MLP out-projection edited. "
+            "A random checkpoint in 8 shards; every attention and MLP out-projection edited. The time is "
+            "that of writing; proving which tensors to edit and hashing the result come on top. "
             "Wanted: at most 2 times the time of `cp -r`, and memory of a few times the largest "
             "tensor.",
             listing(found),
