@@ -60,7 +60,7 @@ def test_killed_at_twenty_random_moments_gives_the_unbroken_run(tiny: Path, tmp_
     process = start(job(tiny, whole, *arguments))
     assert process.wait() == 0, process.stderr.read()
     draw = random.Random(0)
-    # Each in a process of its own: so many trials are finished, and then up to two batches later.
+    # Each in a process of its own: so many trials are finished, and then a batch or so later.
     moments = sorted(draw.uniform(-5, 60) for _ in range(KILLS))
     command, known, struck = job(tiny, cut, *arguments), set(), []
     for moment in moments:
@@ -68,7 +68,7 @@ def test_killed_at_twenty_random_moments_gives_the_unbroken_run(tiny: Path, tmp_
         while process.poll() is None and len(finished_trials(cut)) <= moment:
             time.sleep(0.01)
         # What was reached before this process began is passed anywhere in its own beginning.
-        time.sleep(draw.uniform(0, 0.3 if len(known) <= moment else 4.0))
+        time.sleep(draw.uniform(0, 0.15 if len(known) <= moment else 4.0))
         process.send_signal(signal.SIGKILL)
         process.wait()
         now = finished_trials(cut)
@@ -77,7 +77,9 @@ def test_killed_at_twenty_random_moments_gives_the_unbroken_run(tiny: Path, tmp_
         struck.append(len(now))
         if (cut / "config.toml").is_file():
             command = ["resume", str(cut), "--quiet"]
-    assert len({n for n in struck if 0 < n < 60}) >= KILLS // 3, f"few struck the search: {struck}"
+    unfinished = [n for n in struck if n < 60]
+    assert len(unfinished) >= KILLS // 2, f"few struck the search: {struck}"
+    assert len(set(unfinished)) > 3, f"all struck it at the same places: {struck}"
     process = start(command)
     assert process.wait() == 0, process.stderr.read()
     assert facts(cut) == facts(whole)
