@@ -22,7 +22,8 @@ from excise.anatomy import (
     has_row,
 )
 from excise.errors import UnknownArchitecture, first_line
-from excise.kvcache import roomy_cache, select_rows, with_room
+from excise.forward import Forward
+from excise.kvcache import select_rows
 from excise.probing import (
     TOLERANCE,
     LayerRun,
@@ -36,9 +37,8 @@ from excise.probing import (
     unexplained,
 )
 
-_STEPS_APART = (
-    0.1  # of the states' norm: room for half precision; another row's states cost most of it
-)
+# Of the states' norm: room for half precision; another row's states cost most of it.
+_STEPS_APART = 0.1
 # What a model may raise that is called in a way that it was not made for.
 _FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError)
 _PASSES = 30  # of the least squares that measure a norm's gain
@@ -119,28 +119,21 @@ def _prove_steps(model: Any, anatomy: Anatomy) -> None:
 
 def _steps_apart(model: Any, anatomy: Anatomy, first: int, rows: list[int]) -> float:
     """How far states of some rows step by step, after `first` tokens of all, are from one pass."""
-    ids = probe_tokens(model)[:, : first + 2]
-    cache = with_room(roomy_cache(model.config), ids.shape[1])
-    _read(anatomy, ids[:, :first], 0, cache)
-    select_rows(cache, rows)
-    places = range(first, ids.shape[1])
-    steps = [_read(anatomy, ids[rows, at : at + 1], at, cache) for at in places]
+    forward, ids = Forward(model, anatomy), probe_tokens(model)[:, : first + 2]
+    mask = torch.ones_like(ids)
+    positions = mask.cumsum(-1) - 1
+    cache = forward.cache(ids.shape[1])
+    with torch.inference_mode():
+        forward.hidden(ids[:, :first], mask[:, :first], positions[:, :first], cache)
+        select_rows(cache, rows)
+        steps = [
+            forward.hidden(
+                ids[rows, at : at + 1], mask[rows, : at + 1], positions[rows, at : at + 1], cache
+            )
+            for at in range(first, ids.shape[1])
+        ]
     whole = run_backbone(anatomy, ids[rows])[:, first:].float()
     return float((torch.cat(steps, 1).float() - whole).norm() / whole.norm())
-
-
-def _read(anatomy: Anatomy, ids: Tensor, before: int, cache: Any) -> Tensor:
-    """Final hidden states (B, T, D) of tokens (B, T) that follow the `before` that the cache holds."""
-    positions = torch.arange(before, before + ids.shape[1], device=ids.device).expand(ids.shape)
-    with torch.inference_mode():
-        hidden: Tensor = anatomy.backbone(
-            input_ids=ids,
-            attention_mask=ids.new_ones(ids.shape[0], before + ids.shape[1]),
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state
-    return hidden
 
 
 def _find_layers(model: Any, config: Any) -> tuple[str, Any, tuple[nn.Module, ...]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -147,13 +148,11 @@ def reproduce(
 
 def _without_code(config: dict[str, Any]) -> dict[str, Any]:
     """A record's configuration without leave to run code: a record may come from anyone."""
-    named = {"model": "trust_remote_code", "scores": "files"}
-    return {
-        section: {k: v for k, v in values.items() if k != named[section]}
-        if section in named and isinstance(values, dict)
-        else values
-        for section, values in config.items()
-    }
+    tree = deepcopy(config)
+    for section, key in (("model", "trust_remote_code"), ("scores", "files")):
+        if isinstance(tree.get(section), dict):
+            tree[section].pop(key, None)
+    return tree
 
 
 def _room(out: Path | None, near: Path, source: Path) -> AbstractContextManager[Path]:
