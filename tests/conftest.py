@@ -98,3 +98,19 @@ def demo_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     run(load_config(behaviour="demo", flags=flags), out)
     return out
+
+
+@pytest.fixture
+def pass_shapes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """(B, T) of every pass through a model's layers, from now on."""
+    from excise.forward import Forward
+
+    shapes: list[tuple[int, ...]] = []
+    through = Forward.through
+
+    def counted(self, layers, ids, *args, **kwargs):
+        shapes.append(tuple(ids.shape))
+        return through(self, layers, ids, *args, **kwargs)
+
+    monkeypatch.setattr(Forward, "through", counted)
+    return shapes

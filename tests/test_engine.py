@@ -209,7 +209,7 @@ def test_out_of_memory_halves_the_pass_and_goes_on(depth, kind):
             raise errors[kind]
         return output
 
-    handle = model.anatomy.layers[2].mlp.register_forward_hook(strike)
+    handle = model.anatomy.layers[2].mlp.down_proj.register_forward_hook(strike)
     found = engine.measure(edits, REQUESTS)
     handle.remove()
     assert 0 < engine.plan.rows < 64
@@ -228,7 +228,7 @@ def test_memory_that_never_suffices_is_said_and_other_errors_are_not_swallowed()
         def strike(_module, _args, output):
             raise error
 
-        return model.anatomy.layers[1].mlp.register_forward_hook(strike)
+        return model.anatomy.layers[1].mlp.down_proj.register_forward_hook(strike)
 
     handle = always(torch.OutOfMemoryError("CUDA out of memory."))
     with pytest.raises(MemoryExhausted, match="one prompt at a time"):
@@ -259,7 +259,7 @@ def test_the_model_is_restored_exactly_whatever_ends_a_pass(error, depth):
             raise error
         return output
 
-    handle = model.anatomy.layers[4].mlp.register_forward_hook(strike)
+    handle = model.anatomy.layers[4].mlp.down_proj.register_forward_hook(strike)
     with pytest.raises(type(error)):
         engine.measure(edits, REQUESTS)
     handle.remove()

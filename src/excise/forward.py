@@ -7,21 +7,27 @@ for the length of a context, never by rewriting a family's code.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from excise.anatomy import Anatomy
 from excise.kvcache import roomy_cache, with_room
+from excise.lean import Lean, lean_of
 from excise.swapping import replaced_forward
 
 # Room for the logits of one chunk and their temporaries, and the rows that it holds at the least: with
 # a large vocabulary the head's matrix is read anew for every chunk.
 _CHUNK_BYTES = {"cpu": 6 * 2**20, "cuda": 256 * 2**20}
 _CHUNK_ROWS = {"cpu": 64, "cuda": 256}
+_PROBE = 24  # tokens in two rows
+_APART = 1e-4  # a part of a layer that is left out or done otherwise costs 1e-3 and more
+_APART_IN_HALF = 0.1  # half precision rounds every layer's output to 2 or 3 digits
+# By backbone: whether its lean way was found to agree, and what type of output it gives.
+_PROBED: WeakKeyDictionary[nn.Module, tuple[bool, type | None]] = WeakKeyDictionary()
 _COPIES = 3  # of a chunk's float32 logits at once: the head's, a soft cap's, the result
 
 
@@ -33,8 +39,31 @@ class Forward:
         self.anatomy = anatomy
         parameters = inspect.signature(type(anatomy.backbone).forward).parameters
         self._trims = "logits_to_keep" in parameters
+        # Renamed in Transformers 5.23, with a warning for the old name.
+        self._cache_name = "cache" if "cache" in parameters else "past_key_values"
         self._output_type: type | None = None
         self._cache = roomy_cache(model.config)
+        lean = lean_of(model, anatomy)
+        self._lean = lean if lean is not None and self._agrees(lean) else None
+
+    def _agrees(self, lean: Lean) -> bool:
+        """Whether a lean way gives what the model's own modules give: looked at once per model."""
+        backbone = self.anatomy.backbone
+        if backbone not in _PROBED:
+            ids = torch.arange(_PROBE, device=self.device).view(2, -1).mul(7919) % self.vocabulary
+            mask = torch.ones_like(ids)
+            mask[1, :3] = 0
+            positions = (mask.cumsum(-1) - 1).clamp_min(0)
+            keep = ids.shape[1] - 3
+            with torch.inference_mode():
+                plain = self._whole(ids, mask, positions, None, keep).float()
+                layers = range(len(self.anatomy.layers))
+                ours = lean.run(layers, ids, mask, positions, keep=keep).float()
+            apart = float((ours - plain).norm() / plain.norm())
+            near = apart <= (_APART if self.model.dtype == torch.float32 else _APART_IN_HALF)
+            _PROBED[backbone] = (near, self._output_type)
+        agrees, self._output_type = _PROBED[backbone]
+        return agrees
 
     def cache(self, capacity: int) -> Any:
         """An empty key-value cache for `capacity` positions."""
@@ -43,17 +72,67 @@ class Forward:
     def hidden(
         self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any = None, keep: int = 1
     ) -> Tensor:
-        """Final hidden states (B, keep, D) of the last `keep` positions of `ids` (B, T).
+        """Final hidden states (B, keep, D) of the last `keep` positions of `ids` (B, T)."""
+        layers = range(len(self.anatomy.layers))
+        return self.through(layers, ids, mask, positions, cache, keep=keep)
 
-        A backbone that can leave out the others in its upper layers is asked to.
+    def through(
+        self,
+        layers: range,
+        ids: Tensor,
+        mask: Tensor,
+        positions: Tensor,
+        cache: Any = None,
+        *,
+        hidden: Tensor | None = None,
+        keep: int = 1,
+    ) -> Tensor:
+        """What some layers, without a gap, make of what the layers below them give.
+
+        Returns final hidden states (B, keep, D) of the last `keep` positions where they reach the top,
+        else what the last of them gives (B, T, D).
+
+        Args:
+            layers: which ones.
+            ids: (B, T) tokens.
+            mask: (B, S) of these tokens and those that the cache holds.
+            positions: (B, T).
+            cache: keys and values of what was read before; these layers fill their part of it.
+            hidden: (B, T, D) what the layers below give; needed where there are any.
+            keep: how many last positions are asked for at the top.
         """
+        if self._lean is not None and torch.is_inference_mode_enabled():
+            return self._lean.run(layers, ids, mask, positions, cache, hidden=hidden, keep=keep)
+        top = layers.stop == len(self.anatomy.layers)
+        steps: dict[nn.Module, Callable[..., Any]] = {}
+        caught: list[Tensor] = []
+        if hidden is not None:
+            lower = self.anatomy.layers[: layers.start]
+            steps |= dict.fromkeys(lower, self._pass_through)
+            steps[lower[-1]] = lambda *_a, **_k: self._as_layer(hidden)
+        if not top:
+
+            def catch(hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Any:
+                caught.append(hidden_states)
+                return self._as_layer(hidden_states)
+
+            upper = self.anatomy.layers[layers.stop :]
+            steps |= dict.fromkeys(upper, self._pass_through)
+            steps[upper[0]] = catch
+            keep = ids.shape[1]  # the backbone must not trim below `layers.stop`
+        with replaced_forward(steps):
+            states = self._whole(ids, mask, positions, cache, keep)
+        return states if top else caught[0]
+
+    def _whole(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any, keep: int) -> Tensor:
+        """One call of the backbone. One that can leave out positions in its upper layers is asked to."""
         kwargs = {"logits_to_keep": keep} if self._trims else {}
         output = self.anatomy.backbone(
             input_ids=ids,
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=cache,
             use_cache=cache is not None,
+            **{self._cache_name: cache},
             **kwargs,
         )
         self._output_type = type(output)
@@ -93,33 +172,6 @@ class Forward:
         """The likeliest tokens (N,) after final hidden states (N, D)."""
         step = max(1, self.chunk_bytes // (4 * _COPIES * self.vocabulary))
         return torch.cat([self.logits(part).argmax(-1) for part in torch.split(hidden, step)])
-
-    def up_to(
-        self, layer: int, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any = None
-    ) -> Tensor:
-        """What the layers below `layer` give (B, T, D); they fill their part of the cache."""
-        caught: list[Tensor] = []
-
-        def catch(hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Any:
-            caught.append(hidden_states)
-            return self._as_layer(hidden_states)
-
-        upper = self.anatomy.layers[layer:]
-        steps: dict[nn.Module, Callable[..., Any]] = dict.fromkeys(upper, self._pass_through)
-        steps[upper[0]] = catch
-        with replaced_forward(steps):
-            # Every position is needed here, so the backbone must not trim before `layer`.
-            self.hidden(ids, mask, positions, cache, keep=ids.shape[1])
-        return caught[0]
-
-    @contextmanager
-    def starting_at(self, layer: int, hidden: Tensor) -> Iterator[None]:
-        """Within this context a pass skips the layers below `layer` and goes on from `hidden`."""
-        lower = self.anatomy.layers[:layer]
-        steps: dict[nn.Module, Callable[..., Any]] = dict.fromkeys(lower, self._pass_through)
-        steps[lower[-1]] = lambda *_a, **_k: self._as_layer(hidden)
-        with replaced_forward(steps):
-            yield
 
     def _pass_through(self, hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Any:
         return self._as_layer(hidden_states)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
@@ -236,21 +236,28 @@ class Passes:
                 continue
             if active:
                 stack.select(rows.owners[:active])
-                with self._from(layer, hidden):
-                    hidden = self.forward.up_to(above, *given.of(some), caches(some, layers))
+                cache = caches(some, layers)
+                hidden = self.forward.through(layers, *given.of(some), cache, hidden=hidden)
             left = sorted(set(given.picked[active:]))
             shared = None if shared is None else shared[[waiting[number] for number in left]]
             waiting = {number: place for place, number in enumerate(left)}
             same = [given.different[number] for number in left]
-            with stack.paused(), self._from(layer, shared):
-                shared = self.forward.up_to(above, *given.of(same), caches(same, layers))
+            with stack.paused():
+                cache = caches(same, layers)
+                shared = self.forward.through(layers, *given.of(same), cache, hidden=shared)
             joined = shared[[waiting[number] for number in given.picked[active:more]]]
             hidden = joined if hidden is None else torch.cat([hidden, joined])
-        start, every = steps[-1][0], range(len(rows.owners))
+        layers, every = range(steps[-1][0], len(self._anatomy.layers)), range(len(rows.owners))
         stack.select(rows.owners)
-        with self._from(start, hidden):
-            cache = caches(every, range(start, len(self._anatomy.layers)))
-            return self.forward.hidden(given.ids, given.mask, given.positions, cache, keep)
+        return self.forward.through(
+            layers,
+            given.ids,
+            given.mask,
+            given.positions,
+            caches(every, layers),
+            hidden=hidden,
+            keep=keep,
+        )
 
     def _starts(self, stack: Stack, rows: Rows) -> list[int]:
         """Per row the layer where it may begin, never above that of a row after it.
@@ -263,9 +270,6 @@ class Passes:
         waiting = {text for text, start in zip(rows.texts, starts, strict=True) if start}
         saved = sum(starts) - len(waiting) * starts[-1]
         return starts if saved > _CALL_COST * len(waiting) else [0] * len(starts)
-
-    def _from(self, layer: int, hidden: Tensor | None) -> Any:
-        return nullcontext() if hidden is None else self.forward.starting_at(layer, hidden)
 
 
 def _distinct(rows: Rows) -> tuple[list[int], list[int]]:

@@ -173,7 +173,8 @@ class Stack:
 
 def edit_output(part: PackedEdits, x: Tensor, y: Tensor) -> Tensor:
     """Edited outputs of blocks: x (N, T, I), y (N, T, O), and one edit per block."""
-    coefficients = torch.bmm(x, part.right)  # (N, T, R)
+    # So transposed, a thin product per block is several times faster on a CPU.
+    coefficients = torch.bmm(part.right.mT, x.mT).mT  # (N, T, R)
     if part.left.shape[1] == 1:
         out = torch.addcmul(y, coefficients, part.left, value=-1.0)
     else:

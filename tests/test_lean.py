@@ -1,0 +1,147 @@
+"""The lean way through a model against Transformers' own forward pass."""
+
+from __future__ import annotations
+
+import builders
+import families
+import pytest
+import torch
+import torch.nn.functional as F
+
+from excise import forward as forward_module
+from excise.forward import Forward
+from excise.lean import attend, gelu_tanh, lean_of
+
+LENGTHS = (3, 9, 14, 24)
+
+
+def padded(rows):
+    """Ids, mask and positions of left-padded rows."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    return ids, mask, (mask.cumsum(-1) - 1).clamp_min(0)
+
+
+def texts():
+    return [builders.token_ids(1, n, length, length)[0] for n, length in enumerate(LENGTHS)]
+
+
+def near(ours, theirs):
+    """Equal but for float32's rounding over some layers; both (N, D)."""
+    return bool((ours - theirs).norm() <= 1e-5 * theirs.norm())
+
+
+def both_ways(model):
+    """A lean forward of a model and one through its own modules."""
+    lean, plain = Forward(model.model, model.anatomy), Forward(model.model, model.anatomy)
+    assert lean._lean is not None
+    plain._lean = None
+    return lean, plain
+
+
+def test_the_texts_are_longer_than_a_window():
+    assert builders.config("gemma4").sliding_window < max(LENGTHS)
+
+
+@pytest.mark.parametrize("family", builders.FAMILIES)
+@pytest.mark.parametrize("keep", [1, 3, 24, 40])
+def test_final_states_are_those_of_the_models_own_modules(family, keep):
+    lean, plain = both_ways(builders.loaded(family))
+    ids, mask, positions = padded(texts())
+    with torch.inference_mode():
+        ours, theirs = (way.hidden(ids, mask, positions, keep=keep) for way in (lean, plain))
+    real = mask[:, -keep:].bool()
+    assert ours.shape == theirs.shape
+    assert near(ours[real], theirs[real])
+    assert torch.isfinite(ours).all()
+
+
+@pytest.mark.parametrize("family", builders.FAMILIES)
+def test_steps_from_a_cache_are_those_of_the_models_own_modules(family):
+    ids, mask, positions = padded(texts())
+    found = []
+    with torch.inference_mode():
+        for way in both_ways(builders.loaded(family)):
+            cache = way.cache(ids.shape[1])
+            parts = [slice(0, 20), slice(20, 21), slice(21, 24)]
+            steps = [
+                way.hidden(ids[:, p], mask[:, : p.stop], positions[:, p], cache, keep=3)
+                for p in parts
+            ]
+            found.append(torch.cat(steps[1:], dim=1)[mask[:, -4:].bool()])
+    assert near(*found)
+
+
+@pytest.mark.parametrize("family", builders.FAMILIES)
+@pytest.mark.parametrize("cut", [1, 2])
+def test_a_pass_in_two_parts_is_one_pass(family, cut):
+    lean, plain = both_ways(builders.loaded(family))
+    given = padded(texts())
+    assert cut <= lean.anatomy.skippable
+    top = len(lean.anatomy.layers)
+    with torch.inference_mode():
+        lower, theirs = (way.through(range(cut), *given) for way in (lean, plain))
+        real = given[1].bool()
+        assert near(lower[real], theirs[real])
+        before = lower.clone()
+        ours = lean.through(range(cut, top), *given, hidden=lower, keep=2)
+        assert torch.equal(lower, before)
+        assert near(ours, lean.hidden(*given, keep=2))
+
+
+def test_what_differs_from_the_models_own_modules_is_not_used(monkeypatch):
+    model = builders.loaded("gemma4")
+    known = lean_of(model.model, model.anatomy)
+    object.__setattr__(known._layers[2].attention, "scaling", 1.1)
+    monkeypatch.setattr(forward_module, "lean_of", lambda *_: known)
+    assert Forward(model.model, model.anatomy)._lean is None
+
+
+def test_it_is_looked_at_once_per_model(monkeypatch):
+    model = builders.loaded("qwen3")
+    Forward(model.model, model.anatomy)
+    monkeypatch.setattr(model.anatomy.backbone, "forward", None)
+    assert Forward(model.model, model.anatomy)._lean is not None
+
+
+def test_gradients_flow_through_the_models_own_modules():
+    model = builders.loaded("llama")
+    way, given = Forward(model.model, model.anatomy), padded(texts())
+    weight = model.anatomy.writers[0].weight.requires_grad_(True)
+    way.hidden(*given).square().sum().backward()
+    assert weight.grad is not None
+    assert float(weight.grad.abs().max()) > 0
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "qwen3_moe", "gemma4_text with experts"])
+def test_other_families_go_through_their_own_modules(kind):
+    model = families.loaded(families.model(kind))
+    assert lean_of(model.model, model.anatomy) is None
+
+
+@pytest.mark.parametrize("kind", ["gemma4_text", "llama", "qwen3"])
+def test_these_are_run_lean_with_every_structural_feature_switched_on(kind):
+    model = families.loaded(families.model(kind))
+    assert Forward(model.model, model.anatomy)._lean is not None
+
+
+@pytest.mark.parametrize(("width", "seen"), [(8, 5), (8, 80), (96, 5)])
+def test_attention_is_the_fused_kernels_whatever_its_shape(width, seen):
+    torch.manual_seed(0)
+    queries = torch.randn(3, 4, 6, width)
+    keys, values = torch.randn(2, 3, 2, seen, width).unbind()
+    bias = torch.zeros(3, 1, 4, seen).masked_fill_(torch.rand(3, 1, 4, seen) < 0.4, -torch.inf)
+    bias[..., 0] = 0
+    expected = F.scaled_dot_product_attention(
+        queries.transpose(1, 2), keys, values, bias, scale=0.7, enable_gqa=True
+    )
+    found = attend(queries, keys, values, bias, 0.7)
+    assert torch.allclose(found, expected.transpose(1, 2).flatten(2), atol=1e-5)
+
+
+def test_gelu_is_pytorchs():
+    x = torch.linspace(-30, 30, 10_001)
+    expected = F.gelu(x.double(), approximate="tanh")
+    assert torch.allclose(gelu_tanh(x).double(), expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(gelu_tanh(x.bfloat16()), F.gelu(x.bfloat16(), approximate="tanh"))
