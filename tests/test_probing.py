@@ -67,7 +67,7 @@ def recurrent_gemma():
     ("make", "text"),
     [
         (minimax, "something besides"),
-        (mamba, "past_key_values"),
+        (mamba, "cache of keys and values"),
         (recurrent_gemma, "outside its cache"),
     ],
 )

@@ -5,7 +5,6 @@ Shapes: N tokens, D residual width.
 
 from __future__ import annotations
 
-import inspect
 import re
 from dataclasses import replace
 from typing import Any
@@ -23,7 +22,7 @@ from excise.anatomy import (
 )
 from excise.errors import UnknownArchitecture, first_line
 from excise.forward import Forward
-from excise.kvcache import select_rows
+from excise.kvcache import cache_argument, select_rows
 from excise.probing import (
     TOLERANCE,
     LayerRun,
@@ -65,10 +64,10 @@ def discover(model: Any) -> Anatomy:
     """
     config: Any = model.config.get_text_config()
     path, backbone, layers = _find_layers(model, config)
-    if "past_key_values" not in inspect.signature(type(backbone).forward).parameters:
+    if cache_argument(backbone) is None:
         raise UnknownArchitecture(
             f"model type {config.model_type!r}: no data row describes it, and it keeps its states in "
-            "a way of its own instead of past_key_values: it cannot be decoded step by step here"
+            "a way of its own instead of a cache of keys and values: it cannot be decoded step by step here"
         )
     width = int(getattr(config, "hidden_size", 0))
     bare = Anatomy(config.model_type, backbone, layers, (), width, 0, padding=False)

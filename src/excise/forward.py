@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from excise.anatomy import Anatomy
-from excise.kvcache import roomy_cache, with_room
+from excise.kvcache import cache_argument, roomy_cache, with_room
 from excise.lean import Lean, lean_of
 from excise.swapping import replaced_forward
 
@@ -39,8 +39,7 @@ class Forward:
         self.anatomy = anatomy
         parameters = inspect.signature(type(anatomy.backbone).forward).parameters
         self._trims = "logits_to_keep" in parameters
-        # Renamed in Transformers 5.23, with a warning for the old name.
-        self._cache_name = "cache" if "cache" in parameters else "past_key_values"
+        self._cache_name = cache_argument(anatomy.backbone) or "past_key_values"
         self._output_type: type | None = None
         self._cache = roomy_cache(model.config)
         lean = lean_of(model, anatomy)

@@ -6,12 +6,13 @@ class that Transformers chose for it.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from copy import copy, deepcopy
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import (
     DummyLayer,
     DynamicCache,
@@ -79,6 +80,15 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
         places = (places - pads.to(rows.device)[:, None]).clamp_min(0)
         moved = [states[rows[:, None], :, places].transpose(1, 2) for states in (keys, values)]
         self.update(moved[0], moved[1])
+
+
+def cache_argument(backbone: nn.Module) -> str | None:
+    """What a backbone calls the cache that it is given; None where it takes none.
+
+    Transformers 5.24 renamed it, and warns where it is called by the name of before.
+    """
+    parameters = inspect.signature(type(backbone).forward).parameters
+    return next((name for name in ("cache", "past_key_values") if name in parameters), None)
 
 
 def roomy_cache(config: Any) -> DynamicCache:

@@ -279,9 +279,19 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scaling:
     """Attention (B, T, H d) of queries (B, T, H, d) to keys and values (B, K, S, d)."""
     rows, tokens, heads, width = queries.shape
     groups, seen = keys.shape[1:3]
-    if queries.device.type != "cpu" or seen > _SHORT or width > _NARROW:
+    on_cpu = queries.device.type == "cpu"
+    if not on_cpu or seen > _SHORT or width > _NARROW:
+        if (
+            not on_cpu and heads != groups
+        ):  # with a mask, no fast kernel of a GPU repeats them itself
+            keys, values = (x.repeat_interleave(heads // groups, dim=1) for x in (keys, values))
         out = F.scaled_dot_product_attention(
-            queries.transpose(1, 2), keys, values, bias, scale=scaling, enable_gqa=heads != groups
+            queries.transpose(1, 2),
+            keys,
+            values,
+            bias,
+            scale=scaling,
+            enable_gqa=on_cpu and heads != groups,
         )
         return out.transpose(1, 2).flatten(2)
     # The heads that share keys stand together: one product for all of them.
@@ -385,6 +395,9 @@ def _gated(mlp: Any) -> dict[str, Any]:
     }
 
 
+# Whose angles follow from the position alone, however long the text is.
+_FIXED_ROPES = {"default", "linear", "llama3", "proportional", "yarn"}
+
 # By the backbone's class in Transformers, so that a model's own code is not taken for it.
 _READERS: dict[str, Callable[[Any], Layer | None]] = {
     "gemma4.modeling_gemma4.Gemma4TextModel": _gemma4,
@@ -400,6 +413,9 @@ def lean_of(model: Any, anatomy: Anatomy) -> Lean | None:
     reader = _READERS.get(named)
     devices = {parameter.device for parameter in anatomy.backbone.parameters()}
     if reader is None or len(devices) > 1 or any_offloaded(model):
+        return None
+    ropes = anatomy.backbone.rotary_emb.rope_type  # one, or one by the kind of layer
+    if not _FIXED_ROPES.issuperset(ropes.values() if isinstance(ropes, dict) else [ropes]):
         return None
     layers = []
     for layer in anatomy.layers:
