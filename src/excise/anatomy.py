@@ -359,7 +359,7 @@ def _skippable(row: ArchitectureRow, config: Any, layers: int) -> int:
         return layers
     modes = getattr(config, row.shared_kv)
     stores = [index for index, mode in enumerate(modes) if mode == "store"]
-    return min(stores, default=layers)
+    return min(stores, default=layers) if "reuse" in modes else layers
 
 
 def _missing(root: nn.Module, path: str) -> bool:
