@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from excise import forward as forward_module
+from excise.blueprints import gelu_tanh
 from excise.forward import Forward
-from excise.lean import attend, gelu_tanh, lean_of
+from excise.lean import attend, lean_of
 
 LENGTHS = (3, 9, 14, 24)
 

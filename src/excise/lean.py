@@ -2,10 +2,9 @@
 
 A search reads millions of short texts, and at most widths a good part of that time goes to what stands
 between the matrix products: norms in seven operations, masks and angles made anew for every pass, keys
-repeated for every head, states of tokens that nothing asks for. This module says what the layers of a
-few families compute, as plain functions on their own modules; every matrix is still applied by calling
-its module, so hooks on it see what they always see. It is used only where `apart` says that it gives
-what Transformers' own forward pass gives, and never under autograd.
+repeated for every head, states of tokens that nothing asks for. Here layers run as `blueprints` says that
+they are put together. Every matrix is applied by calling its module, so hooks on it see what they always
+see. `forward` uses this only where it gives what Transformers' own modules give, and not under autograd.
 
 Shapes: B rows, T tokens given, S tokens of those and of what the cache holds, D residual width, H heads,
 K key-value heads, d head width.
@@ -14,85 +13,20 @@ K key-value heads, d head width.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers.activations import GELUTanh
+from torch import Tensor
 
 from excise.anatomy import Anatomy
+from excise.blueprints import Attention, Extra, Layer, Norm, layers_of, norm_of
 from excise.weights import any_offloaded
 
 # On a CPU, plain products are faster than the fused kernel for many short texts with narrow heads.
 _SHORT = 64
 _NARROW = 64
-
-_Function = Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Norm:
-    """An RMS norm's module: x / rms(x), times its weight where it has one."""
-
-    module: Any
-    eps: float
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """The same shape, in memory of its own."""
-        weight = getattr(self.module, "weight", None)
-        if x.device.type != "cpu" or x.dtype != torch.float32:
-            return F.rms_norm(x, x.shape[-1:], weight, self.eps)
-        # There PyTorch squares into a tensor of its own.
-        square: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
-        out: Tensor = x * square.div_(x.shape[-1]).add_(self.eps).rsqrt_()
-        return out if weight is None else out.mul_(weight)
-
-
-@dataclass(frozen=True)
-class Attention:
-    """One layer's attention. Without `k`, keys and values are those that a layer of its kind stored."""
-
-    q: nn.Module
-    k: nn.Module | None
-    v: nn.Module | None  # where there is a `k` only, values are keys before their norm
-    o: nn.Module
-    q_norm: Norm | None
-    k_norm: Norm | None
-    v_norm: Norm | None
-    width: int  # d
-    scaling: float
-    kind: str  # of the layers whose angles, window and shared keys and values are the same
-    stores: bool  # layers above take its keys and values
-
-
-@dataclass(frozen=True)
-class Extra:
-    """What per-layer embeddings add at the end of a layer."""
-
-    gate: nn.Module
-    act: _Function
-    projection: nn.Module
-    after: Norm
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One layer: norm, attention, norm, sum; norm, gated MLP, norm, sum."""
-
-    before_attention: Norm
-    attention: Attention
-    after_attention: Norm | None
-    before_mlp: Norm
-    gate: nn.Module
-    act: _Function
-    up: nn.Module
-    down: nn.Module
-    after_mlp: Norm | None
-    extra: Extra | None = None
-    scalar: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -117,11 +51,11 @@ class _Setting:
 class Lean:
     """The layers of one model, run lean."""
 
-    def __init__(self, backbone: Any, layers: list[Layer], windows: dict[str, int | None]) -> None:
+    def __init__(self, backbone: Any, layers: list[Layer]) -> None:
         self._backbone = backbone
         self._layers = layers
-        self._windows = windows
-        self._norm = _norm(backbone.norm)
+        self._windows = {layer.attention.kind: layer.attention.window for layer in layers}
+        self._norm = norm_of(backbone.norm)
         self._rotary = backbone.rotary_emb
         self._by_kind = "layer_type" in inspect.signature(self._rotary.forward).parameters
         # Above the last layer with keys and values of its own, no token looks at another's states.
@@ -307,124 +241,10 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scaling:
     return out.view(rows, groups, each, tokens, width).permute(0, 3, 1, 2, 4).flatten(2)
 
 
-def gelu_tanh(x: Tensor) -> Tensor:
-    """GELU in its tanh form, as x sigmoid(2 u): on a CPU an exponential costs half of a tanh."""
-    if x.device.type != "cpu" or x.dtype != torch.float32:
-        return F.gelu(x, approximate="tanh")
-    inner = (x * x).mul_(2 * _GELU_RATE * _GELU_CUBE).add_(2 * _GELU_RATE).mul_(x)
-    return inner.sigmoid_().mul_(x)
-
-
-_GELU_RATE = 0.7978845608028654  # sqrt(2 / pi)
-_GELU_CUBE = 0.044715
-
-
-def _norm(module: Any) -> Norm:
-    eps = getattr(module, "eps", None)
-    return Norm(module, module.variance_epsilon if eps is None else eps)
-
-
-def _maybe_norm(owner: Any, name: str) -> Norm | None:
-    module = getattr(owner, name, None)
-    return None if module is None else _norm(module)
-
-
-def _act(module: Any) -> _Function:
-    return gelu_tanh if isinstance(module, GELUTanh) else module
-
-
-def _gemma4(layer: Any) -> Layer | None:
-    if layer.enable_moe_block:
-        return None
-    extra = None
-    if layer.hidden_size_per_layer_input:
-        extra = Extra(
-            layer.per_layer_input_gate,
-            _act(layer.act_fn),
-            layer.per_layer_projection,
-            _norm(layer.post_per_layer_input_norm),
-        )
-    attention = _attention(layer.self_attn, layer.self_attn.layer_type)
-    return Layer(
-        before_attention=_norm(layer.input_layernorm),
-        attention=replace(attention, stores=layer.self_attn.store_full_length_kv),
-        after_attention=_norm(layer.post_attention_layernorm),
-        before_mlp=_norm(layer.pre_feedforward_layernorm),
-        **_gated(layer.mlp),
-        after_mlp=_norm(layer.post_feedforward_layernorm),
-        extra=extra,
-        scalar=layer.layer_scalar,
-    )
-
-
-def _plain(layer: Any) -> Layer:
-    """As in Llama and Qwen3: one norm before each sublayer."""
-    kind = getattr(layer.self_attn, "layer_type", None) or ""
-    return Layer(
-        before_attention=_norm(layer.input_layernorm),
-        attention=_attention(layer.self_attn, kind),
-        after_attention=None,
-        before_mlp=_norm(layer.post_attention_layernorm),
-        **_gated(layer.mlp),
-        after_mlp=None,
-    )
-
-
-def _attention(module: Any, kind: str) -> Attention:
-    return Attention(
-        q=module.q_proj,
-        k=getattr(module, "k_proj", None),
-        v=getattr(module, "v_proj", None),
-        o=module.o_proj,
-        q_norm=_maybe_norm(module, "q_norm"),
-        k_norm=_maybe_norm(module, "k_norm"),
-        v_norm=_maybe_norm(module, "v_norm"),
-        width=module.head_dim,
-        scaling=module.scaling,
-        kind=kind,
-        stores=False,
-    )
-
-
-def _gated(mlp: Any) -> dict[str, Any]:
-    return {
-        "gate": mlp.gate_proj,
-        "act": _act(mlp.act_fn),
-        "up": mlp.up_proj,
-        "down": mlp.down_proj,
-    }
-
-
-# Whose angles follow from the position alone, however long the text is.
-_FIXED_ROPES = {"default", "linear", "llama3", "proportional", "yarn"}
-
-# By the backbone's class in Transformers, so that a model's own code is not taken for it.
-_READERS: dict[str, Callable[[Any], Layer | None]] = {
-    "gemma4.modeling_gemma4.Gemma4TextModel": _gemma4,
-    "llama.modeling_llama.LlamaModel": _plain,
-    "qwen3.modeling_qwen3.Qwen3Model": _plain,
-}
-
-
 def lean_of(model: Any, anatomy: Anatomy) -> Lean | None:
-    """The lean way through a model, if one is known; whether it is right, only `apart` can say."""
-    kind = type(anatomy.backbone)
-    named = f"{kind.__module__}.{kind.__qualname__}".removeprefix("transformers.models.")
-    reader = _READERS.get(named)
+    """The lean way through a model, if one is known; whether it is right, only a comparison can say."""
     devices = {parameter.device for parameter in anatomy.backbone.parameters()}
-    if reader is None or len(devices) > 1 or any_offloaded(model):
+    if len(devices) > 1 or any_offloaded(model):
         return None
-    ropes = anatomy.backbone.rotary_emb.rope_type  # one, or one by the kind of layer
-    if not _FIXED_ROPES.issuperset(ropes.values() if isinstance(ropes, dict) else [ropes]):
-        return None
-    layers = []
-    for layer in anatomy.layers:
-        read = reader(layer)
-        if read is None:
-            return None
-        layers.append(read)
-    windows = {
-        one.attention.kind: getattr(layer.self_attn, "sliding_window", None)
-        for one, layer in zip(layers, anatomy.layers, strict=True)
-    }
-    return Lean(anatomy.backbone, layers, windows)
+    layers = layers_of(anatomy)
+    return None if layers is None else Lean(anatomy.backbone, layers)
