@@ -45,16 +45,17 @@ class ResponseTree:
         key = (node, token)
         child = self._children.get(key)
         if child is None:
+            settled = self._settled((*self.tokens(node), token))  # first: a decider may raise
             child = self._children[key] = len(self._from)
             self._from.append(key)
             self._length.append(self._length[node] + 1)
-            self._final.append(self._settled(child))
+            self._final.append(settled)
         return child
 
-    def _settled(self, node: int) -> bool:
+    def _settled(self, tokens: tuple[int, ...]) -> bool:
         if self._deciders is None:
             return False
-        text = self.text(self.tokens(node))
+        text = self.text(tokens)
         return all(decided(text) for decided in self._deciders)
 
     def tokens(self, node: int) -> tuple[int, ...]:

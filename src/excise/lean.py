@@ -242,9 +242,12 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scaling:
 
 
 def lean_of(model: Any, anatomy: Anatomy) -> Lean | None:
-    """The lean way through a model, if one is known; whether it is right, only a comparison can say."""
-    devices = {parameter.device for parameter in anatomy.backbone.parameters()}
-    if len(devices) > 1 or any_offloaded(model):
+    """The lean way through a model, if one is known; whether it is right, only a comparison can say.
+
+    In float32 alone, where a comparison says it to many digits: in half precision, rounding hides much.
+    """
+    kinds = {(parameter.device, parameter.dtype) for parameter in anatomy.backbone.parameters()}
+    if len(kinds) > 1 or any_offloaded(model) or kinds.pop()[1] != torch.float32:
         return None
     layers = layers_of(anatomy)
     return None if layers is None else Lean(anatomy.backbone, layers)
