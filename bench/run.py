@@ -187,19 +187,24 @@ def gpu_page(title: str, script: str, found: dict[str, Any] | None) -> str:
     return f"## {title}\n\n{listing(found)}"
 
 
+PAGES: dict[str, Callable[[Any], str]] = {
+    "speed": speed_page,
+    "quality": quality_page,
+    "export": memory_page,
+    "patch": patch_page,
+    "large_vocabulary": vocabulary_page,
+    "gpu": lambda found: gpu_page(
+        "GPU, a model of a billion random parameters", "bench/gpu.py", found
+    ),
+    "gpu_e4b": lambda found: gpu_page("GPU, the shapes of Gemma 4 E4B", "bench/gpu_e4b.py", found),
+}
+
+
 def write_page(results: dict[str, Any]) -> None:
-    on = ", ".join(f"{key}: {value}" for key, value in results["machine"].items() if value)
-    parts = [
-        "# Benchmarks",
-        f"Written by `make bench`; every section is from one run of its own. {on}.",
-        speed_page(results["speed"]),
-        quality_page(results["quality"]),
-        memory_page(results["export"]),
-        patch_page(results["patch"]),
-        vocabulary_page(results["large_vocabulary"]),
-        gpu_page("GPU, a model of a billion random parameters", "bench/gpu.py", results["gpu"]),
-        gpu_page("GPU, the shapes of Gemma 4 E4B", "bench/gpu_e4b.py", results["gpu_e4b"]),
-    ]
+    parts = ["# Benchmarks", "Written by `make bench`; every section is from one run of its own."]
+    for name, page in PAGES.items():
+        on = ", ".join(f"{k}: {v}" for k, v in results["machines"][name].items() if v)
+        parts += [page(results[name]), f"Taken on {on}."]
     PAGE.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
@@ -235,10 +240,10 @@ def main() -> None:
     }
     chosen = arguments.only.split(",") if arguments.only else list(sections)
     results: dict[str, Any] = json.loads(RESULTS.read_text()) if arguments.only else {}
-    results["machine"] = machine.describe()
+    machines = results.setdefault("machines", {})
     for name in chosen:
         print(f"{name} ...", flush=True)
-        results[name] = sections[name]()
+        results[name], machines[name] = sections[name](), machine.describe()
         print(json.dumps(results[name]), flush=True)
         RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     write_page(results)
