@@ -164,7 +164,8 @@ def test_layers_below_the_first_edit_run_once_per_text():
     counts = layers_run(passes)
     with torch.inference_mode(), stack.applied():
         passes.read(stack, rows, KEEP)
-    assert counts == [4 * width] * first + [12 * width] * (builders.LAYERS - first)
+    # As is the attention of that layer: it comes before whatever is edited in it.
+    assert counts == [4 * width] * (first + 1) + [12 * width] * (builders.LAYERS - first - 1)
 
 
 def test_a_candidate_runs_no_layer_below_its_first_edit():
@@ -174,10 +175,12 @@ def test_a_candidate_runs_no_layer_below_its_first_edit():
     with torch.inference_mode(), stack.applied():
         passes.read(stack, rows, KEEP)
     width, firsts = max(map(len, texts())), [stack.first_of(c) for c in range(5)]
-    begun = [sum(first <= layer for first in firsts) for layer in range(builders.LAYERS)]
-    # The texts themselves, for those that wait.
-    shared = [layer < max(firsts) for layer in range(builders.LAYERS)]
-    assert counts == [4 * width * (n + also) for n, also in zip(begun, shared, strict=True)]
+    expected = [
+        # Those that begin at a layer share its attention; those that wait, all of it.
+        sum(first < layer for first in firsts) + (layer in firsts) + (layer < max(firsts))
+        for layer in range(builders.LAYERS)
+    ]
+    assert counts == [4 * width * n for n in expected]
 
 
 def test_drafts_pass_the_layers_below_the_first_edit_once_per_text():
@@ -188,7 +191,7 @@ def test_drafts_pass_the_layers_below_the_first_edit_once_per_text():
         _, past = passes.fill(stack, rows, 0)
         counts = layers_run(passes)
         passes.read(stack, longer, 3, After(past, range(12)))
-    assert counts == [4 * 3] * first + [12 * 3] * (builders.LAYERS - first)
+    assert counts == [4 * 3] * (first + 1) + [12 * 3] * (builders.LAYERS - first - 1)
 
 
 def test_a_single_candidate_has_one_pass(pass_shapes):
@@ -209,7 +212,7 @@ def test_texts_of_rows_that_have_joined_are_not_run_for_others():
     counts = layers_run(passes)
     with torch.inference_mode(), stack.applied():
         found = passes.read(stack, rows, KEEP)
-    assert counts == [8 * width] * 4 + [16 * width] * (builders.LAYERS - 4)
+    assert counts == [8 * width] * 5 + [16 * width] * (builders.LAYERS - 5)
     with torch.inference_mode(), stack.applied():
         assert torch.allclose(plain(passes).read(stack, rows, KEEP), found, atol=1e-4)
 

@@ -27,13 +27,13 @@ def config(**flags):
 @pytest.mark.parametrize(
     ("rows", "batch", "prompts", "expected"),
     [
-        (64, 0, 16, (64, 8, 16)),  # all prompts of eight candidates decode together
+        (64, 0, 16, (64, 16, 16)),  # all prompts of sixteen candidates decode together
         (64, 0, 64, (64, 8, 16)),
         (64, 0, 100, (64, 5, 10)),  # as many candidates as fit 8 x 64 decoding rows
         (8, 0, 100, (8, 1, 4)),  # less than one candidate's prompts
-        (4096, 0, 100, (4096, 8, 16)),  # never more than eight in a stack, sixteen in a batch
+        (4096, 0, 100, (4096, 16, 16)),  # never more than sixteen in a stack or a batch
         (4096, 3, 100, (4096, 3, 3)),
-        (64, 40, 16, (64, 8, 40)),
+        (64, 40, 16, (64, 16, 40)),
         (1, 1, 1, (1, 1, 1)),
     ],
 )
@@ -104,10 +104,10 @@ def test_other_errors_are_not_taken_for_memory(model, monkeypatch):
 def test_narrow_models_get_more_rows_than_are_fastest_alone_and_wide_ones_do_not(
     model, monkeypatch
 ):
-    """Whatever is measured as fastest, states of a pass take 1.5 MB in float32 where prompts suffice."""
+    """Whatever is measured as fastest, states of a pass take 3 MiB in float32 where prompts suffice."""
     monkeypatch.setattr(planning, "_fastest_rows", lambda *_: 16)
     asked = config(scores__max_new_tokens=8)
-    assert planning.size(model, asked, 24, 1000).plan.rows == 3 * 2**19 // (4 * builders.WIDTH * 24)
+    assert planning.size(model, asked, 24, 1000).plan.rows == 3 * 2**20 // (4 * builders.WIDTH * 24)
     assert planning.size(model, asked, 24, 3).plan.rows == 16 * 3  # no more than a batch has
     monkeypatch.setattr(planning, "_FEWEST_BYTES", 4 * builders.WIDTH * 24 * 2)
     assert planning.size(model, asked, 24, 1000).plan.rows == 16

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from excise.anatomy import Anatomy
 from excise.kvcache import cache_argument, roomy_cache, with_room
-from excise.lean import Lean, lean_of
+from excise.lean import Alike, Lean, lean_of
 from excise.swapping import replaced_forward
 
 # Room for the logits of one chunk and their temporaries, and the rows that it holds at the least: with
@@ -83,6 +83,7 @@ class Forward:
         *,
         hidden: Tensor | None = None,
         keep: int = 1,
+        alike: Alike | None = None,
     ) -> Tensor:
         """What some layers, without a gap, make of what the layers below them give.
 
@@ -97,9 +98,15 @@ class Forward:
             cache: keys and values of what was read before; these layers fill their part of it.
             hidden: (B, T, D) what the layers below give; needed where there are any.
             keep: how many last positions are asked for at the top.
+            alike: rows for which the layers below, and what was read before, are the same: `hidden`
+                then holds each kind of them once (U, T, D).
         """
         if self._lean is not None and torch.is_inference_mode_enabled():
-            return self._lean.run(layers, ids, mask, positions, cache, hidden=hidden, keep=keep)
+            return self._lean.run(
+                layers, ids, mask, positions, cache, hidden=hidden, keep=keep, alike=alike
+            )
+        if alike is not None and hidden is not None:
+            hidden = hidden[alike.kinds]
         top = layers.stop == len(self.anatomy.layers)
         steps: dict[nn.Module, Callable[..., Any]] = {}
         caught: list[Tensor] = []

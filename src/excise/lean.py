@@ -30,6 +30,14 @@ _NARROW = 64
 
 
 @dataclass(frozen=True)
+class Alike:
+    """Rows that are the same up to what the first layer of a pass writes, such as one text's."""
+
+    rows: Tensor  # (U,) one row of each kind
+    kinds: Tensor  # (B,) of which kind each row is
+
+
+@dataclass(frozen=True)
 class _Setting:
     """What all layers of one pass share, at the tokens that take part."""
 
@@ -45,6 +53,15 @@ class _Setting:
             angles={k: (c[:, -keep:], s[:, -keep:]) for k, (c, s) in self.angles.items()},
             bias={k: b[:, :, -keep:] for k, b in self.bias.items()},
             token=self.token[:, -keep:],
+        )
+
+    def of(self, rows: Tensor) -> _Setting:
+        """The same for some rows alone."""
+        return replace(
+            self,
+            angles={k: (c[rows], s[rows]) for k, (c, s) in self.angles.items()},
+            bias={k: b[rows] for k, b in self.bias.items()},
+            token=self.token[rows],
         )
 
 
@@ -71,6 +88,7 @@ class Lean:
         *,
         hidden: Tensor | None = None,
         keep: int = 1,
+        alike: Alike | None = None,
     ) -> Tensor:
         """What these layers make of `hidden`, or of the embeddings of `ids`.
 
@@ -82,19 +100,23 @@ class Lean:
             cache: keys and values of what was read before; these layers write to it.
             hidden: (B, T, D) what the layers below give; it stays as it is.
             keep: how many last tokens are asked for at the top.
+            alike: rows that the layers below give the same, and that have read the same before:
+                `hidden` is (U, T, D) then, and the first layer's attention runs once for them all.
         """
         top = layers.stop == len(self._layers)
         setting, embedded = self._set(ids, mask, positions, layers, hidden is None)
-        x = embedded if hidden is None else hidden
+        x = hidden
+        if embedded is not None:
+            x = embedded if alike is None else embedded[alike.rows]
         assert x is not None
         shared: dict[str, tuple[Tensor, Tensor]] = {}
         trimmed = not top or keep >= x.shape[1]
         for number in layers:
             layer, few = self._layers[number], None
             if not trimmed and number >= self._last_own:
-                trimmed, few = True, setting.last(keep)
-            x = self._attend(layer, number, x, setting, few, cache, shared)
-            setting = few or setting
+                trimmed, few = True, keep
+            x = self._attend(layer, number, x, setting, few, cache, shared, alike)
+            setting, alike = setting.last(few) if few else setting, None
             x = _mlp(layer, x)
             if layer.extra is not None and setting.extras is not None:
                 x = _add_extra(layer.extra, x, setting.extras[:, number][setting.token])
@@ -134,29 +156,35 @@ class Lean:
         number: int,
         x: Tensor,
         setting: _Setting,
-        few: _Setting | None,
+        few: int | None,
         cache: Any,
         shared: dict[str, tuple[Tensor, Tensor]],
+        alike: Alike | None,
     ) -> Tensor:
         """Attention and its sum. With `few`, keys and values of all tokens, but only the last go on."""
         attention = layer.attention
         given = layer.before_attention(x)
+        ours = setting if alike is None else setting.of(alike.rows)
         if attention.k is not None:
-            keys, values = _keys_values(attention, given, setting.angles[attention.kind])
+            keys, values = _keys_values(attention, given, ours.angles[attention.kind])
+            every = keys, values
+            if alike is not None and (cache is not None or attention.stores):
+                every = keys[alike.kinds], values[alike.kinds]
             if cache is not None:
-                keys, values = cache.update(keys, values, number)
+                every = cache.update(*every, number)
+                keys, values = every if alike is None else (part[alike.rows] for part in every)
             if attention.stores:
-                shared[attention.kind] = keys, values
+                shared[attention.kind] = every
         else:
             keys, values = shared[attention.kind]
         if few is not None:
-            keep = few.token.shape[1]
-            x, given, setting = x[:, -keep:], given[:, -keep:], few
+            x, given, ours = x[:, -few:], given[:, -few:], ours.last(few)
         queries = _heads(attention.q(given), attention.width, attention.q_norm)
-        queries = _rotate(queries, setting.angles[attention.kind])
-        out = attend(queries, keys, values, setting.bias[attention.kind], attention.scaling)
-        out = attention.o(out)
-        return _sum(out, layer.after_attention, x)
+        queries = _rotate(queries, ours.angles[attention.kind])
+        out = attend(queries, keys, values, ours.bias[attention.kind], attention.scaling)
+        if alike is not None:
+            out, x = out[alike.kinds], x[alike.kinds]
+        return _sum(attention.o(out), layer.after_attention, x)
 
 
 def _mlp(layer: Layer, x: Tensor) -> Tensor:

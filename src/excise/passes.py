@@ -22,6 +22,7 @@ from torch import Tensor
 from excise.anatomy import Anatomy
 from excise.forward import Forward
 from excise.kvcache import share_lower_layers, take_rows
+from excise.lean import Alike
 from excise.stacking import Stack
 from excise.tokens import left_pad
 
@@ -229,15 +230,20 @@ class Passes:
     ) -> Tensor:
         """Hidden states (B, keep, D): layer by layer upwards, rows joining as `steps` says."""
         hidden, shared = None, None  # of the rows that have joined, of the texts of those that wait
+        alike = None  # of the rows that have joined, those that `hidden` holds once
         waiting = {number: number for number in range(len(given.different))}
         for (layer, active), (above, more) in pairwise([(0, 0), *steps]):
             layers, some = range(layer, above), range(active)
+            joining = given.picked[active:more]
             if not layers:
+                alike = self._alike(active, joining)
                 continue
             if active:
                 stack.select(rows.owners[:active])
                 cache = caches(some, layers)
-                hidden = self.forward.through(layers, *given.of(some), cache, hidden=hidden)
+                hidden = self.forward.through(
+                    layers, *given.of(some), cache, hidden=hidden, alike=alike
+                )
             left = sorted(set(given.picked[active:]))
             shared = None if shared is None else shared[[waiting[number] for number in left]]
             waiting = {number: place for place, number in enumerate(left)}
@@ -245,8 +251,9 @@ class Passes:
             with stack.paused():
                 cache = caches(same, layers)
                 shared = self.forward.through(layers, *given.of(same), cache, hidden=shared)
-            joined = shared[[waiting[number] for number in given.picked[active:more]]]
+            joined = shared[[waiting[number] for number in dict.fromkeys(joining)]]
             hidden = joined if hidden is None else torch.cat([hidden, joined])
+            alike = self._alike(active, joining)
         layers, every = range(steps[-1][0], len(self._anatomy.layers)), range(len(rows.owners))
         stack.select(rows.owners)
         return self.forward.through(
@@ -257,7 +264,23 @@ class Passes:
             caches(every, layers),
             hidden=hidden,
             keep=keep,
+            alike=alike,
         )
+
+    def _alike(self, before: int, texts: Sequence[int]) -> Alike | None:
+        """Which of some rows are the same, in a pass that holds so many others before them.
+
+        They are as they join, where they have the same text. None where no two of them are, and where
+        nothing is to be reused.
+        """
+        kinds = {text: before + number for number, text in enumerate(dict.fromkeys(texts))}
+        if len(kinds) == len(texts) or not self._reuse:
+            return None
+        each = [*range(before), *(kinds[text] for text in texts)]
+        first = {kind: row for row, kind in reversed(list(enumerate(each)))}
+        rows = [first[kind] for kind in range(before + len(kinds))]
+        device = self.forward.device
+        return Alike(torch.tensor(rows, device=device), torch.tensor(each, device=device))
 
     def _starts(self, stack: Stack, rows: Rows) -> list[int]:
         """Per row the layer where it may begin, never above that of a row after it.

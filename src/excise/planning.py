@@ -19,9 +19,9 @@ _GAIN = 1.05  # a larger pass must be faster by this much to be worth its memory
 _DECODE_FACTOR = 8
 # The residual states of a pass, in float32, should take at least this much: below it the edits of many
 # candidates cost more than what the smaller pass gains. Wide models reach it with few rows.
-_FEWEST_BYTES = 3 * 2**19
-_LARGEST_STACK = 8  # more candidates than this share little that is not already shared
+_FEWEST_BYTES = 3 * 2**20
 _LARGEST_BATCH = 16  # candidates asked together: more would make the sampler blind for longer
+_LARGEST_STACK = _LARGEST_BATCH  # the more share a pass, the less often what they share is run
 
 
 @dataclass(frozen=True)
