@@ -24,7 +24,7 @@ ORDER = (
     "dressing tokens geometry capture profiles subspace ridge lbfgs ara space directional moments "
     "subspace_method ridge_method ara_method methods stacking passes decoding drafts answering "
     "divergence engine opening planning refining scorers front record wording digest markdown "
-    "caveats usage recipe search journal panel keeping stage identity figures geometry_page card "
+    "caveats usage recipe journal search panel keeping stage identity figures geometry_page card "
     "report matching merging export gguffile ggml patching llamacpp ggufexport llamaworker llamarun "
     "ggufcheck ollama artifacts finish pipeline jobs reproduce hub inspecting console arguments cli"
 ).split()

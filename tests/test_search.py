@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from excise import journal
@@ -81,6 +83,37 @@ def test_a_search_cut_short_anywhere_repeats_the_unbroken_one(tmp_path, monkeypa
     resumed = search_in(folder)
     resumed.run(40, toy, ignore)
     assert trials(resumed) == expected
+
+
+@pytest.mark.parametrize("share", [0.05, 0.2, 0.37, 0.5, 0.68, 0.9, 0.99])
+def test_a_journal_that_a_power_cut_ended_anywhere_repeats_the_unbroken_one(tmp_path, share):
+    """Also within what was written together."""
+    expected = whole(tmp_path / "whole", 40)
+    written = (tmp_path / "whole" / journal.FILE).read_bytes()
+    folder = tmp_path / "cut"
+    folder.mkdir()
+    (folder / journal.FILE).write_bytes(written[: int(share * len(written))])
+    resumed = search_in(folder)
+    resumed.run(40, toy, ignore)
+    assert trials(resumed) == expected
+
+
+def test_a_batch_is_flushed_when_it_is_asked_and_when_it_is_told(tmp_path, monkeypatch):
+    search, flushed, seen = search_in(tmp_path), [], []
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda number: (flushed.append(number), fsync(number)))
+
+    def measure(params, finished):
+        kept = search_in(tmp_path)  # another process would see them before they are measured
+        seen.append(trials(kept)[-len(params) :])
+        return toy(params, finished)
+
+    search.run(24, measure, ignore)
+    assert [[one[2] for one in batch] for batch in seen] == [
+        [one[2] for one in trials(search)[start : start + 8]] for start in (0, 8, 16)
+    ]
+    assert len(flushed) == 1 + 2 * 3  # the total that was asked for; every batch twice
+    assert trials(search_in(tmp_path)) == trials(search)
 
 
 def test_random_trials_differ_and_depend_on_the_seed(tmp_path):

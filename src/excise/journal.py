@@ -6,9 +6,10 @@ journal needs no lock file of its own, and a stale one can never block a resume.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -58,6 +59,53 @@ class _HeldAlready(BaseJournalFileLock):
 
     def release(self) -> None:
         return None
+
+
+class Journal(JournalFileBackend):
+    """A journal that one process writes; what it writes `together` goes to the disk at once.
+
+    A line for every parameter, each waited for until it is on the disk, takes most of the time of
+    asking for trials: some milliseconds, and on a network disk much more.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(str(path), lock_obj=_HeldAlready())
+        self._written = sum(1 for _ in super().read_logs(0))
+        self._waiting: list[dict[str, Any]] | None = None  # None: nothing has to wait
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        """Write these, or have them wait."""
+        if self._waiting is not None:
+            self._waiting += json.loads(json.dumps(logs))  # as they come back from the file
+            return
+        super().append_logs(logs)
+        self._written += len(logs)
+
+    def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:
+        """All logs from this number on, those that wait included."""
+        waiting = self._waiting or []
+        if log_number_from < self._written or not waiting:
+            yield from super().read_logs(log_number_from)
+        yield from waiting[max(0, log_number_from - self._written) :]
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What is written within this context is on the disk when it ends, however it ends."""
+        self._waiting = []
+        try:
+            yield
+        finally:
+            waiting, self._waiting = self._waiting, None
+            if waiting:
+                self.append_logs(waiting)
+
+
+@contextmanager
+def together(study: optuna.Study) -> Iterator[None]:
+    """As `Journal.together`, for the journal of a study that has one."""
+    backend = getattr(study._storage, "_backend", None)
+    with backend.together() if isinstance(backend, Journal) else nullcontext():
+        yield
 
 
 def create_study(
@@ -124,7 +172,7 @@ def check_identity(folder: Path, study: optuna.Study, identity: dict[str, Any]) 
 
 
 def _storage(path: Path) -> JournalStorage:
-    return JournalStorage(JournalFileBackend(str(path), lock_obj=_HeldAlready()))
+    return JournalStorage(Journal(path))
 
 
 def _drop_torn_line(path: Path) -> None:

@@ -225,7 +225,11 @@ def _heads(x: Tensor, width: int, norm: Norm | None) -> Tensor:
 def _rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
     """Rotary position embedding (Su et al., 2021) of (B, T, H, d)."""
     cos, signed_sin = angles
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), signed_sin)
+    half = x.shape[-1] // 2
+    out = x * cos
+    out[..., :half].addcmul_(x[..., half:], signed_sin[..., :half])
+    out[..., half:].addcmul_(x[..., :half], signed_sin[..., half:])
+    return out
 
 
 def _bias(places: Tensor, tokens: int, window: int | None, dtype: torch.dtype) -> Tensor:

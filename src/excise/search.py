@@ -23,6 +23,7 @@ from excise.config import SearchSection
 from excise.errors import StorageError
 from excise.events import OnEvent, Progress, TrialMeasured
 from excise.front import Objective, Point, pareto
+from excise.journal import together
 from excise.record import ScoreRecord, TrialRecord
 from excise.space import refined_distribution
 
@@ -128,9 +129,10 @@ class Search:
         params = entry["params"][start - first : stop - first]
         there = len(self._trials())
         results = measure(params, self.points(start))
-        for number, one, result in zip(range(start, stop), params, results, strict=True):
-            if number >= there:  # a kill may have struck between two of them
-                self.study.add_trial(self._frozen(one, result))
+        with together(self.study):
+            for number, one, result in zip(range(start, stop), params, results, strict=True):
+                if number >= there:  # a power cut may have struck between two of them
+                    self.study.add_trial(self._frozen(one, result))
         front = {p.number for p in pareto(self.points(), self.objectives)}
         for number, result in zip(range(start, stop), results, strict=True):
             values = {name: score.value for name, score in result.scores.items()}
@@ -177,10 +179,12 @@ class Search:
         return stops
 
     def _run_batch(self, start: int, stop: int, measure: Measure, on_event: OnEvent) -> None:
-        asked = [self._ask(number) for number in range(start, stop)]
+        with together(self.study):
+            asked = [self._ask(number) for number in range(start, stop)]
         measured = measure([trial.params for trial in asked], self.points(start))
-        for trial, result in zip(asked, measured, strict=True):
-            self._tell(trial, result)
+        with together(self.study):
+            for trial, result in zip(asked, measured, strict=True):
+                self._tell(trial, result)
         front = {p.number for p in pareto(self.points(), self.objectives)}
         for trial, result in zip(asked, measured, strict=True):
             values = {name: score.value for name, score in result.scores.items()}
