@@ -39,6 +39,7 @@ class ResponseTree:
         self._from: list[tuple[int, int]] = [(0, 0)]  # a node's parent, and the token after that
         self._length: list[int] = [0]
         self._final: list[bool] = [False]
+        self._responses: dict[tuple[int, bool], Response] = {}
 
     def step(self, node: int, token: int) -> int:
         """The node reached from `node` by one more token."""
@@ -75,9 +76,11 @@ class ResponseTree:
         return self._final[node]
 
     def response(self, node: int, ended: bool) -> Response:
-        """The response that this node stands for."""
-        tokens = self.tokens(node)
-        return Response(tokens, self.text(tokens), ended)
+        """The response that this node stands for, made once: most rows end where others did."""
+        if (node, ended) not in self._responses:
+            tokens = self.tokens(node)
+            self._responses[node, ended] = Response(tokens, self.text(tokens), ended)
+        return self._responses[node, ended]
 
     def text(self, tokens: Sequence[int]) -> str:
         """Text of response tokens, without special tokens, after what every response begins with."""

@@ -34,6 +34,8 @@ from excise.weights import any_offloaded, let_go
 
 R = TypeVar("R")
 
+_FIRST_STACK = 4  # the first stack of a search is smaller by this
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -126,7 +128,8 @@ class Engine:
         """
         found: dict[int, Evidence] = {}
         with torch.inference_mode():
-            for numbers, stack in self._stacks(candidates):
+            learns = self._learning and any(isinstance(r, Responses) for r in requests)
+            for numbers, stack in self._stacks(candidates, learns):
                 with self._passes.of_one_stack():
                     evidence = self._measure_stack(stack, requests, only or {})
                 found.update(zip(numbers, evidence, strict=True))
@@ -180,13 +183,21 @@ class Engine:
             let_go(layer)
         return Reference(self._originals, self._forward)
 
-    def _stacks(self, candidates: Sequence[CandidateEdits]) -> Iterator[tuple[list[int], Stack]]:
-        """Candidates in stacks; those that begin at like layers share one, so more is reused."""
+    def _stacks(
+        self, candidates: Sequence[CandidateEdits], learns: bool
+    ) -> Iterator[tuple[list[int], Stack]]:
+        """Candidates in stacks; those that begin at like layers share one, so more is reused.
 
+        Where nothing is known yet of what later stacks `learn`, the first is smaller: it has to decode
+        what they will read.
+        """
         firsts = [first_edited(self.writers, edits) for edits in candidates]
         order = sorted(range(len(candidates)), key=lambda n: (firsts[n], n))
-        for start in range(0, len(order), self.plan.stack):
-            numbers = order[start : start + self.plan.stack]
+        while order:
+            size = self.plan.stack
+            if learns and not self._drafts:
+                size = max(1, size // _FIRST_STACK)
+            numbers, order = order[:size], order[size:]
             yield numbers, Stack(self.writers, [candidates[n] for n in numbers])
 
     def _measure_stack(
