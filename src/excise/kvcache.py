@@ -12,6 +12,7 @@ from copy import copy, deepcopy
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import (
     DummyLayer,
@@ -78,8 +79,15 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
             return
         places = torch.arange(other.length, device=rows.device)
         places = (places - pads.to(rows.device)[:, None]).clamp_min(0)
-        moved = [states[rows[:, None], :, places].transpose(1, 2) for states in (keys, values)]
-        self.update(moved[0], moved[1])
+        self.update(_picked(keys, rows, places), _picked(values, rows, places))
+
+
+def _picked(states: Tensor, rows: Tensor, places: Tensor) -> Tensor:
+    """From states (B, H, S, d) those of these rows (N,), each at its own places (N, T): (N, H, T, d)."""
+    heads, seen, width = states.shape[1:]
+    each = rows[:, None] * heads + torch.arange(heads, device=rows.device)
+    # As an embedding: on a CPU it takes half the time of an index over two axes.
+    return F.embedding(each[..., None] * seen + places[:, None], states.reshape(-1, width))
 
 
 def cache_argument(backbone: nn.Module) -> str | None:

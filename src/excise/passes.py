@@ -86,7 +86,8 @@ class _Given:
     def of(self, rows: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Ids, mask and positions of some rows."""
         some = torch.tensor(rows, device=self.ids.device)
-        return self.ids[some], self.mask[some], self.positions[some]
+        ids, mask, positions = (x.index_select(0, some) for x in (self.ids, self.mask, self.positions))
+        return ids, mask, positions
 
 
 # Gives a pass over some rows, through the layers from one to another, the cache that it goes on from.
