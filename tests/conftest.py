@@ -108,9 +108,9 @@ def pass_shapes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     shapes: list[tuple[int, ...]] = []
     through = Forward.through
 
-    def counted(self, layers, ids, *args, **kwargs):
-        shapes.append(tuple(ids.shape))
-        return through(self, layers, ids, *args, **kwargs)
+    def counted(self, layers, given, *args, **kwargs):
+        shapes.append(tuple(given.ids.shape))
+        return through(self, layers, given, *args, **kwargs)
 
     monkeypatch.setattr(Forward, "through", counted)
     return shapes

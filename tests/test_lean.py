@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from excise import forward as forward_module
 from excise.blueprints import gelu_tanh
 from excise.forward import Forward
-from excise.lean import attend, lean_of
+from excise.lean import Inputs, attend, lean_of
 
 LENGTHS = (3, 9, 14, 24)
 
@@ -82,11 +82,11 @@ def test_a_pass_in_two_parts_is_one_pass(family, cut):
     assert cut <= lean.anatomy.skippable
     top = len(lean.anatomy.layers)
     with torch.inference_mode():
-        lower, theirs = (way.through(range(cut), *given) for way in (lean, plain))
+        lower, theirs = (way.through(range(cut), Inputs(*given)) for way in (lean, plain))
         real = given[1].bool()
         assert near(lower[real], theirs[real])
         before = lower.clone()
-        ours = lean.through(range(cut, top), *given, hidden=lower, keep=2)
+        ours = lean.through(range(cut, top), Inputs(*given), hidden=lower, keep=2)
         assert torch.equal(lower, before)
         assert near(ours, lean.hidden(*given, keep=2))
 

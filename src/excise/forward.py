@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from excise.anatomy import Anatomy
 from excise.kvcache import cache_argument, roomy_cache, with_room
-from excise.lean import Alike, Lean, lean_of
+from excise.lean import Alike, Inputs, Lean, lean_of
 from excise.swapping import replaced_forward
 
 # Room for the logits of one chunk and their temporaries, and the rows that it holds at the least: with
@@ -56,7 +56,7 @@ class Forward:
             with torch.inference_mode():
                 plain = self._whole(ids, mask, positions, None, keep)
                 layers = range(len(self.anatomy.layers))
-                ours = lean.run(layers, ids, mask, positions, keep=keep)
+                ours = lean.run(layers, Inputs(ids, mask, positions), keep=keep)
             apart = float((ours - plain).norm() / plain.norm())
             _PROBED[backbone] = (apart <= _APART, self._output_type)
         agrees, self._output_type = _PROBED[backbone]
@@ -71,14 +71,12 @@ class Forward:
     ) -> Tensor:
         """Final hidden states (B, keep, D) of the last `keep` positions of `ids` (B, T)."""
         layers = range(len(self.anatomy.layers))
-        return self.through(layers, ids, mask, positions, cache, keep=keep)
+        return self.through(layers, Inputs(ids, mask, positions), cache, keep=keep)
 
     def through(
         self,
         layers: range,
-        ids: Tensor,
-        mask: Tensor,
-        positions: Tensor,
+        given: Inputs,
         cache: Any = None,
         *,
         hidden: Tensor | None = None,
@@ -92,9 +90,7 @@ class Forward:
 
         Args:
             layers: which ones.
-            ids: (B, T) tokens.
-            mask: (B, S) of these tokens and those that the cache holds.
-            positions: (B, T).
+            given: tokens, mask and positions of the rows.
             cache: keys and values of what was read before; these layers fill their part of it.
             hidden: (B, T, D) what the layers below give; needed where there are any.
             keep: how many last positions are asked for at the top.
@@ -102,9 +98,7 @@ class Forward:
                 then holds each kind of them once (U, T, D).
         """
         if self._lean is not None and torch.is_inference_mode_enabled():
-            return self._lean.run(
-                layers, ids, mask, positions, cache, hidden=hidden, keep=keep, alike=alike
-            )
+            return self._lean.run(layers, given, cache, hidden=hidden, keep=keep, alike=alike)
         if alike is not None and hidden is not None:
             hidden = hidden[alike.kinds]
         top = layers.stop == len(self.anatomy.layers)
@@ -123,9 +117,9 @@ class Forward:
             upper = self.anatomy.layers[layers.stop :]
             steps |= dict.fromkeys(upper, self._pass_through)
             steps[upper[0]] = catch
-            keep = ids.shape[1]  # the backbone must not trim below `layers.stop`
+            keep = given.ids.shape[1]  # the backbone must not trim below `layers.stop`
         with replaced_forward(steps):
-            states = self._whole(ids, mask, positions, cache, keep)
+            states = self._whole(given.ids, given.mask, given.positions, cache, keep)
         return states if top else caught[0]
 
     def _whole(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any, keep: int) -> Tensor:

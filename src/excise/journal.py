@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -81,7 +81,7 @@ class Journal(JournalFileBackend):
         super().append_logs(logs)
         self._written += len(logs)
 
-    def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:
+    def read_logs(self, log_number_from: int) -> Generator[dict[str, Any], None, None]:
         """All logs from this number on, those that wait included."""
         waiting = self._waiting or []
         if log_number_from < self._written or not waiting:

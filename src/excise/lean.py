@@ -38,15 +38,16 @@ class Alike:
 
 
 @dataclass(frozen=True)
-class _Setting:
+class Setting:
     """What all layers of one pass share, at the tokens that take part."""
 
     angles: dict[str, tuple[Tensor, Tensor]]  # by kind: cos and signed sin (B, T, 1, d)
     bias: dict[str, Tensor]  # by kind: (B, 1, T, S), added to scores
-    extras: Tensor | None  # (U, L, P) per-layer embeddings of the different tokens
-    token: Tensor  # (B, T) which of them each one is
+    token: Tensor  # (B, T) which of the different tokens each one is
+    embedded: Tensor  # (U, D) embeddings of the different tokens
+    extras: Tensor | None  # (U, L, P) their per-layer embeddings
 
-    def last(self, keep: int) -> _Setting:
+    def last(self, keep: int) -> Setting:
         """The same for the last tokens alone."""
         return replace(
             self,
@@ -55,14 +56,35 @@ class _Setting:
             token=self.token[:, -keep:],
         )
 
-    def of(self, rows: Tensor) -> _Setting:
+    def of(self, rows: Tensor) -> Setting:
         """The same for some rows alone."""
+        angles = self.angles.items()
         return replace(
             self,
-            angles={k: (c.index_select(0, rows), s.index_select(0, rows)) for k, (c, s) in self.angles.items()},
+            angles={k: (c.index_select(0, rows), s.index_select(0, rows)) for k, (c, s) in angles},
             bias={k: b.index_select(0, rows) for k, b in self.bias.items()},
             token=self.token.index_select(0, rows),
         )
+
+
+@dataclass
+class Inputs:
+    """What the rows of a pass are given, and what a lean pass has made of that alone."""
+
+    ids: Tensor  # (B, T) tokens
+    mask: Tensor  # (B, S) of these tokens and those that a cache holds: one where there is a token
+    positions: Tensor  # (B, T)
+    setting: Setting | None = None
+    whole: tuple[Inputs, Tensor] | None = (
+        None  # what these rows were taken from, and which they are
+    )
+
+    def of(self, rows: Tensor) -> Inputs:
+        """Some rows of them."""
+        ids, mask, positions = (
+            part.index_select(0, rows) for part in (self.ids, self.mask, self.positions)
+        )
+        return Inputs(ids, mask, positions, whole=(self, rows))
 
 
 class Lean:
@@ -81,22 +103,19 @@ class Lean:
     def run(
         self,
         layers: range,
-        ids: Tensor,
-        mask: Tensor,
-        positions: Tensor,
+        given: Inputs,
         cache: Any = None,
         *,
         hidden: Tensor | None = None,
         keep: int = 1,
         alike: Alike | None = None,
     ) -> Tensor:
-        """What these layers make of `hidden`, or of the embeddings of `ids`.
+        """What these layers make of `hidden`, or of the embeddings of the tokens given.
 
         Args:
             layers: without a gap; (B, T, D) is returned where they end below the top, else
                 (B, keep, D) after the final norm.
-            ids, positions: (B, T).
-            mask: (B, S), one where there is a token.
+            given: the rows.
             cache: keys and values of what was read before; these layers write to it.
             hidden: (B, T, D) what the layers below give; it stays as it is.
             keep: how many last tokens are asked for at the top.
@@ -104,11 +123,10 @@ class Lean:
                 `hidden` is (U, T, D) then, and the first layer's attention runs once for them all.
         """
         top = layers.stop == len(self._layers)
-        setting, embedded = self._set(ids, mask, positions, layers, hidden is None)
-        x = hidden
-        if embedded is not None:
-            x = embedded if alike is None else embedded.index_select(0, alike.rows)
-        assert x is not None
+        setting, x = self._setting(given), hidden
+        if x is None:
+            token = setting.token if alike is None else setting.token.index_select(0, alike.rows)
+            x = F.embedding(token, setting.embedded)
         shared: dict[str, tuple[Tensor, Tensor]] = {}
         trimmed = not top or keep >= x.shape[1]
         for number in layers:
@@ -119,45 +137,51 @@ class Lean:
             setting, alike = setting.last(few) if few else setting, None
             x = _mlp(layer, x)
             if layer.extra is not None and setting.extras is not None:
-                x = _add_extra(layer.extra, x, F.embedding(setting.token, setting.extras[:, number]))
+                x = _add_extra(
+                    layer.extra, x, F.embedding(setting.token, setting.extras[:, number])
+                )
             if layer.scalar is not None:
                 x = x.mul_(layer.scalar)
         return self._norm(x)[:, -keep:] if top else x
 
-    def _set(
-        self, ids: Tensor, mask: Tensor, positions: Tensor, layers: range, embed: bool
-    ) -> tuple[_Setting, Tensor | None]:
-        """What these layers share, and the embeddings (B, T, D) where they are wanted.
+    def _setting(self, given: Inputs) -> Setting:
+        if given.setting is None:
+            if given.whole is None:
+                given.setting = self._set(given.ids, given.mask, given.positions)
+            else:
+                whole, rows = given.whole
+                given.setting = self._setting(whole).of(rows)
+        return given.setting
 
-        What follows from a token alone is made once per different token.
-        """
+    def _set(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Setting:
+        """What all layers share. What follows from a token alone is made once per different token."""
         tokens, seen = ids.shape[1], mask.shape[1]
         different, token = torch.unique(ids, return_inverse=True)
         embedded = self._backbone.embed_tokens(different[None])
         extras = None
         if getattr(self._backbone, "hidden_size_per_layer_input", 0):
-            given = self._backbone.get_per_layer_inputs(different[None], embedded)
-            extras = self._backbone.project_per_layer_inputs(embedded, given)[0]
+            own = self._backbone.get_per_layer_inputs(different[None], embedded)
+            extras = self._backbone.project_per_layer_inputs(embedded, own)[0]
         places = torch.arange(seen, device=ids.device)
         looks = mask.bool()[:, None, None, :]
+        itself = _bias(places, tokens, 1, embedded.dtype)
         angles, bias = {}, {}
-        for kind in dict.fromkeys(self._layers[number].attention.kind for number in layers):
+        for kind, window in self._windows.items():
             cos, sin = self._rotary(embedded, places[None], *([kind] if self._by_kind else []))
             half = cos.shape[-1] // 2
             signed = torch.cat([-sin[0, :, :half], sin[0, :, half:]], dim=-1)
             # On a CPU an embedding picks rows several times faster than an index does.
             cos, signed = (F.embedding(positions, table)[:, :, None] for table in (cos[0], signed))
             angles[kind] = (cos, signed)
-            near = _bias(places, tokens, self._windows[kind], embedded.dtype)
-            bias[kind] = torch.where(looks, near, _bias(places, tokens, 1, embedded.dtype))
-        return _Setting(angles, bias, extras, token), F.embedding(token, embedded[0]) if embed else None
+            bias[kind] = torch.where(looks, _bias(places, tokens, window, embedded.dtype), itself)
+        return Setting(angles, bias, token, embedded[0], extras)
 
     def _attend(
         self,
         layer: Layer,
         number: int,
         x: Tensor,
-        setting: _Setting,
+        setting: Setting,
         few: int | None,
         cache: Any,
         shared: dict[str, tuple[Tensor, Tensor]],

@@ -22,7 +22,7 @@ from torch import Tensor
 from excise.anatomy import Anatomy
 from excise.forward import Forward
 from excise.kvcache import share_lower_layers, take_rows
-from excise.lean import Alike
+from excise.lean import Alike, Inputs
 from excise.stacking import Stack
 from excise.tokens import left_pad
 
@@ -77,17 +77,13 @@ class After:
 class _Given:
     """What the rows of a pass are given, and which rows of it hold the different texts."""
 
-    ids: Tensor  # (B, T)
-    mask: Tensor  # (B, T and what was read before)
-    positions: Tensor  # (B, T)
+    inputs: Inputs
     different: list[int]  # (U,) of the rows with the same text, the last
     picked: list[int]  # (B,) which of the different texts each row holds
 
-    def of(self, rows: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Ids, mask and positions of some rows."""
-        some = torch.tensor(rows, device=self.ids.device)
-        ids, mask, positions = (x.index_select(0, some) for x in (self.ids, self.mask, self.positions))
-        return ids, mask, positions
+    def of(self, rows: Sequence[int]) -> Inputs:
+        """What some rows are given."""
+        return self.inputs.of(torch.tensor(rows, device=self.inputs.ids.device))
 
 
 # Gives a pass over some rows, through the layers from one to another, the cache that it goes on from.
@@ -163,7 +159,7 @@ class Passes:
         states = self._climb(stack, rows, given, remembered, 1, [(layer, len(rows.owners))])
         if layer > 0:
             share_lower_layers(filled[0], filled[layer], layer, torch.tensor(given.picked))
-        return states[:, -1], Past(filled[layer], given.mask)
+        return states[:, -1], Past(filled[layer], given.inputs.mask)
 
     def _open(self, rows: Rows, room: int | None, after: After | None) -> tuple[_Given, _Caches]:
         """What is left to read of texts, and the caches to go on from.
@@ -201,7 +197,7 @@ class Passes:
             )
 
         each = torch.tensor(picked, device=ids.device)
-        return _Given(ids[each], mask[each], positions[each], different, picked), caches
+        return _Given(Inputs(ids, mask, positions).of(each), different, picked), caches
 
     def _beginning(self, stack: Stack, rows: Rows, keep: int) -> After | None:
         """What these candidates make of what their texts begin with, if that pays."""
@@ -243,7 +239,7 @@ class Passes:
                 stack.select(rows.owners[:active])
                 cache = caches(some, layers)
                 hidden = self.forward.through(
-                    layers, *given.of(some), cache, hidden=hidden, alike=alike
+                    layers, given.of(some), cache, hidden=hidden, alike=alike
                 )
             left = sorted(set(given.picked[active:]))
             shared = None if shared is None else shared[[waiting[number] for number in left]]
@@ -251,7 +247,7 @@ class Passes:
             same = [given.different[number] for number in left]
             with stack.paused():
                 cache = caches(same, layers)
-                shared = self.forward.through(layers, *given.of(same), cache, hidden=shared)
+                shared = self.forward.through(layers, given.of(same), cache, hidden=shared)
             joined = shared[[waiting[number] for number in dict.fromkeys(joining)]]
             hidden = joined if hidden is None else torch.cat([hidden, joined])
             alike = self._alike(active, joining)
@@ -259,9 +255,7 @@ class Passes:
         stack.select(rows.owners)
         return self.forward.through(
             layers,
-            given.ids,
-            given.mask,
-            given.positions,
+            given.inputs,
             caches(every, layers),
             hidden=hidden,
             keep=keep,
