@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from excise import forward as forward_module
 from excise.blueprints import gelu_tanh
 from excise.forward import Forward
-from excise.lean import Inputs, attend, lean_of
+from excise.lean import Alike, Inputs, attend, lean_of
 
 LENGTHS = (3, 9, 14, 24)
 
@@ -89,6 +89,57 @@ def test_a_pass_in_two_parts_is_one_pass(family, cut):
         ours = lean.through(range(cut, top), Inputs(*given), hidden=lower, keep=2)
         assert torch.equal(lower, before)
         assert near(ours, lean.hidden(*given, keep=2))
+
+
+@pytest.mark.parametrize("family", builders.FAMILIES)
+def test_logits_are_those_of_the_models_own_forward(family):
+    model = builders.loaded(family)
+    capped = getattr(model.model.config.get_text_config(), "final_logit_softcapping", None)
+    lean, plain = both_ways(model)
+    with torch.inference_mode():
+        states = 20 * plain.hidden(*padded(texts()), keep=3).flatten(0, 1)
+        ours, theirs = lean.logits(states), plain.logits(states)
+    assert torch.equal(ours, theirs)
+    if capped:
+        assert ours.abs().max() > 0.2 * capped  # far enough for the cap to bend them
+
+
+def test_a_head_that_differs_from_the_models_own_is_not_used(monkeypatch):
+    model = builders.loaded("gemma4")
+    known = lean_of(model.model, model.anatomy)
+    object.__setattr__(known.head, "cap", 0.5)
+    monkeypatch.setattr(forward_module, "lean_of", lambda *_: known)
+    assert Forward(model.model, model.anatomy)._lean is None
+
+
+@pytest.mark.parametrize("family", builders.FAMILIES)
+def test_rows_that_are_alike_are_run_as_rows_of_their_own(family):
+    """From the embeddings and from within, with a cache and without, at every layer."""
+    lean, _ = both_ways(builders.loaded(family))
+    ids, mask, positions = padded(texts())
+    kinds = torch.tensor([0, 1, 2, 1, 0, 2, 1])
+    alike = Alike(torch.tensor([0, 1, 2]), kinds)
+    given = Inputs(ids, mask, positions).of(kinds)
+    few = Inputs(ids, mask, positions).of(torch.arange(3))
+    top = len(lean.anatomy.layers)
+    for start in range(min(lean.anatomy.skippable, top - 1) + 1):
+        for keep in (2, ids.shape[1]):
+            for room in (None, ids.shape[1]):
+                caches = [None if room is None else lean.cache(room) for _ in range(2)]
+                with torch.inference_mode():
+                    lower = lean.through(range(start), few) if start else None
+                    each = None if lower is None else lower[kinds]
+                    layers = range(start, top)
+                    ours = lean.through(
+                        layers, given, caches[0], hidden=lower, keep=keep, alike=alike
+                    )
+                    theirs = lean.through(layers, given, caches[1], hidden=each, keep=keep)
+                assert near(ours, theirs)
+                if room is not None:
+                    for a, b in zip(*(cache.layers for cache in caches), strict=True):
+                        if a.keys is not None and a.length:
+                            assert near(a.keys, b.keys)
+                            assert near(a.values, b.values)
 
 
 def test_what_differs_from_the_models_own_modules_is_not_used(monkeypatch):

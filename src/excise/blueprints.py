@@ -82,6 +82,19 @@ class Layer:
     scalar: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Head:
+    """What makes logits of final hidden states: a matrix, and a soft cap where there is one."""
+
+    module: nn.Module
+    cap: float | None
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """(N, D) to (N, V)."""
+        logits: Tensor = self.module(hidden)
+        return logits if self.cap is None else (logits / self.cap).tanh_().mul_(self.cap)
+
+
 def gelu_tanh(x: Tensor) -> Tensor:
     """GELU in its tanh form, as x sigmoid(2 u): on a CPU an exponential costs half of a tanh."""
     if x.device.type != "cpu":
@@ -99,6 +112,12 @@ def norm_of(module: Any) -> Norm:
     """The norm that a module is; families name its epsilon in two ways."""
     eps = getattr(module, "eps", None)
     return Norm(module, module.variance_epsilon if eps is None else eps)
+
+
+def head_of(model: Any) -> Head:
+    """The head of a language model, as far as its configuration says."""
+    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    return Head(model.get_output_embeddings(), cap)
 
 
 def _maybe_norm(owner: Any, name: str) -> Norm | None:

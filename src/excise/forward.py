@@ -57,8 +57,9 @@ class Forward:
                 plain = self._whole(ids, mask, positions, None, keep)
                 layers = range(len(self.anatomy.layers))
                 ours = lean.run(layers, Inputs(ids, mask, positions), keep=keep)
-            apart = float((ours - plain).norm() / plain.norm())
-            _PROBED[backbone] = (apart <= _APART, self._output_type)
+                logits = self._logits(plain[0]), lean.head(plain[0])
+            agrees = _near(ours, plain) and _near(*logits)
+            _PROBED[backbone] = (agrees, self._output_type)
         agrees, self._output_type = _PROBED[backbone]
         return agrees
 
@@ -138,10 +139,13 @@ class Forward:
         return hidden[:, -keep:]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Raw logits (N, V) in float32 of final hidden states (N, D).
+        """Raw logits (N, V) in float32 of final hidden states (N, D)."""
+        if self._lean is not None and torch.is_inference_mode_enabled():
+            return self._lean.head(hidden)
+        return self._logits(hidden)
 
-        The model's own forward computes them (head, soft caps, scales) on the states it is handed.
-        """
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """By the model's own forward (head, soft caps, scales), on the states that it is handed."""
         assert self._output_type is not None, "hidden() comes first"
         states = self._output_type(last_hidden_state=hidden[None])
         ids = torch.zeros(1, hidden.shape[0], dtype=torch.long, device=hidden.device)
@@ -177,3 +181,7 @@ class Forward:
     def _as_layer(self, hidden: Tensor) -> Any:
         """Hidden states in the form that this family's layers give them; no attention weights."""
         return (hidden, None) if self.anatomy.returns_tuple else hidden
+
+
+def _near(found: Tensor, expected: Tensor) -> bool:
+    return float((found - expected).norm() / expected.norm()) <= _APART

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from excise.anatomy import Anatomy
-from excise.blueprints import Attention, Extra, Layer, Norm, layers_of, norm_of
+from excise.blueprints import Attention, Extra, Head, Layer, Norm, head_of, layers_of, norm_of
 from excise.weights import any_offloaded
 
 # On a CPU, plain products are faster than the fused kernel for many short texts with narrow heads.
@@ -88,9 +88,10 @@ class Inputs:
 
 
 class Lean:
-    """The layers of one model, run lean."""
+    """The layers of one model, run lean, and its head."""
 
-    def __init__(self, backbone: Any, layers: list[Layer]) -> None:
+    def __init__(self, backbone: Any, layers: list[Layer], head: Head) -> None:
+        self.head = head
         self._backbone = backbone
         self._layers = layers
         self._windows = {layer.attention.kind: layer.attention.window for layer in layers}
@@ -310,4 +311,4 @@ def lean_of(model: Any, anatomy: Anatomy) -> Lean | None:
     if len(kinds) > 1 or any_offloaded(model) or kinds.pop()[1] != torch.float32:
         return None
     layers = layers_of(anatomy)
-    return None if layers is None else Lean(anatomy.backbone, layers)
+    return None if layers is None else Lean(anatomy.backbone, layers, head_of(model))
