@@ -11,10 +11,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from excise import answering
+from excise import engine as engine_module
 from excise.answering import Answering
 from excise.engine import Engine, Plan
 from excise.evidence import Divergence, Evidence, Response, Responses
 from excise.kvcache import RoomyLayer
+from excise.stacking import Stack
 
 LIMIT = 12
 TARGET = [Responses("target")]
@@ -99,6 +101,26 @@ def test_what_was_learnt_is_read_and_not_decoded(family, pass_shapes):
     assert ours.measure(edits, TARGET) == expected
     assert pass_shapes
     assert all(width > 1 for _, width in pass_shapes)
+
+
+def test_the_first_stack_that_others_learn_from_is_small(monkeypatch):
+    model, edits = setup("qwen3")
+    sizes = []
+
+    class Counted(Stack):
+        def __init__(self, writers, candidates):
+            sizes.append(len(candidates))
+            super().__init__(writers, candidates)
+
+    monkeypatch.setattr(engine_module, "Stack", Counted)
+    ours, twelve = engine(model, Plan(rows=64, stack=8, decode=1000)), (edits * 12)[:12]
+    with ours.learning():
+        found = ours.measure(twelve, TARGET)
+    assert sizes == [2, 8, 2]
+    sizes.clear()
+    with ours.learning():
+        assert ours.measure(twelve, TARGET) == found
+    assert sizes == [8, 4]
 
 
 def test_only_what_is_said_while_learning_is_learnt():

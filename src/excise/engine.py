@@ -128,12 +128,13 @@ class Engine:
         """
         found: dict[int, Evidence] = {}
         with torch.inference_mode():
-            learns = self._learning and any(isinstance(r, Responses) for r in requests)
+            answers = any(isinstance(request, Responses) for request in requests)
+            learns = self._learning and only is None and answers
             for numbers, stack in self._stacks(candidates, learns):
                 with self._passes.of_one_stack():
                     evidence = self._measure_stack(stack, requests, only or {})
                 found.update(zip(numbers, evidence, strict=True))
-                if self._learning and only is None:
+                if learns:
                     self._learn(evidence)
         return [found[number] for number in range(len(candidates))]
 
@@ -188,8 +189,7 @@ class Engine:
     ) -> Iterator[tuple[list[int], Stack]]:
         """Candidates in stacks; those that begin at like layers share one, so more is reused.
 
-        Where nothing is known yet of what later stacks `learn`, the first is smaller: it has to decode
-        what they will read.
+        Where later stacks learn from the first, that is smaller: it decodes what they will read.
         """
         firsts = [first_edited(self.writers, edits) for edits in candidates]
         order = sorted(range(len(candidates)), key=lambda n: (firsts[n], n))

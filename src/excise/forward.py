@@ -101,7 +101,7 @@ class Forward:
         if self._lean is not None and torch.is_inference_mode_enabled():
             return self._lean.run(layers, given, cache, hidden=hidden, keep=keep, alike=alike)
         if alike is not None and hidden is not None:
-            hidden = hidden[alike.kinds]
+            hidden = hidden[alike.kinds.to(hidden.device)]  # layers may be on several devices
         top = layers.stop == len(self.anatomy.layers)
         steps: dict[nn.Module, Callable[..., Any]] = {}
         caught: list[Tensor] = []

@@ -75,9 +75,8 @@ class Inputs:
     mask: Tensor  # (B, S) of these tokens and those that a cache holds: one where there is a token
     positions: Tensor  # (B, T)
     setting: Setting | None = None
-    whole: tuple[Inputs, Tensor] | None = (
-        None  # what these rows were taken from, and which they are
-    )
+    # What these rows were taken from, and which of it they are.
+    whole: tuple[Inputs, Tensor] | None = None
 
     def of(self, rows: Tensor) -> Inputs:
         """Some rows of them."""
