@@ -2,9 +2,9 @@
 
 Counted per token that must pass a layer: 2 per weight of every linear map, 4 x context x heads x head
 width for attention; per logit row 2 x D x V. Not counted, because avoidable: padding, layers below
-a candidate's first edited one in its prompts (their result is known), what all prompts of a side
-begin with (once per candidate is nothing), the positions that a shared-key-value layer need not see,
-and tokens after a verdict is settled.
+a candidate's first edited one in its prompts and the attention of that layer (their result is known),
+what all prompts of a side begin with (once per candidate is nothing), all but keys and values at the
+positions that no layer above looks at, and tokens after a verdict is settled.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ class Costs:
     """Operations per token of one model, by layer."""
 
     def __init__(self, loaded: Any) -> None:
-        self.layers = [_linear(layer) for layer in loaded.anatomy.layers]
+        self.layers = [_linear(layer) for layer in loaded.anatomy.layers]  # keys and values, others
+        self.mlps = [_linear(layer, attention=False)[1] for layer in loaded.anatomy.layers]
         self.attention = [_attention(layer) for layer in loaded.anatomy.layers]
         self.head: int = 2 * loaded.model.get_output_embeddings().weight.numel()
         self.embedding: int = sum(
@@ -40,16 +41,23 @@ class Costs:
         `begun`: how many of them are known, with what the layers make of them.
         """
         total = 0.0
-        for index, (linear, attention) in enumerate(zip(self.layers, self.attention, strict=True)):
-            if index < first:
-                continue
-            tokens = needed if index >= self.trimmed else length - begun
-            total += tokens * (linear + attention * (length - tokens / 2))
+        for index in range(first, len(self.layers)):
+            known, others = self.layers[index]
+            # Above the last layer with keys and values of its own, no token looks at another's state.
+            tokens = needed if index >= self.trimmed - 1 else length - begun
+            if index == first:
+                total += tokens * self.mlps[index]
+            else:
+                attention = self.attention[index] * (length - tokens / 2)
+                total += (length - begun) * known + tokens * (others + attention)
         return total + needed * self.head
 
     def step(self, context: int) -> float:
         """One more token at this context length."""
-        layers = sum(li + a * context for li, a in zip(self.layers, self.attention, strict=True))
+        layers = sum(
+            sum(linear) + attention * context
+            for linear, attention in zip(self.layers, self.attention, strict=True)
+        )
         return self.embedding + layers + self.head
 
 
@@ -78,8 +86,17 @@ def trial(
     return total
 
 
-def _linear(layer: nn.Module) -> int:
-    return sum(2 * m.weight.numel() for m in layer.modules() if isinstance(m, nn.Linear))
+def _linear(layer: nn.Module, *, attention: bool = True) -> tuple[int, int]:
+    """Operations of a layer's matrices: of those that make keys and values, of the others."""
+    known = others = 0
+    for name, module in layer.named_modules():
+        if not isinstance(module, nn.Linear) or (not attention and "self_attn." in name):
+            continue
+        if name.endswith(("k_proj", "v_proj")):
+            known += 2 * module.weight.numel()
+        else:
+            others += 2 * module.weight.numel()
+    return known, others
 
 
 def _attention(layer: nn.Module) -> int:
