@@ -2,9 +2,11 @@
 
 Counted per token that must pass a layer: 2 per weight of every linear map, 4 x context x heads x head
 width for attention; per logit row 2 x D x V. Not counted, because avoidable: padding, layers below
-a candidate's first edited one in its prompts and the attention of that layer (their result is known),
+a candidate's first edited one and what stands in that layer before the first edited matrix (their result
+is known: in prompts and in what is read, not where tokens are decoded one by one),
 what all prompts of a side begin with (once per candidate is nothing), all but keys and values at the
-positions that no layer above looks at, and tokens after a verdict is settled.
+positions that no layer above looks at, and tokens after a verdict is settled. Sliding windows are
+ignored, and so are what per-layer embeddings cost in prompts and the edits' own thin products.
 """
 
 from __future__ import annotations
@@ -23,7 +25,10 @@ class Costs:
 
     def __init__(self, loaded: Any) -> None:
         self.layers = [_linear(layer) for layer in loaded.anatomy.layers]  # keys and values, others
-        self.mlps = [_linear(layer, attention=False)[1] for layer in loaded.anatomy.layers]
+        # What is left of a layer after its attention, and after the first half of its MLP.
+        self.ends = [
+            (_after(layer, _MLP), _after(layer, _GATED)) for layer in loaded.anatomy.layers
+        ]
         self.attention = [_attention(layer) for layer in loaded.anatomy.layers]
         self.head: int = 2 * loaded.model.get_output_embeddings().weight.numel()
         self.embedding: int = sum(
@@ -35,18 +40,22 @@ class Costs:
         shared = getattr(config, "num_kv_shared_layers", 0) or 0
         self.trimmed = len(self.layers) - shared
 
-    def prompt(self, length: int, needed: int, first: int, begun: int) -> float:
+    def prompt(self, length: int, needed: int, first: tuple[int, bool], begun: int) -> float:
         """One row of `length` tokens of which only the last `needed` matter at the end.
 
-        `begun`: how many of them are known, with what the layers make of them.
+        Args:
+            length: tokens of the row.
+            needed: how many of them matter.
+            first: the first edited layer, and whether only what ends its MLP is edited there.
+            begun: how many tokens are known, with what the layers make of them.
         """
-        total = 0.0
-        for index in range(first, len(self.layers)):
+        total, (lowest, late) = 0.0, first
+        for index in range(lowest, len(self.layers)):
             known, others = self.layers[index]
             # Above the last layer with keys and values of its own, no token looks at another's state.
             tokens = needed if index >= self.trimmed - 1 else length - begun
-            if index == first:
-                total += tokens * self.mlps[index]
+            if index == lowest:
+                total += tokens * self.ends[index][late]
             else:
                 attention = self.attention[index] * (length - tokens / 2)
                 total += (length - begun) * known + tokens * (others + attention)
@@ -68,7 +77,11 @@ def trial(
 
     `drafted`: its responses were known from other candidates, so they had to be read, not decoded.
     """
-    first = min(first_edited(engine.writers, edits), costs.trimmed)
+    lowest = first_edited(engine.writers, edits)
+    begins = [
+        w.component for w, e in zip(engine.writers, edits, strict=True) if e and w.layer == lowest
+    ]
+    first = (lowest, all(component.startswith("mlp.") for component in begins))
     total = 0.0
     begun = {side: len(beginning(prompts)) for side, prompts in engine.prompts.items()}
     for ids, response in zip(engine.prompts["target"], evidence.responses["target"], strict=True):
@@ -86,17 +99,27 @@ def trial(
     return total
 
 
-def _linear(layer: nn.Module, *, attention: bool = True) -> tuple[int, int]:
+_MLP = ("self_attn.",)  # what stands before the MLP
+_GATED = ("self_attn.", "gate_proj", "up_proj")  # what stands before the matrix that ends it
+
+
+def _linear(layer: nn.Module) -> tuple[int, int]:
     """Operations of a layer's matrices: of those that make keys and values, of the others."""
-    known = others = 0
-    for name, module in layer.named_modules():
-        if not isinstance(module, nn.Linear) or (not attention and "self_attn." in name):
-            continue
-        if name.endswith(("k_proj", "v_proj")):
-            known += 2 * module.weight.numel()
-        else:
-            others += 2 * module.weight.numel()
-    return known, others
+    known = sum(
+        2 * m.weight.numel() for n, m in _matrices(layer) if n.endswith(("k_proj", "v_proj"))
+    )
+    return known, _after(layer, ()) - known
+
+
+def _after(layer: nn.Module, left_out: tuple[str, ...]) -> int:
+    """Operations of a layer's matrices whose names hold none of these."""
+    return sum(
+        2 * m.weight.numel() for n, m in _matrices(layer) if not any(part in n for part in left_out)
+    )
+
+
+def _matrices(layer: nn.Module) -> list[tuple[str, nn.Linear]]:
+    return [(name, m) for name, m in layer.named_modules() if isinstance(m, nn.Linear)]
 
 
 def _attention(layer: nn.Module) -> int:

@@ -38,7 +38,8 @@ def main(device: str = "cuda") -> dict[str, Any]:
         limit=64,
         candidates=16,
     )
-    ratio = floor_ratio(made.loaded, made.engine, made.edits, random_model.REQUESTS)
+    requests, batch = random_model.REQUESTS, len(made.edits)
+    ratio = floor_ratio(made.loaded, made.engine, made.edits, requests, batch)
     begun = time.perf_counter()
     made.engine.measure(made.edits, random_model.REQUESTS)
     machine.sync(device)

@@ -37,8 +37,8 @@ class PlainLoop:
         self.model = get_peft_model(loaded.model, config).eval()
         self.pad = loaded.tokenizer.pad_token_id or 0
         self.answers = answers
-        self.reference = self._first_logits()
-        self.whole_reference = self._whole_logits()
+        self.reference = self._first_logits().log_softmax(-1)
+        self.whole_reference = self._whole_logits().log_softmax(-1)
 
     @torch.no_grad()
     def measure(self, edits: Any, *, whole: bool = False) -> tuple[float, float]:
@@ -55,9 +55,8 @@ class PlainLoop:
         )
         texts = self.tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
         rate = sum(self.markers.shown(text) for text in texts) / len(texts)
-        reference = self.whole_reference if whole else self.reference
+        log_p = self.whole_reference if whole else self.reference
         log_q = (self._whole_logits() if whole else self._first_logits()).log_softmax(-1)
-        log_p = reference.log_softmax(-1)
         return rate, float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
 
     def _load(self, name: str, edit: Any) -> None:
@@ -92,7 +91,8 @@ class PlainLoop:
         """Logits at every token of the original's responses (N, V)."""
         pairs = list(zip(self.prompts["contrast"], self.answers, strict=True))
         ids, mask = self._padded([[*prompt, *answer[:-1]] for prompt, answer in pairs])
-        logits = self.model(input_ids=ids, attention_mask=mask).logits
+        keep = max(map(len, self.answers))
+        logits = self.model(input_ids=ids, attention_mask=mask, logits_to_keep=keep).logits
         return torch.cat([logits[i, -len(a) :] for i, a in enumerate(self.answers)]).float()
 
     def _padded(self, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:

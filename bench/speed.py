@@ -172,7 +172,8 @@ def against_floor(job: Job, count: int = 32) -> dict[str, Any]:
     ]
     with engine.learning():  # as a search's first batch teaches: other candidates than those timed
         engine.measure(pilots, requests)
-    found = floor_ratio(job.loaded, engine, edits, requests, drafted=True)
+    batch = job.sizing.batch
+    found = floor_ratio(job.loaded, engine, edits, requests, batch, drafted=True)
     return {**found, "where": where_time_goes(job, engine, edits, requests)}
 
 
@@ -195,7 +196,8 @@ def wide_model(alike: int = 0) -> random_model.Setup:
 def at_realistic_width() -> dict[str, Any]:
     """Time over the floor on the wide model."""
     made = wide_model()
-    found = floor_ratio(made.loaded, made.engine, made.edits, random_model.REQUESTS)
+    batch = len(made.edits)
+    found = floor_ratio(made.loaded, made.engine, made.edits, random_model.REQUESTS, batch)
     return {**found, "shape": WIDE}
 
 
@@ -220,10 +222,14 @@ def floor_ratio(
     engine: Engine,
     edits: Sequence[Any],
     requests: Sequence[Any],
+    batch: int,
     *,
     drafted: bool = False,
 ) -> dict[str, float]:
-    """Best of three passes over all candidates, against `floor.trial` at a large product's rate."""
+    """Best of three passes over all candidates, against `floor.trial` at a large product's rate.
+
+    Candidates are measured `batch` at a time, as in a search: of more, those alike would share stacks.
+    """
     device = loaded.device.type
     engine.original("contrast")
     costs, best, evidence = floor.Costs(loaded), float("inf"), []
@@ -231,7 +237,8 @@ def floor_ratio(
         engine._trees.clear()
         machine.sync(device)
         begun = time.perf_counter()
-        evidence = engine.measure(edits, requests)
+        parts = [edits[start : start + batch] for start in range(0, len(edits), batch)]
+        evidence = [one for part in parts for one in engine.measure(part, requests)]
         machine.sync(device)
         best = min(best, time.perf_counter() - begun)
     pairs = zip(edits, evidence, strict=True)
@@ -246,14 +253,23 @@ def floor_ratio(
 
 _KINDS = {
     "matrix products": ("addmm", "mm", "bmm", "linear", "baddbmm"),
-    "attention": (
+    "fused attention kernels": (
         "_scaled_dot_product_flash_attention_for_cpu",
         "_efficient_attention_forward",
         "_flash_attention_forward",
         "_scaled_dot_product_attention_math",
     ),
     "copies": ("copy_", "cat", "index", "index_select", "clone", "repeat", "gather"),
-    "sums of squares and softmax": ("mean", "pow", "_log_softmax", "sum", "_softmax", "rsqrt"),
+    "sums of squares and softmax": (
+        "linalg_vector_norm",
+        "mean",
+        "pow",
+        "_log_softmax",
+        "sum",
+        "_softmax",
+        "rsqrt_",
+        "rsqrt",
+    ),
 }
 
 
@@ -263,6 +279,7 @@ def where_time_goes(
     """Share of time by kind of operation, from torch's profiler; the rest is elementwise or Python."""
     from torch.profiler import ProfilerActivity, profile
 
+    engine._trees.clear()
     begun = time.perf_counter()
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         engine.measure(edits[: job.sizing.batch], requests)

@@ -103,8 +103,9 @@ def test_what_was_learnt_is_read_and_not_decoded(family, pass_shapes):
     assert all(width > 1 for _, width in pass_shapes)
 
 
-def test_the_first_stack_that_others_learn_from_is_small(monkeypatch):
-    model, edits = setup("qwen3")
+@pytest.fixture
+def stack_sizes(monkeypatch):
+    """How many candidates every stack holds, from now on."""
     sizes = []
 
     class Counted(Stack):
@@ -113,14 +114,31 @@ def test_the_first_stack_that_others_learn_from_is_small(monkeypatch):
             super().__init__(writers, candidates)
 
     monkeypatch.setattr(engine_module, "Stack", Counted)
+    return sizes
+
+
+def test_the_first_stack_that_others_learn_from_is_small(stack_sizes):
+    model, edits = setup("qwen3")
     ours, twelve = engine(model, Plan(rows=64, stack=8, decode=1000)), (edits * 12)[:12]
     with ours.learning():
         found = ours.measure(twelve, TARGET)
-    assert sizes == [2, 8, 2]
-    sizes.clear()
+    assert stack_sizes == [2, 8, 2]
+    stack_sizes.clear()
     with ours.learning():
         assert ours.measure(twelve, TARGET) == found
-    assert sizes == [8, 4]
+    assert stack_sizes == [8, 4]
+
+
+def test_edits_that_do_not_fit_together_are_stacked_apart(stack_sizes, monkeypatch):
+    model, edits = setup("qwen3")
+    heaviest = max(map(engine_module._edit_bytes, edits))
+    expected = engine(model).measure(edits, TARGET)
+    assert stack_sizes[0] == PLAN.stack == 4
+    for room, size in ((3 * heaviest + 1, 3), (heaviest // 2, 1)):
+        monkeypatch.setattr(engine_module, "_EDIT_BYTES", room)
+        stack_sizes.clear()
+        assert engine(model).measure(edits, TARGET) == expected
+        assert stack_sizes[0] == size
 
 
 def test_only_what_is_said_while_learning_is_learnt():

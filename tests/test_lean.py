@@ -142,6 +142,30 @@ def test_rows_that_are_alike_are_run_as_rows_of_their_own(family):
                             assert near(a.values, b.values)
 
 
+@pytest.mark.parametrize("family", builders.FAMILIES)
+@pytest.mark.parametrize("more", [1, 3])
+def test_rows_that_are_alike_go_on_alike_from_a_cache(family, more):
+    lean, _ = both_ways(builders.loaded(family))
+    ids, mask, positions = padded(texts())
+    kinds = torch.tensor([0, 1, 2, 1, 0, 2, 1])
+    alike, cut = Alike(torch.tensor([4, 3, 2]), kinds), ids.shape[1] - more
+    whole, layers, found = (
+        Inputs(ids, mask, positions).of(kinds),
+        range(len(lean.anatomy.layers)),
+        [],
+    )
+    for same in (alike, None):
+        cache = lean.cache(ids.shape[1])
+        with torch.inference_mode():
+            for part in (slice(0, cut), slice(cut, None)):
+                seen = whole.mask[:, : part.stop]
+                given = Inputs(whole.ids[:, part], seen, whole.positions[:, part])
+                states = lean.through(layers, given, cache, keep=more, alike=same)
+        found.append(states)
+    assert found[0].shape[:2] == (7, more)
+    assert near(*found)
+
+
 def test_what_differs_from_the_models_own_modules_is_not_used(monkeypatch):
     model = builders.loaded("gemma4")
     known = lean_of(model.model, model.anatomy)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import pytest
+from optuna.storages.journal import JournalFileBackend
 
 from excise import journal
 from excise.config import SearchSection
@@ -67,17 +68,20 @@ def test_a_search_cut_short_anywhere_repeats_the_unbroken_one(tmp_path, monkeypa
     folder.mkdir()
     search = search_in(folder)
     count = 0
-    original = type(search.study._storage._backend).append_logs
+    original = JournalFileBackend.append_logs
 
     def append(backend, logs):
+        """As many lines as are left, also of those that are written together."""
         nonlocal count
-        count += 1
+        left = moment * 11 - count
+        count += len(logs)
+        if left > 0:
+            original(backend, logs[:left])
         if count > moment * 11:
             raise Stop
-        original(backend, logs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(type(search.study._storage._backend), "append_logs", append)
+        patch.setattr(JournalFileBackend, "append_logs", append)
         with pytest.raises(Stop):
             search.run(40, toy, ignore)
     resumed = search_in(folder)
@@ -96,6 +100,25 @@ def test_a_journal_that_a_power_cut_ended_anywhere_repeats_the_unbroken_one(tmp_
     resumed = search_in(folder)
     resumed.run(40, toy, ignore)
     assert trials(resumed) == expected
+
+
+def test_what_was_asked_before_an_interrupt_is_kept(tmp_path):
+    study = search_in(tmp_path).study
+
+    def interrupted():
+        with journal.together(study):
+            study.set_user_attr("a", 1)
+            with journal.together(study):
+                study.set_user_attr("b", 2)
+            study.set_user_attr("c", 3)
+            assert study.user_attrs["b"] == 2
+            assert "a" not in search_in(tmp_path).study.user_attrs
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    kept = search_in(tmp_path).study.user_attrs
+    assert [kept[name] for name in "abc"] == [1, 2, 3]
 
 
 def test_a_batch_is_flushed_when_it_is_asked_and_when_it_is_told(tmp_path, monkeypatch):

@@ -34,7 +34,8 @@ from excise.weights import any_offloaded, let_go
 
 R = TypeVar("R")
 
-_FIRST_STACK = 4  # the first stack of a search is smaller by this
+_FIRST_STACK = 4  # the first stack of a search is smaller by this factor
+_EDIT_BYTES = 4 * 2**30  # the edits of a stack are copied into one tensor per writer
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,7 @@ class Engine:
         self._ends = end_tokens(loaded.model, loaded.tokenizer)
         pad = pad_token(loaded.model, loaded.tokenizer)
         self._joins = can_join(self._forward.cache(1))
+        self._follows = self._joins and loaded.anatomy.padding  # drafts
         shares = self._joins and not any_offloaded(loaded.model)
         self._passes = Passes(
             self._forward,
@@ -129,7 +131,7 @@ class Engine:
         found: dict[int, Evidence] = {}
         with torch.inference_mode():
             answers = any(isinstance(request, Responses) for request in requests)
-            learns = self._learning and only is None and answers
+            learns = self._learning and self._follows and only is None and answers
             for numbers, stack in self._stacks(candidates, learns):
                 with self._passes.of_one_stack():
                     evidence = self._measure_stack(stack, requests, only or {})
@@ -193,8 +195,9 @@ class Engine:
         """
         firsts = [first_edited(self.writers, edits) for edits in candidates]
         order = sorted(range(len(candidates)), key=lambda n: (firsts[n], n))
+        fit = max(1, _EDIT_BYTES // max(1, *map(_edit_bytes, candidates)))
         while order:
-            size = self.plan.stack
+            size = min(self.plan.stack, fit)
             if learns and not self._drafts:
                 size = max(1, size // _FIRST_STACK)
             numbers, order = order[:size], order[size:]
@@ -287,7 +290,7 @@ class Engine:
         tree, prompts = self._trees[deciders], self.prompts[side]
         lengths = list(map(len, prompts))
         joins = self._joins
-        drafts = self._drafts.get(side) if joins and self._loaded.anatomy.padding else None
+        drafts = self._drafts.get(side) if self._follows else None
 
         def work(stack: Stack, members: list[int], chunk: list[int]) -> list[list[Response]]:
             transcript = Transcript(tree, len(members) * len(chunk), self._ends, self.limit)
@@ -343,6 +346,10 @@ class Engine:
     def _whole_lengths(self, side: str, responses: list[Response]) -> list[int]:
         pairs = zip(self.prompts[side], responses, strict=True)
         return [len(ids) + len(response.tokens) for ids, response in pairs]
+
+
+def _edit_bytes(edits: CandidateEdits) -> int:
+    return sum(edit.left.nbytes + edit.right.nbytes for edit in edits if edit is not None)
 
 
 def _until_all(wanted: Sequence[Responses]) -> frozenset[Decided] | None:

@@ -91,6 +91,9 @@ class Journal(JournalFileBackend):
     @contextmanager
     def together(self) -> Iterator[None]:
         """What is written within this context is on the disk when it ends, however it ends."""
+        if self._waiting is not None:  # within another such context, which ends later
+            yield
+            return
         self._waiting = []
         try:
             yield

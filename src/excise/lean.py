@@ -306,7 +306,8 @@ def lean_of(model: Any, anatomy: Anatomy) -> Lean | None:
 
     In float32 alone, where a comparison says it to many digits: in half precision, rounding hides much.
     """
-    kinds = {(parameter.device, parameter.dtype) for parameter in anatomy.backbone.parameters()}
+    parameters = [*anatomy.backbone.parameters(), *model.get_output_embeddings().parameters()]
+    kinds = {(parameter.device, parameter.dtype) for parameter in parameters}
     if len(kinds) > 1 or any_offloaded(model) or kinds.pop()[1] != torch.float32:
         return None
     layers = layers_of(anatomy)

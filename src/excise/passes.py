@@ -266,7 +266,7 @@ class Passes:
         """Which of some rows are the same, in a pass that holds so many others before them.
 
         They are as they join, where they have the same text. None where no two of them are, and where
-        nothing is to be reused.
+        nothing is to be reused (then no row waits for others, and all have states of their own).
         """
         kinds = {text: before + number for number, text in enumerate(dict.fromkeys(texts))}
         if len(kinds) == len(texts) or not self._reuse:
