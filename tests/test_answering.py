@@ -139,6 +139,7 @@ def test_edits_that_do_not_fit_together_are_stacked_apart(stack_sizes, monkeypat
         stack_sizes.clear()
         assert engine(model).measure(edits, TARGET) == expected
         assert stack_sizes[0] == size
+    assert engine(model).measure([], TARGET) == []
 
 
 def test_only_what_is_said_while_learning_is_learnt():

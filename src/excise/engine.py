@@ -195,7 +195,7 @@ class Engine:
         """
         firsts = [first_edited(self.writers, edits) for edits in candidates]
         order = sorted(range(len(candidates)), key=lambda n: (firsts[n], n))
-        fit = max(1, _EDIT_BYTES // max(1, *map(_edit_bytes, candidates)))
+        fit = max(1, _EDIT_BYTES // max([1, *map(_edit_bytes, candidates)]))
         while order:
             size = min(self.plan.stack, fit)
             if learns and not self._drafts:
