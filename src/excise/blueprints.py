@@ -1,4 +1,4 @@
-"""What the layers of a few families compute, on their own modules, for `lean` to run.
+"""What the layers and heads of a few families compute, on their own modules, for `lean` to run.
 
 Knows how layers are put together; knows nothing of passes. B rows, T tokens, D residual width.
 """

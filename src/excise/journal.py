@@ -70,7 +70,8 @@ class Journal(JournalFileBackend):
 
     def __init__(self, path: Path) -> None:
         super().__init__(str(path), lock_obj=_HeldAlready())
-        self._written = sum(1 for _ in super().read_logs(0))
+        with path.open("rb") as file:
+            self._written = sum(1 for _ in file)  # lines: Optuna reads what they say
         self._waiting: list[dict[str, Any]] | None = None  # None: nothing has to wait
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
