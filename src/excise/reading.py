@@ -1,0 +1,183 @@
+"""The one door for files that others made: regular files only, read within bounds, parsed, or one error.
+
+Model folders, prompt files, templates, records and run folders come through here, so that no code
+behind it meets a pipe, a gigabyte of JSON, half of a character or another library's exception.
+Knows files and their syntax; what they mean is checked by whoever reads them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from excise.errors import InputError
+
+LARGEST_TEXT = (
+    64 << 20
+)  # bytes: of a text file that is read whole, unless its reader says otherwise
+DEEPEST = 64  # lists and tables within each other; real files have about ten
+
+
+def is_file(path: Path) -> bool:
+    """Whether a path leads to a regular file; no where it cannot be looked at, as for names too long."""
+    return _mode(path, stat.S_ISREG)
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a path leads to a folder; no where it cannot be looked at."""
+    return _mode(path, stat.S_ISDIR)
+
+
+def _mode(path: Path, test: Any) -> bool:
+    try:
+        return bool(test(path.stat().st_mode))
+    except (OSError, ValueError):  # ValueError: a NUL within the name
+        return False
+
+
+def check_regular(path: Path, what: str, error: type[InputError]) -> int:
+    """The size in bytes of a regular file that can be opened.
+
+    Args:
+        path: the file.
+        what: what it is, for the message: "markers file".
+        error: the class to raise.
+
+    Raises:
+        error: it does not exist, is a folder, pipe or device, or may not be read.
+    """
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        raise error(f"{what} {path} does not exist") from None
+    except (OSError, ValueError) as problem:
+        raise error(f"{what} {path} cannot be read: {_reason(problem)}") from None
+    if not stat.S_ISREG(found.st_mode):
+        kind = "a folder" if stat.S_ISDIR(found.st_mode) else "a pipe, socket or device"
+        raise error(f"{what} {path} is {kind}, not a file")
+    if not os.access(path, os.R_OK):
+        raise error(f"{what} {path} cannot be read: permission denied")
+    return found.st_size
+
+
+def read_bytes(
+    path: Path, what: str, error: type[InputError], largest: int = LARGEST_TEXT
+) -> bytes:
+    """A file's bytes.
+
+    Raises:
+        error: as `check_regular`, or it is larger than `largest` bytes.
+    """
+    size = check_regular(path, what, error)
+    if size > largest:
+        raise error(
+            f"{what} {path} has {size / 1e6:.0f} MB, where at most {largest / 1e6:.0f} are read: "
+            "is it the right file?"
+        )
+    try:
+        with path.open("rb") as file:
+            return file.read(largest)
+    except OSError as problem:
+        raise error(f"{what} {path} cannot be read: {_reason(problem)}") from None
+
+
+def read_text(path: Path, what: str, error: type[InputError], largest: int = LARGEST_TEXT) -> str:
+    """A file's text, UTF-8 with or without a byte order mark.
+
+    Raises:
+        error: as `read_bytes`, or it is not UTF-8.
+    """
+    try:
+        return read_bytes(path, what, error, largest).decode("utf-8-sig")
+    except UnicodeDecodeError as problem:
+        raise error(f"{what} {path} is not UTF-8 text: byte {problem.start} is of none") from None
+
+
+def parse_json(text: str | bytes, where: str, error: type[InputError]) -> Any:
+    """Parsed JSON: nested within bounds, all of its strings whole characters.
+
+    Raises:
+        error: it is not. The message begins with `where`.
+    """
+    try:
+        data = json.loads(text)
+    except RecursionError:
+        raise error(_too_deep(where)) from None
+    except ValueError as problem:
+        raise error(f"{where} is not valid JSON: {problem}") from None
+    check_depth(data, where, error)
+    escaped = "\\ud" if isinstance(text, str) else b"\\ud"
+    if escaped in text.lower() and not is_whole(json.dumps(data, ensure_ascii=False)):  # type: ignore[operator]
+        raise error(f"{where} holds half of a character (a lone surrogate): remove it")
+    return data
+
+
+def read_json(
+    path: Path, what: str, error: type[InputError], largest: int = LARGEST_TEXT
+) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        error: as `read_text` and `parse_json`, or it holds something else than an object.
+    """
+    data = parse_json(read_text(path, what, error, largest), f"{what} {path}", error)
+    if not isinstance(data, dict):
+        raise error(f"{what} {path} is not a JSON object")
+    return data
+
+
+def read_toml(
+    path: Path, what: str, error: type[InputError], largest: int = LARGEST_TEXT
+) -> dict[str, Any]:
+    """The TOML table in a file.
+
+    Raises:
+        error: as `read_text`, or it is not TOML, or nests too deeply.
+    """
+    text = read_text(path, what, error, largest)
+    try:
+        data = tomllib.loads(text)
+    except RecursionError:
+        raise error(_too_deep(f"{what} {path}")) from None
+    except ValueError as problem:  # besides its own kind: a number of thousands of digits
+        raise error(f"{what} {path} is not valid TOML: {problem}") from None
+    check_depth(data, f"{what} {path}", error)
+    return data
+
+
+def check_depth(data: Any, where: str, error: type[InputError]) -> None:
+    """Refuse data that whoever walks through it recursively could not.
+
+    Raises:
+        error: lists and tables nest deeper than `DEEPEST`.
+    """
+    level = [data]
+    for _ in range(DEEPEST):
+        tables = [one for one in level if isinstance(one, dict)]
+        lists = [one for one in level if isinstance(one, list)]
+        level = [child for one in tables for child in one.values()]
+        level += [child for one in lists for child in one]
+        if not level:
+            return
+    raise error(_too_deep(where))
+
+
+def is_whole(text: str) -> bool:
+    """Whether a text has whole characters only: no half of a surrogate pair, which no file can hold."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _too_deep(where: str) -> str:
+    return f"{where} nests more than {DEEPEST} levels deep: it cannot be meant"
+
+
+def _reason(problem: OSError | ValueError) -> str:
+    return str(getattr(problem, "strerror", None) or problem).lower()
