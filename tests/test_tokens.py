@@ -130,24 +130,41 @@ def test_a_template_that_renders_nothing_is_an_error():
 # -- end and padding tokens ------------------------------------------------------------------------
 
 
-def ends(generation, own):
-    model = SimpleNamespace(generation_config=generation)
+def ends(generation, own, size=10):
+    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=size))
+    model = SimpleNamespace(generation_config=generation, config=config)
     return end_tokens(model, SimpleNamespace(eos_token_id=own))
 
 
 @pytest.mark.parametrize(
-    ("generation", "own", "expected"),
+    ("named", "own", "expected"),
     [
-        (SimpleNamespace(eos_token_id=5), 9, {5}),
-        (SimpleNamespace(eos_token_id=0), 9, {0}),
-        (SimpleNamespace(eos_token_id=[5, 7]), 9, {5, 7}),
-        (SimpleNamespace(eos_token_id=None), 9, {9}),
-        (SimpleNamespace(), 9, {9}),
+        (5, 9, {5, 9}),
+        (0, 9, {0, 9}),
+        ([5, 7], 9, {5, 7, 9}),
+        ([5, 9], 9, {5, 9}),
+        ([], 9, {9}),
+        (5, None, {5}),
         (None, 0, {0}),
+        ([5, 10, 2**70], 9, {5, 9}),  # ids that the model has no row for are never said
+        (-1, 9, {9}),
+        (5, 10, {5}),
     ],
 )
-def test_end_tokens(generation, own, expected):
-    assert ends(generation, own) == expected
+def test_every_end_token_that_either_names_ends_a_response(named, own, expected):
+    assert ends(SimpleNamespace(eos_token_id=named), own) == expected
+
+
+def test_without_a_generation_config_the_tokenizer_names_the_end():
+    assert ends(None, 9) == ends(SimpleNamespace(), 9) == {9}
+
+
+@pytest.mark.parametrize("named", ["</s>", 2.0, True, [[1]], [None], {"a": 1}, ["x\n" * 1000]])
+def test_end_tokens_of_a_wrong_type(named):
+    with pytest.raises(ModelError, match="generation config's eos_token_id must be") as error:
+        ends(SimpleNamespace(eos_token_id=named), 9)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 200
 
 
 def test_end_tokens_of_a_real_model(shared):
@@ -155,11 +172,14 @@ def test_end_tokens_of_a_real_model(shared):
     assert end_tokens(model, shared) == {1}
     model.generation_config.eos_token_id = [1, 4]
     assert end_tokens(model, shared) == {1, 4}
+    model.generation_config.eos_token_id = 4
+    assert end_tokens(model, shared) == {1, 4}
 
 
-def test_no_end_token_at_all():
+@pytest.mark.parametrize(("named", "own"), [(None, None), ([], None), ([10], 11), (-1, None)])
+def test_no_end_token_at_all(named, own):
     with pytest.raises(ModelError, match="end token"):
-        ends(SimpleNamespace(eos_token_id=None), None)
+        ends(SimpleNamespace(eos_token_id=named), own)
 
 
 def test_an_end_that_the_tokenizer_adds_is_taken_off_a_plain_prompt():
@@ -176,8 +196,10 @@ def test_pad_token(shared):
     model = builders.model("llama")
     assert pad_token(model, shared) == shared.pad_token_id == 0
     (end,) = end_tokens(model, shared)
-    for unfit in (None, model.config.vocab_size):  # a token that was added to the tokenizer alone
-        assert pad_token(model, SimpleNamespace(pad_token_id=unfit)) == end
+    added = model.config.vocab_size  # a token that was added to the tokenizer alone
+    for unfit in (None, -1, added):
+        other = SimpleNamespace(pad_token_id=unfit, eos_token_id=end)
+        assert pad_token(model, other) == end
 
 
 # -- batches ---------------------------------------------------------------------------------------

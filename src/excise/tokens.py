@@ -84,19 +84,51 @@ def _unended(tokenizer: Any, text: str, row: list[int]) -> list[int]:
 
 
 def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
-    """Ids after which a response is over: the generation config's, else the tokenizer's."""
-    ids = getattr(model.generation_config, "eos_token_id", None)
-    if ids is None:
-        ids = tokenizer.eos_token_id
-    if ids is None:
-        raise ModelError("neither the generation config nor the tokenizer names an end token")
-    return frozenset(ids if isinstance(ids, list) else [int(ids)])
+    """Ids after which a response is over: all that the generation config and the tokenizer name.
+
+    Raises:
+        ModelError: as `named_ends`.
+    """
+    named = getattr(model.generation_config, "eos_token_id", None)
+    size = int(model.config.get_text_config().vocab_size)
+    return named_ends(named, tokenizer.eos_token_id, size)
+
+
+def named_ends(generation: Any, own: Any, size: int) -> frozenset[int]:
+    """Every end token of a model with `size` token ids; ids beyond those are never said, and left out.
+
+    Args:
+        generation: the generation config's `eos_token_id`, as it stands there.
+        own: the tokenizer's.
+        size: how many token ids the model has.
+
+    Raises:
+        ModelError: neither names one that the model has, or one of them is something else than ids.
+    """
+    found = [*_ids(generation, "generation config"), *_ids(own, "tokenizer")]
+    ends = frozenset(number for number in found if 0 <= number < size)
+    if not ends:
+        beyond = f": {found[:5]} are none of its {size} token ids" if found else ""
+        raise ModelError(
+            "neither the generation config nor the tokenizer names an end token that the model has"
+            f"{beyond}"
+        )
+    return ends
+
+
+def _ids(value: Any, whose: str) -> list[int]:
+    ids = value if isinstance(value, list | tuple) else [] if value is None else [value]
+    if not all(type(number) is int for number in ids):
+        raise ModelError(
+            f"the {whose}'s eos_token_id must be a token id or a list of them, and is {value!r:.60}"
+        )
+    return list(ids)
 
 
 def pad_token(model: Any, tokenizer: Any) -> int:
     """The id that fills rows; masked, so any will do that the model has."""
     pad = tokenizer.pad_token_id
-    known = pad is not None and pad < model.config.get_text_config().vocab_size
+    known = pad is not None and 0 <= pad < model.config.get_text_config().vocab_size
     return int(pad) if known else min(end_tokens(model, tokenizer))
 
 
