@@ -19,7 +19,8 @@ MODULES = sorted(SOURCE.glob("*.py"))
 
 # Bottom to top, as ARCHITECTURE.md lists them: a module imports only from those before it.
 ORDER = (
-    "errors reading staging config events prompts intervals evidence weights swapping anatomy directions "
+    "errors reading folders staging config events prompts intervals evidence weights swapping "
+    "anatomy directions "
     "edits experts kvcache blueprints lean forward probing discovering fitting plain loading "
     "dressing tokens geometry capture profiles subspace ridge lbfgs ara space directional moments "
     "subspace_method ridge_method ara_method methods stacking passes decoding drafts answering "

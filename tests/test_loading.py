@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from excise.config import ModelSection
 from excise.errors import ModelError, UnknownArchitecture
+from excise.finish import model_record
 from excise.identity import fingerprint
 from excise.loading import DEMO, load, read_config, resolve, weight_files
 
@@ -150,6 +151,19 @@ def test_an_index_that_cannot_be_used(folder, index, text):
         weight_files(folder)
 
 
+def test_weights_that_are_links_stay_in_the_folder_or_its_blobs(folder, tmp_path):
+    weights = folder / "model.safetensors"
+    weights.rename(tmp_path / "elsewhere")
+    weights.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ModelError, match=r"model\.safetensors is a link out of its folder"):
+        load(section(folder))
+    weights.unlink()
+    (folder / "parts").mkdir()
+    (tmp_path / "elsewhere").rename(folder / "parts" / "weights")
+    weights.symlink_to("parts/weights")
+    assert load(section(folder)).anatomy.width == builders.WIDTH
+
+
 @pytest.mark.parametrize(
     ("content", "text"),
     [
@@ -248,3 +262,16 @@ def test_what_changes_the_fingerprint(saved, folder, what):
     else:
         change_weights(folder, lambda t: t.pop(NAME))
     assert fingerprint(saved) != fingerprint(folder)
+
+
+def test_only_the_hubs_cache_names_a_commit(folder, tmp_path):
+    commit = "0" * 40
+    for place, known in (
+        ("snapshots/v1", None),
+        (f"snapshots/{commit}", None),
+        (f"models--owner--name/snapshots/{commit}", commit),
+    ):
+        (tmp_path / place).parent.mkdir(parents=True)
+        shutil.copytree(folder, tmp_path / place)
+        assert model_record(load(section(tmp_path / place))).revision == known
+        shutil.rmtree(tmp_path / place.partition("/")[0])

@@ -136,6 +136,11 @@ def all_tensors(folder: Path) -> dict[str, Tensor]:
     return out
 
 
+def make_folder(path: Path) -> Path:
+    path.mkdir(parents=True)
+    return path
+
+
 def header(file: Path) -> bytes:
     data = file.read_bytes()
     return data[: 8 + int.from_bytes(data[:8], "little")]
@@ -357,9 +362,10 @@ def test_other_formats_are_left_out_and_links_followed(tmp_path: Path, source: P
     (source / ".cache").mkdir()
     (source / ".cache" / "lock").write_text("")
     (source / ".gitattributes").write_text("*.safetensors lfs")
+    blobs = tmp_path / "hub" / "models--owner--name" / "blobs"
+    shutil.copytree(source, blobs)
+    source = source.rename(make_folder(blobs.parent / "snapshots") / ("0" * 40))
     (source / "figures" / "loop").symlink_to(source, target_is_directory=True)
-    blobs = tmp_path / "blobs"
-    shutil.copytree(source, blobs, symlinks=True)
     for file in [p for p in source.rglob("*") if p.is_file() and not p.is_symlink()]:
         target = blobs / file.relative_to(source)
         file.unlink()
@@ -367,10 +373,10 @@ def test_other_formats_are_left_out_and_links_followed(tmp_path: Path, source: P
     writers = describe(load(source)).writers
     merge = merge_checkpoint(source, tmp_path / "out", random_edits(writers), writers)
     assert merge.left_out == (
+        "figures/consolidated.00.pth",
         "model.Q8_0.GGUF",
         "pytorch_model.bin",
         "pytorch_model.bin.index.json",
-        "figures/consolidated.00.pth",
     )
     left = {*merge.left_out, ".cache/lock"}
     assert files_of(tmp_path / "out") == files_of(source) - left
@@ -415,6 +421,15 @@ def test_a_broken_link_is_an_error(tmp_path: Path, source: Path) -> None:
     (source / "merges.txt").symlink_to(source / "nowhere")
     with pytest.raises(ExportError, match=r"merges\.txt links to a missing file"):
         merge_checkpoint(source, tmp_path / "out", {}, ())
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "figures/notes.txt", "model.bin"])
+def test_a_link_out_of_the_model_is_not_followed(tmp_path: Path, source: Path, name: str) -> None:
+    (tmp_path / "token").write_text("of this machine")
+    (source / name).symlink_to(tmp_path / "token")
+    with pytest.raises(ExportError, match="is a link out of its folder"):
+        merge_checkpoint(source, tmp_path / "out", {}, ())
+    assert not (tmp_path / "out").exists()
 
 
 def test_weights_of_another_part_are_copied_and_named(tmp_path: Path, source: Path) -> None:

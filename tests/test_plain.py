@@ -111,6 +111,8 @@ def test_mxfp4_is_what_transformers_reads():
 @pytest.mark.parametrize("shards", [{}, {"max_shard_size": "60KB"}])
 def test_an_fp8_checkpoint_is_what_transformers_unpacks(tmp_path, shards):
     folder = fp8_checkpoint(tmp_path / "model", **shards)
+    (folder / "more").mkdir()
+    (folder / "more" / "notes.txt").write_text("kept")
     loaded = load(ModelSection(source=str(folder), dtype="bfloat16"))
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).state_dict()
     ours = loaded.model.state_dict()
@@ -121,9 +123,12 @@ def test_an_fp8_checkpoint_is_what_transformers_unpacks(tmp_path, shards):
     assert "quantization_config" not in json.loads((loaded.folder / "config.json").read_text())
     copies = {n for f in loaded.folder.glob("*.safetensors") for n in load_file(f)}
     assert not any("scale" in name for name in copies)
+    assert not any(path.is_symlink() for path in loaded.folder.rglob("*"))
+    assert (loaded.folder / "more" / "notes.txt").read_text() == "kept"
     scratch = loaded.folder
     del loaded
     assert not scratch.exists()
+    assert (folder / "more" / "notes.txt").read_text() == "kept"
 
 
 def test_tensors_that_no_class_loads_are_in_the_copy(source, tmp_path):

@@ -16,6 +16,7 @@ from excise.config import Config
 from excise.edits import Edit
 from excise.engine import Engine
 from excise.evidence import Responses
+from excise.folders import commit_of
 from excise.identity import fingerprint
 from excise.loading import DEMO, Loaded, read_config, read_json
 from excise.panel import Panel
@@ -160,7 +161,7 @@ def model_record(loaded: Loaded) -> ModelRecord:
     config = json.dumps(read_config(loaded.folder), sort_keys=True)
     return ModelRecord(
         source=public_name(loaded),
-        revision=loaded.revision or commit(loaded.folder),
+        revision=loaded.revision or commit_of(loaded.folder),
         model_type=loaded.anatomy.model_type,
         dtype=str(loaded.dtype).removeprefix("torch."),
         device=loaded.device.type,
@@ -179,11 +180,6 @@ def model_record(loaded: Loaded) -> ModelRecord:
 def public_name(loaded: Loaded) -> str:
     """The source as a record names it: a Hub id as it is, a folder in full, so neither is mistaken."""
     return DEMO if loaded.source == DEMO else loaded.place
-
-
-def commit(folder: Path) -> str | None:
-    """The Hub commit of a downloaded snapshot: the name that its folder has in the cache."""
-    return folder.name if folder.parent.name == "snapshots" else None
 
 
 def _sampling(folder: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from excise.errors import ConfigError, ExportError
+from excise.folders import list_files
 from excise.ggml import FLOATS, GET_LLAMA_CPP, file_types
 
 _CONVERTER = "convert_hf_to_gguf.py"
@@ -114,9 +115,9 @@ def plain_copy(source: Path, folder: Path) -> Path:
     The converter trusts the code that a checkpoint brings or names; here it meets none.
     """
     folder.mkdir(parents=True)
-    for path in sorted(source.iterdir()):
-        if path.is_file() and path.suffix != ".py":
-            (folder / path.name).symlink_to(path.resolve())
+    for file in list_files(source, ExportError):
+        if file.parent == Path() and file.suffix != ".py":
+            (folder / file).symlink_to((source / file).resolve())
     for name in ("config.json", "tokenizer_config.json"):
         if (folder / name).is_file():
             data = json.loads((folder / name).read_text(encoding="utf-8"))

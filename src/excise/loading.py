@@ -24,7 +24,9 @@ from excise.config import ModelSection
 from excise.discovering import discover
 from excise.errors import ModelError, UnknownArchitecture, first_line
 from excise.fitting import check_fits
+from excise.folders import check_inside, list_files
 from excise.plain import Plain, quantisation, unpack, unpack_gguf
+from excise.reading import is_file
 from excise.weights import (
     any_offloaded,
     check_finite,
@@ -142,6 +144,7 @@ def _plain(section: ModelSection, folder: Path) -> Plain | None:
     if folder.is_file():
         return unpack_gguf(folder)
     files, config = weight_files(folder), read_config(folder)
+    list_files(folder, ModelError)  # any of which Transformers might open
     method = quantisation(config, section.source)
     if method is None:
         return None
@@ -267,8 +270,9 @@ def _inside(folder: Path, name: str) -> Path:
     path = folder / name
     if Path(name).is_absolute() or ".." in Path(name).parts:
         raise ModelError(f"the checkpoint in {folder} names {name!r}, outside the model folder")
-    if not path.is_file():
+    if not is_file(path):
         raise ModelError(f"shard {name} of {folder} is missing: download the model again")
+    check_inside(path, folder, ModelError)
     return path
 
 

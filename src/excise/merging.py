@@ -24,6 +24,7 @@ from excise.anatomy import Writer
 from excise.edits import Edit
 from excise.errors import ExportError
 from excise.events import Notice, OnEvent, ignore, track
+from excise.folders import list_files
 from excise.loading import weight_files, weight_index
 from excise.matching import TensorPlace, WriterPlace, find_tensors
 from excise.staging import add_files, check_destination, copy_bytes, staged
@@ -32,7 +33,6 @@ from excise.swapping import threads
 # Other forms of the unedited weights (the first four are pickles, which also can run code): none of
 # them is what was measured, and a runner might prefer one of them.
 _STALE = (".bin", ".pt", ".pth", ".ckpt", ".bin.index.json", ".gguf", ".onnx", ".h5", ".msgpack")
-_HIDDEN = {".cache", ".git"}
 _LOW_RANK = 16  # an edit of at most this rank costs a few operations per element
 _BLOCK = 1 << 17  # elements computed at a time: they stay in the processor's cache
 _PRODUCT_BLOCK = 1 << 20  # the same for higher ranks, whose products need more rows at a time
@@ -153,27 +153,11 @@ def _weights(source: Path) -> set[Path]:
 def _files(
     source: Path, replaced: set[str], weights: set[Path]
 ) -> tuple[list[Path], tuple[str, ...]]:
-    """The files to copy, relative to `source`, and those left out; links are followed."""
-
-    def unreadable(error: OSError) -> None:
-        raise ExportError(f"cannot read {error.filename}: {error.strerror}")
-
-    files: list[Path] = []
-    seen: set[str] = set()
-    for top, folders, names in os.walk(source, followlinks=True, onerror=unreadable):
-        seen.add(os.path.realpath(top))
-        folders[:] = [
-            name
-            for name in folders
-            if name not in _HIDDEN and os.path.realpath(Path(top, name)) not in seen
-        ]
-        files += [Path(top, name).relative_to(source) for name in sorted(names)]
+    """The files to copy, relative to `source`, and those left out."""
+    files = list_files(source, ExportError)
     stale = [file for file in files if _is_stale(file, weights)]
-    files = [file for file in files if file not in stale and str(file) not in replaced]
-    for file in files:
-        if not (source / file).is_file():
-            raise ExportError(f"{source / file} links to a missing file: download the model again")
-    return files, tuple(str(file) for file in stale)
+    kept = [file for file in files if file not in stale and str(file) not in replaced]
+    return kept, tuple(str(file) for file in stale)
 
 
 def _is_stale(file: Path, weights: set[Path]) -> bool:

@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from excise.errors import ModelError, StorageError, first_line
+from excise.folders import list_files
 
 DTYPE = torch.bfloat16
 INDEX = "model.safetensors.index.json"
@@ -93,7 +94,9 @@ def unpack(folder: Path, files: Sequence[Path], config: dict[str, Any], method: 
     settings = config.get("quantization_config") or config["text_config"]["quantization_config"]
     block = settings.get("weight_block_size")
     with_room = 4 if method == "mxfp4" else 2
-    scratch = _scratch(with_room * sum(file.stat().st_size for file in files))
+    others = [folder / file for file in _rest(folder)]
+    room = with_room * sum(file.stat().st_size for file in files)
+    scratch = _scratch(room + sum(file.stat().st_size for file in others))
     target = Path(scratch.name)
     found = _Tensors(files)
     weight_map: dict[str, str] = {}
@@ -279,14 +282,40 @@ def _write(path: Path, plan: list[_Planned]) -> int:
     return at
 
 
+def _rest(folder: Path) -> list[Path]:
+    """What of a checkpoint is neither its configuration nor weights beside it."""
+    return [
+        file
+        for file in list_files(folder, ModelError)
+        if file.parent != Path() or not _is_made_anew(file.name)
+    ]
+
+
+def _is_made_anew(name: str) -> bool:
+    return name.endswith(".safetensors") or name in (INDEX, "config.json")
+
+
 def _copy_rest(folder: Path, target: Path, config: dict[str, Any]) -> None:
-    """Every other file as a link, and the configuration without its quantisation."""
-    for path in sorted(folder.iterdir()):
-        weights = path.suffix == ".safetensors" or path.name == INDEX
-        if path.name != "config.json" and not weights:
-            (target / path.name).symlink_to(path.resolve())
+    """Every other file, and the configuration without its quantisation.
+
+    No links: those that lead out of a model's folder are followed nowhere, not even ours.
+    """
+    for file in _rest(folder):
+        (target / file).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            _take(folder / file, target / file)
+        except OSError as error:
+            raise StorageError(f"cannot write {target / file}: {error.strerror or error}") from None
     plain = {key: value for key, value in config.items() if key != "quantization_config"}
     if isinstance(plain.get("text_config"), dict):
         inner = plain["text_config"]
         plain["text_config"] = {k: v for k, v in inner.items() if k != "quantization_config"}
     (target / "config.json").write_text(json.dumps(plain, indent=2), encoding="utf-8")
+
+
+def _take(file: Path, target: Path) -> None:
+    """A second name of the file, or a copy where that cannot be: on another disk, of another user's."""
+    try:
+        target.hardlink_to(file.resolve())
+    except OSError:
+        shutil.copyfile(file, target)
