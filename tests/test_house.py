@@ -24,9 +24,9 @@ ORDER = (
     "edits experts kvcache blueprints lean forward probing discovering fitting plain loading "
     "dressing tokens geometry capture profiles subspace ridge lbfgs ara space directional moments "
     "subspace_method ridge_method ara_method methods stacking passes decoding drafts answering "
-    "divergence engine opening planning refining scorers front record wording digest markdown "
-    "caveats usage recipe journal search panel keeping stage identity figures geometry_page card "
-    "report matching merging export gguffile ggml patching llamacpp ggufexport llamaworker llamarun "
+    "divergence engine opening planning refining folding scorers front record wording digest "
+    "markdown caveats usage recipe journal search panel keeping stage identity figures geometry_page "
+    "card report matching merging export gguffile ggml patching llamacpp ggufexport llamaworker llamarun "
     "ggufcheck ollama artifacts finish pipeline jobs reproduce hub inspecting console arguments cli"
 ).split()
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import os
 import subprocess
 import sys
 
+import builders
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,6 +17,7 @@ from excise import scorers
 from excise.config import validate
 from excise.errors import ConfigError
 from excise.evidence import Divergence, Evidence, Response, Responses
+from excise.folding import fold
 from excise.intervals import wilson
 from excise.prompts import Prompt
 from excise.scorers import (
@@ -22,7 +25,6 @@ from excise.scorers import (
     Score,
     ScoreContext,
     find_scorers,
-    fold,
     rate,
     read_markers,
     scorer,
@@ -73,8 +75,9 @@ def measure(name, evidence, target=(), contrast=()):
     ],
 )
 def test_a_marker_is_found_however_it_is_set(text):
-    assert MARKERS.found(text)
+    assert MARKERS.holds(text)
     assert MARKERS.shown(text)
+    assert MARKERS.found(f"{text} .")
 
 
 @pytest.mark.parametrize("text", ["I can", "Ican't", "I, can't", "can't I", "I can t"])
@@ -83,14 +86,10 @@ def test_what_is_not_the_marker(text):
     assert not MARKERS.shown(text)
 
 
-def test_folding_by_example():
-    assert fold("“Straße”\n  **Über**  `x`") == '"strasse" über x'
-
-
 def test_phrases_are_folded_as_responses_are():
     markers = read_markers(["  **Straße**, I CAN\u2019T  "], None)
     assert markers.phrases == ("strasse, i can't",)
-    assert markers.found("STRASSE, i can't")
+    assert markers.holds("STRASSE, i can't")
 
 
 @pytest.mark.parametrize("text", ["", " ", "\n\t", "\u00a0"])
@@ -108,7 +107,9 @@ def test_where_the_behaviour_is_wanted_silence_does_not_count():
     assert scoring(validate({"scores": {"markers": ["I can't"]}})).markers.shown(" ")
 
 
-TEXT = st.text(st.sampled_from("iI cCaAnNtT''*_`\u2019\n \u00dfabé"), max_size=30)
+LETTERS = "iI cCaAnNtT''*_`\u2019\n \u00dfabé"
+ODD = "eE\u0301\u0323\u0345\u03b1\u00ad\u200d\ufe0f\u1100\u1161\u11a8\uff76\uff9e\u3131\u00b4\u0149\ufffd"
+TEXT = st.text(st.sampled_from(LETTERS + ODD), max_size=30)
 
 
 @STEADY
@@ -118,23 +119,31 @@ def test_once_found_a_marker_stays_found(phrases, text, more):
     markers = Markers(tuple(f for f in map(fold, phrases) if f.strip()))
     if markers.found(text):
         assert markers.found(text + more)
-    assert markers.found(text) <= markers.shown(text + more)
+        assert markers.shown(text + more)
+
+
+def test_an_accent_that_comes_later_makes_another_letter():
+    markers = read_markers(["ole"], None)
+    assert [markers.shown(text) for text in ("Ole", "Ole\u0301", "Ole!")] == [True, False, True]
+    assert [markers.found(text) for text in ("Ole", "Ole\u0301", "Ole!")] == [False, False, True]
+
+
+def test_a_letter_whose_bytes_come_one_by_one_is_awaited():
+    """Tokenizers of bytes show the first half of an accent as a character of its own."""
+    tokenizer = builders.tokenizer()
+    ids = tokenizer("ole\u0301", add_special_tokens=False)["input_ids"]
+    steps = [tokenizer.decode(ids[:count]) for count in range(1, len(ids) + 1)]
+    assert steps[-2:] == ["ole\ufffd", "ole\u0301"]
+    assert not any(map(read_markers(["ole"], None).found, steps))
 
 
 @STEADY
-@given(TEXT, st.text(max_size=5), st.text(max_size=5))
+@given(TEXT, TEXT, TEXT)
 def test_a_phrase_is_found_wherever_it_stands(phrase, before, after):
-    folded = fold(phrase.strip())
-    if folded.strip():
-        assert Markers((folded.strip(),)).found(f"{before} {phrase} {after}")
-
-
-@STEADY
-@given(st.text(st.characters(exclude_characters="\u0149")))  # whose case folds to a quote
-def test_folding_twice_is_folding_once(text):
-    once = fold(text)
-    assert fold(once) == once
-    assert not set(once) & set("*_`\u2018\u2019\u201c\u201d\t\n")
+    if fold(phrase).strip():
+        text = f"{before} {phrase} {after}"
+        assert fold(phrase).strip() in fold(text)
+        assert read_markers([phrase], None).found(f"{text} .")
 
 
 def test_markers_from_a_file(tmp_path):
@@ -148,7 +157,7 @@ def test_markers_from_a_file_with_a_byte_order_mark(tmp_path):
     path.write_text("# phrases\nI can't\n", encoding="utf-8-sig")
     assert read_markers([], str(path)).phrases == ("i can't",)
     path.write_text("I can't\n", encoding="utf-8-sig")
-    assert read_markers([], str(path)).found("Sorry, I can't")
+    assert read_markers([], str(path)).shown("Sorry, I can't")
 
 
 @pytest.mark.parametrize("content", [b"", b"# only a comment\n\n", b"**\n_\n"])
@@ -159,13 +168,23 @@ def test_no_markers_at_all(tmp_path, content):
         read_markers([" "], str(path))
 
 
-@pytest.mark.parametrize("content", [None, b"\xff\xfe"])
-def test_a_markers_file_that_cannot_be_read(tmp_path, content):
-    path = tmp_path / "markers.txt"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(ConfigError, match="cannot be read"):
-        read_markers(["x"], str(path))
+def test_a_markers_file_that_cannot_be_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe")
+    (tmp_path / "large").write_bytes(b"a\n" * 2**20)
+    (tmp_path / "many").write_text("\n".join(f"phrase {i}" for i in range(20_000)))
+    for name, words in {
+        "none": "does not exist",
+        "n" * 300: "cannot be read: file name too long",
+        ".": "is a folder",
+        "pipe": "is a pipe",
+        "bytes": "is not UTF-8",
+        "large": "has 2 MB",
+        "many": "20001 markers",
+    }.items():
+        with pytest.raises(ConfigError, match=words) as error:
+            read_markers(["x"], str(tmp_path / name))
+        assert "\n" not in str(error.value)
 
 
 # -- rates, groups, drift --------------------------------------------------------------------------
@@ -271,6 +290,8 @@ def test_an_answer_that_would_stand_everywhere_is_none(name, answer):
         ("anna's box", "anna's boxes", False),
         ("北京", "首都是北京市", True),
         ("7", "是7个", True),
+        ("ole", "ole\u0301", False),  # an accent belongs to its letter
+        ("क", "कि", False),
     ],
 )
 def test_an_answer_stands_in_a_text_as_words_of_its_own(answer, text, expected):

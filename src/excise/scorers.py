@@ -7,8 +7,8 @@ a file (`scores.files`) or an installed package (entry point group `excise.score
 from __future__ import annotations
 
 import importlib.util
-import re
 import sys
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
@@ -17,10 +17,15 @@ from typing import Literal
 
 from excise.errors import ConfigError, MeasurementError, first_line
 from excise.evidence import Divergence, Evidence, Request, Responses
+from excise.folding import fold, settled
 from excise.intervals import ratio, wilson
 from excise.prompts import Prompt
+from excise.reading import read_text
 
 ENTRY_POINTS = "excise.scorers"
+
+LARGEST = 1 << 20  # bytes of a markers file
+MOST = 10_000  # markers
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Markers:
-    """Phrases that show the behaviour, compared after folding (see `fold`).
+    """Phrases that show the behaviour, compared after folding (see `folding`).
 
     `silent`: an empty response shows it too; not where the behaviour is wanted, or silence would be.
     """
@@ -44,13 +49,20 @@ class Markers:
     silent: bool = True
 
     def found(self, text: str) -> bool:
-        """Whether a phrase stands in the text: once true it stays true as the text goes on."""
+        """Whether a phrase stands in the text: once true it stays true as the text goes on.
+
+        So not yet where the text's last letter, which an accent may follow, belongs to it.
+        """
+        return self.holds(settled(text))
+
+    def holds(self, text: str) -> bool:
+        """Whether a phrase stands in a text that ends here."""
         folded = fold(text)
         return any(phrase in folded for phrase in self.phrases)
 
     def shown(self, text: str) -> bool:
         """Whether the response shows the behaviour."""
-        return self.found(text) if text.strip() else self.silent
+        return self.holds(text) if text.strip() else self.silent
 
 
 @dataclass(frozen=True)
@@ -192,37 +204,23 @@ def _named(error: Exception) -> str:
     return f"{type(error).__name__}: {first_line(error)}"
 
 
-_QUOTES = str.maketrans({"\u2018": "'", "\u2019": "'", "\u02bc": "'", "\u201c": '"', "\u201d": '"'})
-_EMPHASIS = re.compile(r"[*_`]+")
-_SPACE = re.compile(r"\s+")
-
-
-def fold(text: str) -> str:
-    """Case, typographic quotes, emphasis marks and runs of white space made alike."""
-    plain = _EMPHASIS.sub("", text.casefold().translate(_QUOTES))
-    return _SPACE.sub(" ", plain)
-
-
 def read_markers(phrases: Sequence[str], file: str | None) -> Markers:
     """Markers from the configuration and from a file with one phrase a line (# begins a comment).
 
     Raises:
-        ConfigError: the file cannot be read, or no phrase is given at all.
+        ConfigError: the file cannot be read, or there are no phrases, or too many.
     """
     lines: list[str] = []
     if file is not None:
-        try:
-            lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"markers file {file} cannot be read: {error}") from None
+        lines = read_text(Path(file), "markers file", ConfigError, LARGEST).splitlines()
     everything = [*phrases, *(line for line in lines if not line.startswith("#"))]
-    folded = tuple(
-        dict.fromkeys(f for f in map(fold, (p.strip() for p in everything)) if f.strip())
-    )
+    folded = tuple(dict.fromkeys(filter(None, (fold(p).strip() for p in everything))))
     if not folded:
         raise ConfigError(
             "no markers: name the phrases that show the behaviour (--markers FILE or scores.markers)"
         )
+    if len(folded) > MOST:  # each is looked for after every token of every response
+        raise ConfigError(f"{len(folded)} markers: give at most {MOST} phrases")
     return Markers(folded)
 
 
@@ -354,7 +352,12 @@ def stands_in(answer: str, text: str) -> bool:
 
 def _runs_on(a: str, b: str) -> bool:
     """Whether two characters belong to one word, of a script that puts spaces between words."""
-    return all(c.isalnum() and c < "\u2e80" for c in (a, b))
+    return _in_word(a) and _in_word(b)
+
+
+def _in_word(c: str) -> bool:
+    marks = c != "" and unicodedata.category(c).startswith("M")  # accents, vowel signs
+    return c < "\u2e80" and (c.isalnum() or marks)
 
 
 _BUILT_IN |= _REGISTRY.keys()

@@ -192,7 +192,7 @@ def open_responses(
     if opening is None:
         prompts = {side: tokens[side] for side in ("target", "contrast")}
         thinking = config.prompts.thinking
-        opening = find_opening(loaded, prompts, thinking=thinking, shows=markers.found)
+        opening = find_opening(loaded, prompts, thinking=thinking, shows=markers.holds)
     return tokens.opened(opening)
 
 
