@@ -10,12 +10,12 @@ import importlib.util
 import json
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from excise import children
 from excise.errors import ConfigError, ExportError
 from excise.folders import list_files
 from excise.ggml import FLOATS, GET_LLAMA_CPP, file_types
@@ -25,17 +25,7 @@ _QUANTIZER = "llama-quantize"
 _SOURCE = "https://github.com/ggml-org/llama.cpp"
 # Where llama.cpp's build puts its programs, below a checkout.
 _BUILT = (".", "build/bin", "bin", "build/bin/Release")
-# Run by a second interpreter: ggml ends the process where an assertion of its own fails.
-_QUANTISE = """
-import ctypes, sys
-import llama_cpp
-source, target, number = sys.argv[1:]
-parameters = llama_cpp.llama_model_quantize_default_params()
-parameters.ftype = int(number)
-parameters.allow_requantize = True
-code = llama_cpp.llama_model_quantize(source.encode(), target.encode(), ctypes.byref(parameters))
-sys.exit(code != 0)
-"""
+_OURS = Path(__file__).with_name("llamaquant.py")
 _NOISE = re.compile(r"^(INFO|WARNING|DEBUG|Traceback|\s|Writing:)|^$")
 
 
@@ -100,12 +90,12 @@ def _find_quantizer(folder: Path | None) -> tuple[str, ...] | None:
     for place in (folder / part for part in _BUILT) if folder is not None else ():
         program = shutil.which(_QUANTIZER, path=str(place))
         if program:
-            return (program,)
+            return (str(Path(program).absolute()),)
     on_path = shutil.which(_QUANTIZER)
     if on_path:
-        return (on_path,)
+        return (str(Path(on_path).absolute()),)
     if importlib.util.find_spec("llama_cpp") is not None:
-        return (sys.executable, "-c", _QUANTISE)
+        return children.python(_OURS)
     return None
 
 
@@ -143,9 +133,11 @@ def convert(
     Raises:
         ExportError: the converter failed; its own last line says why.
     """
-    command = [sys.executable, str(tools.converter), str(source), "--outfile", str(target)]
+    command = [*children.python(tools.converter), str(source), "--outfile", str(target)]
     command += ["--outtype", kind.lower(), "--model-name", name]
-    _run([*command, "--mmproj"] if mmproj else command, "llama.cpp's converter")
+    # It imports from its own folder, the checkout of llama.cpp.
+    beside = [tools.converter.parent]
+    _run([*command, "--mmproj"] if mmproj else command, "llama.cpp's converter", beside)
     _check_written(target, "llama.cpp's converter")
 
 
@@ -161,20 +153,10 @@ def quantise(tools: Tools, source: Path, target: Path, kind: str) -> None:
     _check_written(target, f"quantising to {kind}")
 
 
-def _run(command: Sequence[str], what: str) -> None:
-    try:
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            check=False,
-            stdin=subprocess.DEVNULL,
-        )
-    except OSError as error:
-        raise ExportError(f"{what} cannot be run: {error}") from None
-    if done.returncode != 0:
-        raise ExportError(f"{what} failed ({_reason(done.stderr, done.returncode)})")
+def _run(command: Sequence[str], what: str, code: Sequence[Path] = ()) -> None:
+    number, complaints = children.run(command, what, code)
+    if number != 0:
+        raise ExportError(f"{what} failed ({_reason(complaints, number)})")
 
 
 def _reason(text: str, code: int) -> str:

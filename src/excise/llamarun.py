@@ -11,21 +11,21 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
+from excise import children
 from excise.divergence import kl
 from excise.errors import ExportError
 from excise.evidence import Divergence, Evidence, Request, Response, Responses
 from excise.stacking import CandidateEdits
 
+_WORKER = Path(__file__).with_name("llamaworker.py")
+_LONGEST_LINE = 1 << 24  # bytes: of an answer, without the logits after it
 _CHUNK = 64  # positions whose distributions are compared at a time
 _REASON = re.compile(r"GGML_ASSERT.*|error.*|.*Error: .*", re.IGNORECASE)
 
@@ -46,63 +46,105 @@ class GgufModel:
         self._path = path
         # As many threads as torch has: llama.cpp's own choice is many times slower on a busy machine.
         numbers = [str(longest), str(torch.get_num_threads())]
-        command = [sys.executable, "-m", "excise.llamaworker", str(path), *numbers]
-        self._complaints = tempfile.TemporaryFile()  # noqa: SIM115 (closed on leaving)
-        self._process = subprocess.Popen(
-            command if adapter is None else [*command, str(adapter)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._complaints,
-        )
-        self._answer()
+        command = [*children.python(_WORKER), str(path), *numbers]
+        command += [] if adapter is None else [str(adapter)]
+        self._child = children.Child(command, f"llama.cpp on {path}", talks=True)
+        try:
+            self._answer()
+        except BaseException:
+            self._child.stop()
+            raise
 
     def __enter__(self) -> GgufModel:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.communicate()
-        self._complaints.close()
+        self._child.stop()
 
     def read(self, ids: Sequence[int], keep: int) -> Tensor:
-        """Raw logits (keep, V) of the next token after each of the last `keep` of `ids`."""
-        shape = self._ask({"ids": list(ids), "keep": keep})["shape"]
-        assert self._process.stdout is not None
-        raw = self._process.stdout.read(4 * shape[0] * shape[1])
-        if len(raw) != 4 * shape[0] * shape[1]:
-            raise self._stopped()
+        """Raw logits (keep, V) of the next token after each of the last `keep` of `ids`.
+
+        Raises:
+            ExportError: llama.cpp stopped, or gave something else.
+        """
+        shape = self._ask({"ids": list(ids), "keep": keep}).get("shape")
+        if not _whole_numbers(shape) or len(shape) != 2 or shape[0] != keep or shape[1] < 1:
+            raise self._nonsense()
+        raw = self._bytes(4 * shape[0] * shape[1])
         return torch.frombuffer(bytearray(raw), dtype=torch.float32).view(shape)
 
     def greedy(self, ids: Sequence[int], ends: frozenset[int], limit: int) -> tuple[int, ...]:
-        """Greedy response tokens, an end token included."""
+        """Greedy response tokens, an end token included.
+
+        Raises:
+            ExportError: llama.cpp stopped, or gave something else.
+        """
         asked = {"ids": list(ids), "ends": sorted(ends), "limit": limit}
-        return tuple(self._ask(asked)["tokens"])
+        tokens = self._ask(asked).get("tokens")
+        if not _whole_numbers(tokens) or not 0 < len(tokens) <= limit:
+            raise self._nonsense()
+        return tuple(tokens)
+
+    def tokens(self, text: str) -> tuple[int, ...]:
+        """The tokens that llama.cpp reads of a prompt: with a BOS before it where the file says so.
+
+        Raises:
+            ExportError: llama.cpp stopped, or gave something else.
+        """
+        found = self._ask({"text": text}).get("tokens")
+        if not _whole_numbers(found):
+            raise self._nonsense()
+        return tuple(found)
 
     def _ask(self, asked: dict[str, Any]) -> dict[str, Any]:
-        assert self._process.stdin is not None
+        pipe = self._child.process.stdin
+        assert pipe is not None
         try:
-            self._process.stdin.write(json.dumps(asked).encode() + b"\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
+            pipe.write(json.dumps(asked).encode() + b"\n")
+            pipe.flush()
+        except OSError:  # it ended: its complaints say why
             raise self._stopped() from None
         return self._answer()
 
     def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
+        pipe = self._child.process.stdout
+        assert pipe is not None
+        with self._child.awaited():
+            line = pipe.readline(_LONGEST_LINE)
         if not line.endswith(b"\n"):
+            raise self._stopped() if len(line) < _LONGEST_LINE else self._nonsense()
+        try:
+            answer = json.loads(line)
+        except (ValueError, RecursionError):
+            raise self._nonsense() from None
+        if not isinstance(answer, dict):
+            raise self._nonsense()
+        return answer
+
+    def _bytes(self, count: int) -> bytes:
+        pipe = self._child.process.stdout
+        assert pipe is not None
+        with self._child.awaited():
+            raw = pipe.read(count)
+        if len(raw) != count:
             raise self._stopped()
-        return dict(json.loads(line))
+        return raw
 
     def _stopped(self) -> ExportError:
         """Why the process ended, from what it complained of."""
-        code = self._process.wait()
-        self._complaints.seek(0)
-        text = self._complaints.read().decode(errors="replace")
-        reasons = _REASON.findall(text)
-        self.__exit__()
+        code = self._child.wait()
+        reasons = _REASON.findall(self._child.complaints())
+        self._child.stop()
         reason = reasons[-1].strip()[:200] if reasons else f"exit code {code}"
         return ExportError(f"llama.cpp cannot run {self._path} ({reason})")
+
+    def _nonsense(self) -> ExportError:
+        self._child.stop()
+        return ExportError(f"llama.cpp cannot run {self._path} (its process answered nonsense)")
+
+
+def _whole_numbers(found: Any) -> TypeGuard[list[int]]:
+    return isinstance(found, list) and all(type(number) is int for number in found)
 
 
 class GgufEngine:

@@ -1,6 +1,7 @@
 """The process that runs one GGUF for `llamarun`, called with FILE LONGEST THREADS [LORA].
 
-ggml ends its process where an assertion fails, so it gets one of its own. Requests are JSON lines on
+ggml ends its process where an assertion fails, so it gets one of its own. Run as a file: it imports
+nothing of the package. Requests are JSON lines on
 standard input; answers are JSON lines on standard output, followed by float32 logits where a request
 asks for them.
 
@@ -10,6 +11,7 @@ Shapes: T tokens, V vocabulary.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any, BinaryIO
@@ -46,6 +48,10 @@ class _Model:
         self._llama.eval(list(ids))
         return self._llama.scores[before : self._llama.n_tokens]
 
+    def tokens(self, text: str) -> list[int]:
+        """A prompt's tokens, with a BOS before it where the file's own keys ask for one."""
+        return list(self._llama.tokenize(text.encode(), add_bos=True, special=True))
+
     def greedy(self, ids: Sequence[int], ends: set[int], limit: int) -> list[int]:
         """Response tokens, an end token included."""
         logits = self.read(ids)
@@ -64,7 +70,9 @@ def serve(arguments: Sequence[str], requests: BinaryIO, answers: BinaryIO) -> No
     _answer(answers, {})
     for line in requests:
         asked = json.loads(line)
-        if "limit" in asked:
+        if "text" in asked:
+            _answer(answers, {"tokens": model.tokens(asked["text"])})
+        elif "limit" in asked:
             tokens = model.greedy(asked["ids"], set(asked["ends"]), asked["limit"])
             _answer(answers, {"tokens": tokens})
         else:
@@ -77,6 +85,13 @@ def _answer(answers: BinaryIO, head: dict[str, Any], body: bytes = b"") -> None:
     answers.flush()
 
 
+def _main(arguments: Sequence[str]) -> None:
+    # Whatever a library prints to standard output must not come between the answers.
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    with open(0, "rb") as requests, answers:
+        serve(arguments, requests, answers)
+
+
 if __name__ == "__main__":
-    with open(0, "rb") as requests, open(1, "wb") as answers:
-        serve(sys.argv[1:], requests, answers)
+    _main(sys.argv[1:])

@@ -1,0 +1,199 @@
+"""The one place where child processes are started: llama.cpp's tools, and our own that run it.
+
+No shell; no code from the current folder, which may be a downloaded one; no key of ours in their
+environment; temporary files in a folder that goes with them. They end with this process, however that
+ends (`launcher`), and at once where it is interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+
+from excise.errors import ExportError
+
+# What a program needs to find itself, its libraries and its place for files; nothing else is passed on.
+_PASSED = frozenset(
+    (
+        "PATH HOME LANG LANGUAGE TZ LD_LIBRARY_PATH DYLD_LIBRARY_PATH PYTHONPATH "
+        "OMP_NUM_THREADS MKL_NUM_THREADS OPENBLAS_NUM_THREADS NUMEXPR_NUM_THREADS "
+        "CUDA_VISIBLE_DEVICES HIP_VISIBLE_DEVICES ROCR_VISIBLE_DEVICES GGML_VK_VISIBLE_DEVICES "
+        # Windows starts no program without some of these.
+        "SYSTEMROOT SYSTEMDRIVE WINDIR COMSPEC PATHEXT USERPROFILE APPDATA LOCALAPPDATA PROGRAMDATA "
+        "NUMBER_OF_PROCESSORS PROCESSOR_ARCHITECTURE"
+    ).split()
+)
+_LAUNCHER = Path(__file__).with_name("launcher.py")
+_LOOK = 0.5  # seconds between two looks at a child that is waited for
+_PATIENCE = 120.0  # seconds for which a child may do nothing at all while it is waited for
+_KEPT = 1 << 16  # bytes of a child's complaints, from the end, that are looked at
+
+
+def environment(temporary: Path, code: Sequence[Path] = ()) -> dict[str, str]:
+    """The environment of a child.
+
+    Args:
+        temporary: its folder for temporary files.
+        code: folders that it imports from beside its own libraries.
+    """
+    passed = {k: v for k, v in os.environ.items() if k in _PASSED or k.startswith("LC_")}
+    # An empty entry would be the current folder.
+    paths = [*map(str, code), *filter(None, passed.pop("PYTHONPATH", "").split(os.pathsep))]
+    if paths:
+        passed["PYTHONPATH"] = os.pathsep.join(paths)
+    return passed | {
+        **dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(temporary)),
+        "PYTHONSAFEPATH": "1",
+        "HF_HUB_OFFLINE": "1",  # all that they read is here
+    }
+
+
+def python(script: Path) -> tuple[str, ...]:
+    """The beginning of a command that runs one of our scripts, or a tool's, with this interpreter."""
+    return (sys.executable, "-P", str(script))
+
+
+class Child:
+    """A program that was started; whoever starts it must `stop` it.
+
+    Attributes:
+        process: it, with pipes for standard input and output where it `talks`, else with neither.
+
+    Raises:
+        ExportError: it cannot be run.
+    """
+
+    def __init__(
+        self, command: Sequence[str], what: str, *, talks: bool = False, code: Sequence[Path] = ()
+    ) -> None:
+        self._what = what
+        self._hung = False
+        self._room = tempfile.TemporaryDirectory(prefix="excise-child-", ignore_cleanup_errors=True)
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed by `stop`)
+        # Without site packages it begins in a fifth of the time; elsewhere it needs some.
+        flags = ["-I", "-S"] if sys.platform == "linux" else ["-I"]
+        launcher = [sys.executable, *flags, str(_LAUNCHER), str(os.getpid())]
+        pipe = subprocess.PIPE if talks else subprocess.DEVNULL
+        try:
+            self.process = subprocess.Popen(
+                [*launcher, *command],
+                stdin=pipe,
+                stdout=pipe,
+                stderr=self._errors,
+                env=environment(Path(self._room.name), code),
+                start_new_session=True,  # interrupts are ours: we end it
+            )
+        except (OSError, ValueError) as error:  # ValueError: a NUL within an argument
+            self._errors.close()
+            self._room.cleanup()
+            raise ExportError(f"{what} cannot be run: {error}") from None
+
+    def stop(self) -> None:
+        """Kill it where it still runs, with whatever it started, and remove its temporary files."""
+        _kill(self.process)
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe is not None:
+                try:
+                    pipe.close()
+                except OSError:  # what was not yet sent has no reader any more
+                    continue
+        self._errors.close()
+        self._room.cleanup()
+
+    def wait(self) -> int:
+        """Its exit code, when it has ended."""
+        with self.awaited():
+            return self.process.wait()
+
+    @contextmanager
+    def awaited(self) -> Iterator[None]:
+        """While something is waited for: a child that does nothing at all for long is ended."""
+        over = threading.Event()
+        watch = threading.Thread(target=self._watch, args=(over,), daemon=True)
+        watch.start()
+        try:
+            yield
+        finally:
+            over.set()
+            watch.join()
+
+    def _watch(self, over: threading.Event) -> None:
+        before, idle = -1.0, 0.0
+        while not over.wait(_LOOK):
+            now = _work(self.process.pid)
+            idle = idle + _LOOK if now == before else 0.0
+            before = now
+            if idle >= _PATIENCE:
+                self._hung = True
+                _kill(self.process)
+                return
+
+    def complaints(self) -> str:
+        """What it wrote to standard error; the end of it, where that is long."""
+        if self._hung:
+            return f"error: it did nothing for {_PATIENCE:g} seconds, and was ended"
+        size = self._errors.seek(0, os.SEEK_END)
+        self._errors.seek(max(0, size - _KEPT))
+        return self._errors.read().decode(errors="replace")
+
+
+def run(command: Sequence[str], what: str, code: Sequence[Path] = ()) -> tuple[int, str]:
+    """Run a program to its end.
+
+    Args:
+        command: the program's whole path and its arguments.
+        what: it does, for messages: "llama.cpp's converter".
+        code: folders that it imports from beside its own libraries.
+
+    Returns:
+        Its exit code, and what it complained of.
+
+    Raises:
+        ExportError: it cannot be run.
+    """
+    child = Child(command, what, code=code)
+    try:
+        return child.wait(), child.complaints()
+    finally:
+        child.stop()
+
+
+def _work(pid: int) -> float:
+    """The seconds of computing that a process and those below it have done; one that reads a disk works."""
+    total = 0.0
+    try:
+        process = psutil.Process(pid)
+        for one in [process, *process.children(recursive=True)]:
+            if one.status() == psutil.STATUS_DISK_SLEEP:
+                return float("nan")  # equal to nothing
+            total += sum(one.cpu_times()[:2])
+    except psutil.Error:
+        return float("nan")
+    return total
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is not None:
+        return
+    if os.name == "posix":
+        try:
+            os.killpg(process.pid, signal.SIGKILL)  # it leads a group of its own
+        except (ProcessLookupError, PermissionError):  # it ended just now
+            process.kill()
+    else:
+        try:
+            for one in psutil.Process(process.pid).children(recursive=True):
+                one.kill()
+        except psutil.Error:
+            pass
+        process.kill()
+    process.wait()

@@ -1,0 +1,29 @@
+"""The process that quantises one GGUF for `llamacpp`, called with SOURCE TARGET NUMBER.
+
+ggml ends its process where an assertion fails, so it gets one of its own. Run as a file: it imports
+nothing of the package.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Sequence
+
+
+def quantise(arguments: Sequence[str]) -> int:
+    """Quantise as the number of a file type says; returns the exit code."""
+    import llama_cpp
+
+    source, target, number = arguments
+    parameters = llama_cpp.llama_model_quantize_default_params()
+    parameters.ftype = int(number)
+    parameters.allow_requantize = True
+    code = llama_cpp.llama_model_quantize(
+        source.encode(), target.encode(), ctypes.byref(parameters)
+    )
+    return int(code != 0)
+
+
+if __name__ == "__main__":
+    raise SystemExit(quantise(sys.argv[1:]))
