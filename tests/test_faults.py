@@ -173,7 +173,7 @@ def test_a_full_disk_is_one_line_and_exit_code_1(
 
         monkeypatch.setattr(JournalFileBackend, "append_logs", full)
     elif name == "write_text":
-        monkeypatch.setattr("excise.record.os.fsync", full)
+        monkeypatch.setattr("excise.staging.os.fsync", full)
     else:
         monkeypatch.setattr("excise.keeping.save_file", full)
     assert cli.main(job(tiny, out)) == 1
@@ -181,4 +181,4 @@ def test_a_full_disk_is_one_line_and_exit_code_1(
     assert "No space left on device" in error
     assert len(error.strip().splitlines()) == 1
     assert not (out / "record.json").exists()
-    assert not [p for p in out.iterdir() if p.name.endswith((".partial", ".tmp"))]
+    assert not [p for p in out.iterdir() if p.name.endswith((".partial", ".tmp", ".excise-new"))]

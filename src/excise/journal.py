@@ -20,6 +20,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.storages.journal._file import BaseJournalFileLock
 
 from excise.errors import RunStateError, StorageError
+from excise.staging import sweep_held
 
 Goal = Literal["minimize", "maximize"]
 
@@ -31,7 +32,7 @@ _STUB_BYTES = 4096  # a journal that was stopped while it was made is shorter
 
 @contextmanager
 def hold(folder: Path) -> Iterator[None]:
-    """Hold a run folder for this process.
+    """Hold a run folder for this process; what one before it left unfinished there goes.
 
     Raises:
         RunStateError: another process works on it.
@@ -46,6 +47,7 @@ def hold(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise StorageError(f"cannot write {folder / LOCK}: {error.strerror or error}") from None
     try:
+        sweep_held(folder)
         yield
     finally:
         lock.release()

@@ -14,7 +14,7 @@ from excise.directions import Directions
 from excise.errors import RunStateError, StorageError
 from excise.opening import Opening, from_dict
 from excise.record import Separation
-from excise.staging import sync
+from excise.staging import replacing
 
 DIRECTIONS = "directions.safetensors"
 CAPTURED = "method.safetensors"
@@ -44,13 +44,10 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
     Raises:
         StorageError: it cannot be written.
     """
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        save_file(tensors, partial, metadata=metadata)
-        sync(partial)  # a rename may outlast a power cut that the data do not
-        partial.replace(path)
-    except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
+        with replacing(path) as new:
+            save_file(tensors, new, metadata=metadata)
+    except SafetensorError as error:
         raise StorageError(f"cannot write {path}: {error}") from None
 
 

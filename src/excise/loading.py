@@ -7,7 +7,6 @@ wrong with a checkpoint is said in one line before anything is computed.
 from __future__ import annotations
 
 import json
-import tempfile
 from dataclasses import dataclass
 from importlib import resources
 from importlib.util import find_spec
@@ -27,6 +26,7 @@ from excise.fitting import check_fits
 from excise.folders import check_inside, list_files
 from excise.plain import Plain, quantisation, unpack, unpack_gguf
 from excise.reading import is_file
+from excise.staging import temporary
 from excise.weights import (
     any_offloaded,
     check_finite,
@@ -108,8 +108,8 @@ def load(section: ModelSection) -> Loaded:
     check_fits(section, files, dtype)
     offload = None
     if section.device_map is not None:
-        offload = tempfile.TemporaryDirectory(prefix="excise-offload-")
-    model = _load_model(section, folder, dtype, offload.name if offload else None)
+        offload = temporary("offload")
+    model = _load_model(section, folder, dtype, str(offload.path) if offload else None)
     bad = check_finite(model)
     if bad is not None:
         raise ModelError(f"model {section.source}: tensor {bad} holds NaN or infinite values")

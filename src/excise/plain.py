@@ -25,6 +25,7 @@ from torch import Tensor
 
 from excise.errors import ModelError, StorageError, first_line
 from excise.folders import list_files
+from excise.staging import Claim, temporary
 
 DTYPE = torch.bfloat16
 INDEX = "model.safetensors.index.json"
@@ -50,7 +51,7 @@ class Plain:
 
     folder: Path
     words: str
-    scratch: Any
+    scratch: Claim
 
 
 def quantisation(config: dict[str, Any], source: str) -> str | None:
@@ -97,7 +98,7 @@ def unpack(folder: Path, files: Sequence[Path], config: dict[str, Any], method: 
     others = [folder / file for file in _rest(folder)]
     room = with_room * sum(file.stat().st_size for file in files)
     scratch = _scratch(room + sum(file.stat().st_size for file in others))
-    target = Path(scratch.name)
+    target = scratch.path
     found = _Tensors(files)
     weight_map: dict[str, str] = {}
     total = 0
@@ -121,7 +122,7 @@ def unpack_gguf(file: Path) -> Plain:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     scratch = _scratch(8 * file.stat().st_size)
-    target = Path(scratch.name)
+    target = scratch.path
     given = {"gguf_file": file.name}
     try:
         AutoTokenizer.from_pretrained(file.parent, **given).save_pretrained(target)
@@ -249,7 +250,7 @@ def mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
 # -- files -----------------------------------------------------------------------------------------
 
 
-def _scratch(room: int) -> tempfile.TemporaryDirectory[str]:
+def _scratch(room: int) -> Claim:
     place = Path(tempfile.gettempdir())
     free = shutil.disk_usage(place).free
     if room > free:
@@ -257,7 +258,7 @@ def _scratch(room: int) -> tempfile.TemporaryDirectory[str]:
             f"unpacking the checkpoint needs up to {room / 1e9:.1f} GB in {place}, where "
             f"{free / 1e9:.1f} GB are free: set TMPDIR to a larger disk"
         )
-    return tempfile.TemporaryDirectory(prefix="excise-plain-")
+    return temporary("plain")
 
 
 def _write(path: Path, plan: list[_Planned]) -> int:

@@ -6,15 +6,14 @@ The shape is a contract: keys may be added, never renamed or removed.
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
 import pydantic
 from pydantic import BaseModel, ConfigDict
 
-from excise.errors import RunStateError, StorageError
+from excise.errors import RunStateError
+from excise.staging import replacing
 
 SCHEMA = 1
 FILE = "record.json"
@@ -213,18 +212,6 @@ def write_text(path: Path, text: str) -> Path:
     Raises:
         StorageError: the disk is full or the folder cannot be written.
     """
-    handle, name = None, ""
-    try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
-    except OSError as error:
-        raise StorageError(f"cannot write {path}: {error.strerror or error}") from None
-    finally:
-        if name:  # also where an interrupt struck; what was renamed is no longer there
-            Path(name).unlink(missing_ok=True)
+    with replacing(path) as new:
+        new.write_text(text, encoding="utf-8")
     return path
