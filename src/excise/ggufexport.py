@@ -24,7 +24,7 @@ from excise.errors import ConfigError, ExportError
 from excise.events import OnEvent, ignore, phase
 from excise.export import Exported, adapter_factors, relative_error
 from excise.ggml import FLOATS, check_file_type, file_types
-from excise.gguffile import read_gguf, read_shards
+from excise.gguffile import check_sizes, read_gguf, read_shards
 from excise.llamacpp import Tools, convert, find_tools, plain_copy, quantise
 from excise.loading import read_config, weight_files
 from excise.merging import merge_checkpoint
@@ -66,7 +66,9 @@ def plan_gguf(section: ExportSection, formats: Sequence[str]) -> GgufPlan:
     if not wanted and (types or base or folder):
         raise ConfigError("--quantize, --from-gguf and --llama-cpp are for --format gguf: add it")
     if base is not None:
-        base = read_shards(base)[0].path
+        shards = read_shards(base)
+        check_sizes(shards)
+        base = shards[0].path
         if types:
             raise ConfigError("--from-gguf keeps the file's own types: leave --quantize out")
         return GgufPlan((), None, base)

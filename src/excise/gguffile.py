@@ -1,14 +1,18 @@
 """Read the header of a GGUF file: its keys, and where its tensors are. No tensor is read here.
 
 gguf-py's own reader makes an object of every token of the vocabulary; this one steps over long arrays
-and keeps their length only, so that its memory does not grow with the vocabulary.
+and keeps their length only, so that its memory does not grow with the vocabulary. Every library that
+reads such a file here comes after it: what the header claims is held against bounds that real files
+keep, and against the file's own length.
 """
 
 from __future__ import annotations
 
+import math
 import mmap
 import re
 import struct
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +20,7 @@ from typing import Any
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from excise.errors import ModelError
+from excise.reading import check_regular, is_file
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -37,6 +42,16 @@ _SCALARS = {
 _STRING, _ARRAY = 8, 9
 _KEPT = 1024  # arrays of scalars up to this length are kept
 _DIMENSIONS = 4
+# Real files stay far below these; libraries take minutes or gigabytes for headers that do not.
+_MOST = 1 << 16  # keys, tensors
+_LONGEST_ARRAY = 1 << 20
+_LONGEST_TEXT = 1 << 23  # bytes: of one string
+_LONGEST_ITEM = 1 << 12  # bytes: of a string in an array, such as a token
+_LARGEST_HEADER = 1 << 27  # bytes
+_MOST_LAYERS = 1 << 10
+_LARGEST_SIZE = 1 << 24
+_LONGEST_TEXTS = 1 << 31  # tokens: of a text that a model reads
+_LAYER = re.compile(r"\bblk\.(\d{1,4})\.")
 
 
 @dataclass(frozen=True)
@@ -75,32 +90,41 @@ class GgufFile:
     @property
     def architecture(self) -> str:
         """llama.cpp's name of the architecture, such as "qwen3"."""
-        return str(self.keys.get("general.architecture", ""))
+        return str(self.keys.get("general.architecture", ""))[:64]
 
     def hyper(self, name: str) -> Any:
         """A key of the architecture's own, such as "block_count"; None where it is not there."""
         return self.keys.get(f"{self.architecture}.{name}")
 
+    @property
+    def parts(self) -> int:
+        """How many files the model was split into; 1 where it was not."""
+        count = self.keys.get("split.count", 1)
+        return count if type(count) is int and count > 1 else 1
+
 
 class _Cursor:
     """Reads forward through the mapped bytes of a header."""
 
-    def __init__(self, data: mmap.mmap) -> None:
+    def __init__(self, data: mmap.mmap, at: int) -> None:
         self._data = data
-        self.at = 0
+        self._end = min(len(data), _LARGEST_HEADER)
+        self.at = at
 
     def scalar(self, code: str) -> Any:
+        size = struct.calcsize(code)
+        self._check(size)
         value = struct.unpack_from(f"<{code}", self._data, self.at)[0]
-        self.at += struct.calcsize(code)
+        self.at += size
         return value
 
     def string(self) -> str:
         size = self.scalar("Q")
-        end = self.at + size
-        if end > len(self._data):
-            raise struct.error("a string runs past the end")
-        text = self._data[self.at : end].decode("utf-8", errors="replace")
-        self.at = end
+        if size > _LONGEST_TEXT:
+            raise ValueError(f"a text of {size:,} bytes")
+        self._check(size)
+        text = self._data[self.at : self.at + size].decode("utf-8", errors="replace")
+        self.at += size
         return text
 
     def value(self, kind: int) -> Any:
@@ -109,40 +133,74 @@ class _Cursor:
         if kind == _ARRAY:
             return self._array()
         if kind not in _SCALARS:
-            raise struct.error(f"value type {kind} is not known")
+            raise ValueError(f"value type {kind} is not known")
         return self.scalar(_SCALARS[kind])
 
     def _array(self) -> Any:
         kind, count = self.scalar("I"), self.scalar("Q")
+        if kind == _ARRAY:
+            raise ValueError("an array of arrays")
+        if count > _LONGEST_ARRAY:
+            raise ValueError(f"an array of {count:,} values")
         if kind in _SCALARS and count > _KEPT:
-            self.at += count * struct.calcsize(_SCALARS[kind])
+            size = count * struct.calcsize(_SCALARS[kind])
+            self._check(size)
+            self.at += size
             return LongArray(count)
-        if kind == _STRING and count > _KEPT:
-            for _ in range(count):
-                self.at += 8 + struct.unpack_from("<Q", self._data, self.at)[0]
-            return LongArray(count)
-        if count > len(self._data):
-            raise struct.error("an array runs past the end")
+        if kind == _STRING:
+            return self._strings(count)
         return [self.value(kind) for _ in range(count)]
+
+    def _strings(self, count: int) -> Any:
+        data, end, size_of = self._data, self._end, struct.Struct("<Q").unpack_from
+        kept, at = [], self.at
+        for _ in range(count):
+            start = at + 8
+            at = start + (size_of(data, at)[0] if start <= end else 0)
+            if start > end or at > end or at - start > _LONGEST_ITEM:
+                raise ValueError("a list of texts that runs past the end, or holds very long ones")
+            if count <= _KEPT:
+                kept.append(data[start:at].decode("utf-8", errors="replace"))
+        self.at = at
+        return kept if count <= _KEPT else LongArray(count)
+
+    def _check(self, size: int) -> None:
+        if self.at + size > self._end:
+            raise ValueError(
+                "its header runs past the end"
+                if self._end == len(self._data)
+                else f"its header is longer than {_LARGEST_HEADER / 1e6:.0f} MB"
+            )
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a regular file begins as a GGUF does, whatever it is called."""
+    if not is_file(path):
+        return False
+    try:
+        with path.open("rb") as file:
+            return file.read(len(_MAGIC)) == _MAGIC
+    except OSError:
+        return False
 
 
 def read_gguf(path: Path) -> GgufFile:
     """The header of a GGUF file, checked to be whole.
 
     Raises:
-        ModelError: no such file, not a GGUF, of a version or type that is not known, or truncated.
+        ModelError: no such file, not a GGUF, of a version or type that is not known, truncated, or of
+            sizes that no model has.
     """
+    check_regular(path, "GGUF file", ModelError)
     try:
         with path.open("rb") as file:
-            if file.read(4) != _MAGIC:
+            if file.read(len(_MAGIC)) != _MAGIC:
                 raise ModelError(f"{path} is not a GGUF file")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 return _parse(path, data)
-    except FileNotFoundError:
-        raise ModelError(f"GGUF file {path} does not exist") from None
     except OSError as error:
         raise ModelError(f"GGUF file {path} cannot be read: {error.strerror}") from None
-    except (struct.error, ValueError, MemoryError) as error:
+    except ValueError as error:
         if isinstance(error, ModelError):
             raise
         raise ModelError(
@@ -151,57 +209,144 @@ def read_gguf(path: Path) -> GgufFile:
 
 
 def _parse(path: Path, data: mmap.mmap) -> GgufFile:
-    cursor = _Cursor(data)
-    cursor.at = len(_MAGIC)
+    cursor = _Cursor(data, len(_MAGIC))
     version = cursor.scalar("I")
     if version not in _VERSIONS:
         raise ModelError(f"GGUF file {path} has version {version}; only 2 and 3 can be read here")
     tensor_count, key_count = cursor.scalar("Q"), cursor.scalar("Q")
+    if max(tensor_count, key_count) > _MOST:
+        raise ValueError(f"{tensor_count:,} tensors and {key_count:,} keys")
     keys: dict[str, Any] = {}
     for _ in range(key_count):
         key = cursor.string()
+        if key in keys:
+            raise ValueError(f"two values of {key[:80]!r}")
         keys[key] = cursor.value(cursor.scalar("I"))
     infos = [_tensor_info(cursor) for _ in range(tensor_count)]
-    alignment = int(keys.get("general.alignment", 32))
+    alignment = keys.get("general.alignment", 32)
+    if type(alignment) is not int or not 0 < alignment <= _MOST or alignment & (alignment - 1):
+        raise ValueError(f"an alignment of {alignment!r:.20}")
     start = -(-cursor.at // alignment) * alignment
     tensors = {name: _place(name, kind, shape, start + at) for name, kind, shape, at in infos}
-    end = max((tensor.stop for tensor in tensors.values()), default=start)
-    if end > len(data):
-        raise ValueError(f"it has {len(data):,} bytes and its tensors end at {end:,}")
+    if len(tensors) < len(infos):
+        raise ValueError("two tensors of one name")
+    _check_places(tensors.values(), len(data))
     return GgufFile(path, keys, tensors, len(data))
 
 
 def _tensor_info(cursor: _Cursor) -> tuple[str, int, tuple[int, ...], int]:
     name = cursor.string()
     dimensions = cursor.scalar("I")
-    if dimensions > _DIMENSIONS:
-        raise ValueError(f"tensor {name} has {dimensions} dimensions")
+    if not 0 < dimensions <= _DIMENSIONS:
+        raise ValueError(f"tensor {name[:80]!r} has {dimensions} dimensions")
     shape = tuple(cursor.scalar("Q") for _ in range(dimensions))
     kind, offset = cursor.scalar("I"), cursor.scalar("Q")
     return name, kind, tuple(reversed(shape)), offset
 
 
 def _place(name: str, kind: int, shape: tuple[int, ...], start: int) -> GgufTensor:
-    qtype = GGMLQuantizationType(kind)  # a ValueError for a type that is not known
-    block, size = GGML_QUANT_SIZES[qtype]
-    count = 1
-    for length in shape:
-        count *= length
-    return GgufTensor(name, qtype, shape, start, start + count // block * size)
+    try:
+        qtype = GGMLQuantizationType(kind)
+        block, size = GGML_QUANT_SIZES[qtype]
+    except (ValueError, KeyError):
+        raise ValueError(f"tensor {name[:80]!r} is of type {kind}, which is not known") from None
+    if min(shape) < 1 or shape[-1] % block:
+        raise ValueError(f"tensor {name[:80]!r} has the shape {shape} in {qtype.name}")
+    return GgufTensor(name, qtype, shape, start, start + math.prod(shape) // block * size)
+
+
+def _check_places(tensors: Iterable[GgufTensor], size: int) -> None:
+    """Refuse tensors that lie outside the file or upon each other."""
+    last = None
+    for tensor in sorted(tensors, key=lambda t: (t.start, t.stop)):
+        if tensor.stop > size:
+            raise ValueError(f"it has {size:,} bytes and its tensors end at {tensor.stop:,}")
+        if last is not None and tensor.start < last.stop:
+            raise ValueError(
+                f"tensors {last.name[:80]!r} and {tensor.name[:80]!r} lie upon each other"
+            )
+        last = tensor
+
+
+def shard_names(name: str) -> list[str]:
+    """The names of all files of a split model, of which one is called `name`; it alone where none is."""
+    match = _SHARD.match(name)
+    if match is None:
+        return [name]
+    count = int(match["count"])
+    return [f"{match['name']}-{n:05d}-of-{count:05d}.gguf" for n in range(1, count + 1)]
 
 
 def read_shards(path: Path) -> list[GgufFile]:
     """The header of `path`, or of all the files that it is one of, where it was split.
 
     Raises:
-        ModelError: as `read_gguf`, or a file of a split is missing.
+        ModelError: as `read_gguf`; a file of a split is missing, or they do not belong together.
     """
-    match = _SHARD.match(path.name)
-    if match is None:
-        return [read_gguf(path)]
-    count = int(match["count"])
-    names = [f"{match['name']}-{n:05d}-of-{count:05d}.gguf" for n in range(1, count + 1)]
+    head = read_gguf(path)
+    names = shard_names(path.name)
+    if head.parts == 1 and len(names) == 1:
+        return [head]
+    if head.parts != len(names) or path.name not in names:
+        raise ModelError(
+            f"{path} says itself that its model is in {head.parts} file(s), and its name says "
+            f"{len(names)}: call it as it was (NAME-00001-of-0000N.gguf where it was split), or join the "
+            "parts with llama-gguf-split --merge"
+        )
     for name in names:
-        if not path.with_name(name).is_file():
-            raise ModelError(f"{path} is one of {count} files, and {name} is missing beside it")
-    return [read_gguf(path.with_name(name)) for name in names]
+        if not is_file(path.with_name(name)):
+            raise ModelError(
+                f"{path} is one of {len(names)} files, and {name} is missing beside it"
+            )
+    shards = [read_gguf(path.with_name(name)) for name in names]
+    for number, shard in enumerate(shards):
+        if shard.parts != len(names) or shard.keys.get("split.no") != number:
+            raise ModelError(
+                f"{shard.path} is not part {number + 1} of {len(names)}, as it is called"
+            )
+    total = sum(len(shard.tensors) for shard in shards)
+    if shards[0].keys.get("split.tensors.count", total) != total:
+        raise ModelError(
+            f"{shards[0].path} says that its parts hold {shards[0].keys['split.tensors.count']} tensors "
+            f"in all, and they hold {total}: take all parts from one download"
+        )
+    if len({name for shard in shards for name in shard.tensors}) < total:
+        raise ModelError(f"the parts of {path} hold some tensors twice: are they of one model?")
+    return shards
+
+
+def check_sizes(shards: Sequence[GgufFile]) -> None:
+    """Refuse a language model whose header promises what its tensors do not hold.
+
+    Raises:
+        ModelError: a layer has no tensor, or a size is not that of any tensor or of any real model.
+    """
+    head = shards[0]
+    if head.architecture == "clip" or head.keys.get("general.type", "model") != "model":
+        raise ModelError(f"{head.path} is no language model, but a projector, adapter or the like")
+    tensors = {name: tensor for shard in shards for name, tensor in shard.tensors.items()}
+    for key, value in head.keys.items():
+        numbers = value if isinstance(value, list) else [value]
+        if key.startswith("split.") or not key.startswith(f"{head.architecture}."):
+            continue
+        most = _LONGEST_TEXTS if key.endswith(("context_length", "context")) else _LARGEST_SIZE
+        wrong = next((n for n in numbers if type(n) is int and not -1 <= n <= most), None)
+        if wrong is not None:
+            raise ModelError(
+                f"{head.path} says {key[:80]!r} = {wrong:,}, which is the size of no model"
+            )
+    layers = head.hyper("block_count")
+    if type(layers) is not int or not 0 < layers <= _MOST_LAYERS:
+        raise ModelError(f"{head.path} says that it has {layers!r:.40} layers (block_count)")
+    held = {int(found[1]) for name in tensors if (found := _LAYER.search(name))}
+    missing = next((n for n in range(layers) if n not in held), None)
+    if missing is not None:
+        raise ModelError(
+            f"{head.path} says that it has {layers} layers, and no tensor of layer {missing} is in it: "
+            "download it again, with all its parts"
+        )
+    experts = head.hyper("expert_count") or 0
+    fused = {t.shape[0] for t in tensors.values() if len(t.shape) == 3}
+    last = f"blk.0.ffn_down.{experts - 1}.weight" if type(experts) is int else ""
+    if experts and not (last in tensors or (last and experts in fused)):
+        raise ModelError(f"{head.path} says that it has {experts!r:.40} experts, and holds others")

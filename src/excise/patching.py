@@ -34,7 +34,7 @@ from excise.edits import Edit
 from excise.errors import ExportError, ModelError
 from excise.events import OnEvent, ignore, track
 from excise.ggml import Raw, check_can_store, from_float, to_float
-from excise.gguffile import GgufFile, GgufTensor, read_shards
+from excise.gguffile import GgufFile, GgufTensor, check_sizes, read_shards
 from excise.merging import rows_of_edit
 from excise.staging import add_files, check_destination, copy_bytes, staged
 from excise.swapping import threads
@@ -129,6 +129,7 @@ def find_folds(
     model: nn.Module,
 ) -> list[_Fold]:
     """What is to change where, in the files' order; everything is checked before anything is written."""
+    check_sizes(shards)
     names = name_map(shards[0])
     where = {tensor.name: n for n, shard in enumerate(shards) for tensor in shard.tensors.values()}
     tensors = {t.name: t for shard in shards for t in shard.tensors.values()}
