@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from excise import forward as forward_module
+from excise import lean as lean_module
 from excise.blueprints import gelu_tanh
 from excise.forward import Forward
 from excise.lean import Alike, Inputs, attend, lean_of
@@ -172,6 +173,65 @@ def test_what_differs_from_the_models_own_modules_is_not_used(monkeypatch):
     object.__setattr__(known._layers[2].attention, "scaling", 1.1)
     monkeypatch.setattr(forward_module, "lean_of", lambda *_: known)
     assert Forward(model.model, model.anatomy)._lean is None
+
+
+def used(model, known, monkeypatch):
+    """Whether this lean way through a model is used."""
+    monkeypatch.setattr(forward_module, "lean_of", lambda *_: known)
+    return Forward(model.model, model.anatomy)._lean is not None
+
+
+@pytest.mark.parametrize("way", ["sdpa", "eager"])
+@pytest.mark.parametrize("window", [8, 70, 512, 4096])
+@pytest.mark.parametrize(("off", "agrees"), [(0, True), (1, False), (-1, False), (None, False)])
+def test_a_window_that_ends_elsewhere_is_not_used(window, off, agrees, way, monkeypatch):
+    """However long it is: no short text sees it."""
+    model = builders.loaded("gemma4", sliding_window=window, attn_implementation=way)
+    known = lean_of(model.model, model.anatomy)
+    assert known._windows["sliding_attention"] == window
+    known._windows["sliding_attention"] = None if off is None else window + off
+    assert used(model, known, monkeypatch) == agrees
+
+
+def test_a_layer_that_is_taken_for_one_of_another_kind_is_not_used(monkeypatch):
+    """With the same angles, so that nothing but the window tells the kinds apart."""
+    more = {"sliding_window": 200, "use_sliding_window": True, "max_window_layers": 2}
+    model = builders.loaded("qwen3", **more)
+    known = lean_of(model.model, model.anatomy)
+    assert set(known._windows.values()) == {None, 200}
+    assert used(model, known, monkeypatch)
+    wrong = lean_of(model.model, model.anatomy)
+    object.__setattr__(wrong._layers[4].attention, "kind", "full_attention")
+    forward_module._PROBED.clear()
+    assert not used(model, wrong, monkeypatch)
+
+
+def test_steps_that_go_wrong_are_not_used(monkeypatch):
+    model = builders.loaded("gemma4")
+    known = lean_of(model.model, model.anatomy)
+    run = known.run
+
+    def wrong(layers, given, cache=None, **more):
+        if cache is not None and given.positions.shape[1] < given.mask.shape[1]:
+            given = Inputs(given.ids, given.mask, given.positions - 1)
+        return run(layers, given, cache, **more)
+
+    monkeypatch.setattr(known, "run", wrong)
+    assert not used(model, known, monkeypatch)
+
+
+def test_what_goes_wrong_in_longer_texts_alone_is_not_used(monkeypatch):
+    """Attention to many tokens is computed otherwise than to few."""
+    model = builders.loaded("llama")
+    known = lean_of(model.model, model.anatomy)
+
+    def wrong(queries, keys, values, bias, scaling):
+        return attend(
+            queries, keys, values, bias, scaling if keys.shape[2] <= 64 else 1.1 * scaling
+        )
+
+    monkeypatch.setattr(lean_module, "attend", wrong)
+    assert not used(model, known, monkeypatch)
 
 
 def test_it_is_looked_at_once_per_model(monkeypatch):

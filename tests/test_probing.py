@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import builders
 import families
 import pytest
 import torch
@@ -15,6 +16,7 @@ from excise import cli
 from excise.anatomy import Writer, describe
 from excise.discovering import discover
 from excise.errors import UnknownArchitecture
+from excise.forward import Forward
 from excise.probing import prove
 
 
@@ -101,6 +103,37 @@ def test_a_wrong_gain_is_noticed():
         wrong = replace(anatomy, writers=(replace(first, gain=gain), *rest))
         with pytest.raises(UnknownArchitecture, match="something besides"):
             prove(model, wrong)
+
+
+def test_what_was_discovered_forgets_what_is_out_of_its_window(monkeypatch):
+    """Also where a mask leaves that to the cache, as one does that is made for one token at a time."""
+    from transformers.models.mistral import modeling_mistral as modeling
+
+    by_window = modeling.create_sliding_window_causal_mask
+
+    def mask(**given):
+        return None if given["inputs_embeds"].shape[1] == 1 else by_window(**given)
+
+    monkeypatch.setattr(modeling, "create_sliding_window_causal_mask", mask)
+    model = families.model("mistral")
+    forward = Forward(model, discover(model))
+    ids = torch.tensor(builders.token_ids(1, 0, 12, 12))
+    mask, positions, cache = torch.ones_like(ids), torch.arange(12)[None], forward.cache(12)
+    with torch.inference_mode():
+        steps = [
+            forward.hidden(ids[:, at : at + 1], mask[:, : at + 1], positions[:, at : at + 1], cache)
+            for at in range(12)
+        ]
+        whole = model.model(input_ids=ids, use_cache=False).last_hidden_state
+    assert torch.allclose(torch.cat(steps, 1), whole, atol=1e-4)
+
+
+def test_steps_past_a_window_are_proven_too(monkeypatch):
+    from transformers.models.mistral import modeling_mistral as modeling
+
+    monkeypatch.setattr(modeling, "create_sliding_window_causal_mask", modeling.create_causal_mask)
+    with pytest.raises(UnknownArchitecture, match="step by step"):
+        discover(families.model("mistral"))
 
 
 def test_mistral_4_behind_a_tower_is_found():

@@ -40,6 +40,7 @@ from excise.probing import (
 _STEPS_APART = 0.1
 # What a model may raise that is called in a way that it was not made for.
 _FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError)
+_WINDOW = 64  # tokens: windows up to this are stepped past; whole passes of long texts take long
 _PASSES = 30  # of the least squares that measure a norm's gain
 
 
@@ -106,7 +107,11 @@ def _prove_steps(model: Any, anatomy: Anatomy) -> None:
     who = f"model type {anatomy.model_type!r}: no data row describes it, and"
     try:
         # A prompt of one token must not look like a step.
-        apart = [_steps_apart(model, anatomy, *case) for case in ((3, [1]), (1, [1, 0]))]
+        cases = [(3, [1]), (1, [1, 0])]
+        window = getattr(model.config.get_text_config(), "sliding_window", None)
+        if isinstance(window, int) and window <= _WINDOW:
+            cases.append((window + 1, [1]))
+        apart = [_steps_apart(model, anatomy, *case) for case in cases]
     except _FAILURES as error:
         raise UnknownArchitecture(f"{who} it cannot be decoded ({first_line(error)})") from error
     if not all(share <= _STEPS_APART for share in apart):  # also where one is not a number
@@ -118,7 +123,7 @@ def _prove_steps(model: Any, anatomy: Anatomy) -> None:
 
 def _steps_apart(model: Any, anatomy: Anatomy, first: int, rows: list[int]) -> float:
     """How far states of some rows step by step, after `first` tokens of all, are from one pass."""
-    forward, ids = Forward(model, anatomy), probe_tokens(model)[:, : first + 2]
+    forward, ids = Forward(model, anatomy), probe_tokens(model, first + 2)
     mask = torch.ones_like(ids)
     positions = mask.cumsum(-1) - 1
     cache = forward.cache(ids.shape[1])

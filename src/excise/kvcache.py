@@ -99,13 +99,15 @@ def cache_argument(backbone: nn.Module) -> str | None:
     return next((name for name in ("cache", "past_key_values") if name in parameters), None)
 
 
-def roomy_cache(config: Any) -> DynamicCache:
-    """An empty cache with no room yet: a pattern for `with_room`."""
+def roomy_cache(config: Any, *, sliding: bool = True) -> DynamicCache:
+    """An empty cache with no room yet: a pattern for `with_room`.
+
+    Without `sliding`, layers with a window keep the class of their own, which lets go of what is out
+    of it: for models whose masks are not known to hide that.
+    """
     cache = DynamicCache(config=config)
-    cache.layers = [
-        RoomyLayer(0) if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) else layer
-        for layer in cache.layers
-    ]
+    plain = (DynamicLayer, DynamicSlidingWindowLayer) if sliding else (DynamicLayer,)
+    cache.layers = [RoomyLayer(0) if type(layer) in plain else layer for layer in cache.layers]
     return cache
 
 

@@ -144,6 +144,30 @@ class Lean:
                 x = x.mul_(layer.scalar)
         return self._norm(x)[:, -keep:] if top else x
 
+    @property
+    def windows(self) -> dict[str, int | None]:
+        """How far each kind of layer looks back."""
+        return self._windows
+
+    @property
+    def firsts(self) -> list[int]:
+        """The first layer of each kind, of those with keys and values of their own."""
+        found: dict[str, int] = {}
+        for number, layer in enumerate(self._layers):
+            if layer.attention.k is not None:
+                found.setdefault(layer.attention.kind, number)
+        return list(found.values())
+
+    def looks(self, given: Inputs) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """For each layer where its tokens look (B, 1, T, S), and cos and sin of their angles (B, T, d)."""
+        setting, found = self._setting(given), []
+        for layer in self._layers:
+            cos, signed = (part[:, :, 0] for part in setting.angles[layer.attention.kind])
+            half = signed.shape[-1] // 2
+            sin = torch.cat([-signed[..., :half], signed[..., half:]], dim=-1)
+            found.append((setting.bias[layer.attention.kind] == 0, cos, sin))
+        return found
+
     def _setting(self, given: Inputs) -> Setting:
         if given.setting is None:
             if given.whole is None:

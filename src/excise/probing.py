@@ -113,11 +113,11 @@ def run_backbone(anatomy: Anatomy, ids: Tensor) -> Tensor:
     return hidden
 
 
-def probe_tokens(model: Any) -> Tensor:
+def probe_tokens(model: Any, tokens: int = _TOKENS) -> Tensor:
     """Random token ids (B, T), the same every time."""
     draw = torch.Generator().manual_seed(0)
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    ids = torch.randint(vocabulary // 4, vocabulary, (_ROWS, _TOKENS), generator=draw)
+    ids = torch.randint(vocabulary // 4, vocabulary, (_ROWS, tokens), generator=draw)
     return ids.to(model.get_input_embeddings().weight.device)
 
 
