@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import builders
+import families
 import pytest
 import torch
 
@@ -212,11 +213,61 @@ def test_out_of_memory_halves_the_pass_and_goes_on(depth, kind):
     handle = model.anatomy.layers[2].mlp.down_proj.register_forward_hook(strike)
     found = engine.measure(edits, REQUESTS)
     handle.remove()
-    assert 0 < engine.plan.rows < 64
+    longest = max(map(len, engine.prompts["target"] + engine.prompts["contrast"])) + engine.limit
+    assert 0 < engine.plan.tokens < 64 * longest
     for a, b in zip(expected, found, strict=True):
         assert [r.tokens for r in a.responses["target"]] == [
             r.tokens for r in b.responses["target"]
         ]
+
+
+def long_and_short(count):
+    """Prompts of which one is much longer than the others."""
+    long = builders.token_ids(1, 3, 90, 90)
+    return [*builders.token_ids(count - 1, 1, 3, 9), *long]
+
+
+@pytest.mark.parametrize("family", ["gemma4", "falcon"])
+def test_long_texts_have_fewer_rows_and_short_ones_as_many_as_before(family, pass_shapes):
+    """In a family whose layers ignore padding, and in one that is not known to."""
+    model = families.loaded(families.model("falcon")) if family == "falcon" else None
+    model = model or builders.loaded(family)
+    prompts = {side: long_and_short(12) for side in ("target", "contrast")}
+    method = families.method(model.anatomy) if family == "falcon" else builders.method(model)
+    drawn = families.candidates(model.anatomy, 4) if family == "falcon" else builders.candidates(4)
+    edits = [method.edits(one) for one in drawn]
+    found = []
+    for plan in (Plan(rows=64, stack=4, decode=64), Plan(64, 4, 64, tokens=200)):
+        engine = Engine(model, method.writers, prompts, max_new_tokens=3, plan=plan)
+        engine.original("contrast")
+        pass_shapes.clear()
+        found.append(engine.measure(edits, REQUESTS))
+        widest = max(rows * tokens for rows, tokens in pass_shapes)
+        assert (widest <= 200) == (plan.tokens is not None)
+    # Twelve rows of the nine tokens and less that the others have.
+    assert max(rows for rows, tokens in pass_shapes if tokens > 1) >= 12
+    for whole, few in zip(*found, strict=True):
+        for a, b in zip(whole.responses["target"], few.responses["target"], strict=True):
+            assert a.tokens == b.tokens
+        for a, b in zip(whole.divergence["contrast"], few.divergence["contrast"], strict=True):
+            assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_a_long_text_that_does_not_fit_leaves_passes_of_short_ones_as_they_are(pass_shapes):
+    model = builders.loaded("llama")
+    prompts = {"target": long_and_short(12)}
+    engine = Engine(model, (), prompts, max_new_tokens=3, plan=Plan(rows=64, stack=4))
+
+    def strike(_module, args, output):
+        if args[0].shape[0] > 1 and args[0].shape[1] > 60:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return output
+
+    handle = model.anatomy.layers[2].mlp.down_proj.register_forward_hook(strike)
+    engine.measure([[]], [Responses("target")])
+    handle.remove()
+    assert (1, 90) in pass_shapes
+    assert max(rows for rows, tokens in pass_shapes if 1 < tokens < 60) > 4
 
 
 def test_memory_that_never_suffices_is_said_and_other_errors_are_not_swallowed():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import accumulate
 
 import builders
 import families
@@ -12,7 +13,8 @@ import torch
 from excise import planning
 from excise.config import load_config
 from excise.engine import Plan
-from excise.planning import Sizing, from_dict, size
+from excise.forward import Forward
+from excise.planning import Sizing, from_dict, size, usual_length
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +51,10 @@ def test_reuse_is_passed_on(model):
 
 
 def test_a_sizing_comes_back_from_json():
-    for sizing in (Sizing(Plan(40, 3, 80, False), 12), Sizing(Plan(256, 8, 2048, True), 16)):
+    for sizing in (
+        Sizing(Plan(40, 3, 80, False), 12),
+        Sizing(Plan(256, 8, 2048, True, 9000, 10**6), 16),
+    ):
         assert from_dict(json.loads(json.dumps(sizing.as_dict()))) == sizing
 
 
@@ -116,7 +121,7 @@ def test_narrow_models_get_more_rows_than_are_fastest_alone_and_wide_ones_do_not
 @pytest.mark.parametrize("family", builders.FAMILIES)
 def test_cache_bytes_are_those_of_one_token_of_one_row(family):
     loaded = builders.loaded(family)
-    found = planning._cache_bytes(loaded)
+    found = planning._cache_bytes(planning._filled_cache(loaded)[0])
     own = loaded.model(torch.tensor([[5] * 7, [6] * 7]), use_cache=True).past_key_values
     filled = [layer for layer in own.layers if getattr(layer, "keys", None) is not None]
     total = sum(layer.keys.nbytes + layer.values.nbytes for layer in filled)
@@ -125,7 +130,7 @@ def test_cache_bytes_are_those_of_one_token_of_one_row(family):
 
 def test_states_that_do_not_grow_are_counted_once_per_row():
     loaded = families.loaded(families.model("qwen3_next"))
-    _, per_row = planning._cache_bytes(loaded)
+    _, per_row = planning._cache_bytes(planning._filled_cache(loaded)[0])
     own = loaded.model(torch.tensor([[5] * 7, [6] * 7]), use_cache=True).past_key_values
     linear = [layer for layer in own.layers if hasattr(layer, "recurrent_states")]
     states = [
@@ -137,25 +142,125 @@ def test_states_that_do_not_grow_are_counted_once_per_row():
 
 
 def test_memory_rows_shrink_with_length_and_never_vanish(model):
-    rows = [
-        planning.memory_rows(model, config(scores__max_new_tokens=n), longest)
-        for n, longest in ((1, 10), (1000, 10), (1000, 100_000), (10**15, 10))
-    ]
+    rows = [planning.room_of(model, config()).rows(n) for n in (11, 1010, 101_000, 10**15)]
     assert rows == sorted(rows, reverse=True)
     assert rows[0] > rows[2] >= rows[3] == 1
 
 
 def test_memory_rows_follow_the_fraction(model):
     half, tenth = (
-        planning.memory_rows(model, config(engine__memory_fraction=f), 10) for f in (0.5, 0.05)
+        planning.room_of(model, config(engine__memory_fraction=f)).rows(10) for f in (0.5, 0.05)
     )
     assert tenth == pytest.approx(half / 10, rel=0.2)  # others use the memory meanwhile
 
 
 def test_speed_is_positive_and_leaves_the_model_alone(model):
-    from excise.forward import Forward
-
     before = model.model(torch.tensor([[5, 6, 7]])).logits
     forward = Forward(model.model, model.anatomy)
     assert planning._speed(forward, model.device, 4, 12) > 0
     assert torch.equal(model.model(torch.tensor([[5, 6, 7]])).logits, before)
+
+
+# -- memory by what a pass really allocates --------------------------------------------------------
+
+
+def peak(act):
+    """Most bytes that `act` holds at once beyond what there was before, as PyTorch's profiler sees it."""
+    act()
+    with torch.profiler.profile(profile_memory=True) as seen:
+        act()
+    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(accumulate(sizes))
+
+
+def memory_model(name):
+    if name in builders.FAMILIES:
+        return builders.loaded(name)
+    built = families.model(name.removesuffix(" eager"))
+    if name.endswith("eager"):
+        built.set_attn_implementation("eager")
+    return families.loaded(built)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["llama", "gemma4", "mistral", "mistral eager", "gemma2", "gpt_oss", "deepseek_v3", "phi3"],
+)
+def test_a_long_pass_takes_what_was_planned_for_it(name):
+    """Bias and scores grow with the square of a text: most of its memory where it is long."""
+    model, tokens = memory_model(name), 600
+    forward = Forward(model.model, model.anatomy)
+    ids = torch.ones(2, tokens, dtype=torch.long)
+    mask = ids.clone()
+    mask[0, :3] = 0
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+
+    def act():
+        with torch.inference_mode():
+            forward.hidden(ids, mask, positions, forward.cache(tokens))
+
+    room = planning.room_of(model, config(engine__memory_fraction=1.0))
+    planned = room.free / room.rows(tokens)
+    assert peak(act) / 2 < planned < 3 * peak(act) / 2
+
+
+# -- one long prompt among short ones --------------------------------------------------------------
+
+
+def test_one_long_prompt_does_not_say_how_large_passes_are(model, monkeypatch):
+    """4,501 tokens: passes of many such rows would take minutes, each, and more memory than there is."""
+    through, seen = Forward.through, []
+
+    def counted(self, layers, given, *args, **kwargs):
+        seen.append(given.ids.numel())
+        assert seen[-1] <= 2**14
+        return through(self, layers, given, *args, **kwargs)
+
+    monkeypatch.setattr(Forward, "through", counted)
+    lengths = [20] * 99 + [4501]
+    told = []
+    asked = config(search__trials=1_000_000)
+    short = size(model, asked, 20, 100).plan
+    found = size(model, asked, usual_length(lengths), 100, told.append).plan
+    assert usual_length(lengths) == 80
+    assert found.stack == short.stack == 16
+    assert found.rows >= 3 * 2**20 // (4 * builders.WIDTH * 80)
+    free = planning.psutil.virtual_memory().available
+    assert 20 * found.fits("rows", 4501) * 4501**2 < free  # the bias alone
+    assert found.fits("rows", 4501) < found.fits("rows", 20) == found.rows
+    assert told
+    assert all(event.phase == "plan" for event in told)
+
+
+@pytest.mark.parametrize("lengths", [[7], [5, 9, 12, 30], [20] * 50 + [70]])
+def test_prompts_of_like_length_are_planned_for_by_the_longest(lengths):
+    assert usual_length(lengths) == max(lengths)
+
+
+@pytest.mark.parametrize("per_token", [1e-9, 1e-6, 1e-4, 1e-2, 1.0])
+@pytest.mark.parametrize("search", [1e4, 1e6, 1e9])
+def test_measuring_takes_seconds_and_little_beside_the_search(
+    model, monkeypatch, per_token, search
+):
+    now = 0.0
+
+    def seconds(_forward, _device, rows, tokens, repeats):
+        nonlocal now
+        took = 1e-3 + rows * tokens * per_token
+        now += took * repeats
+        return took
+
+    monkeypatch.setattr(planning, "_seconds", seconds)
+    monkeypatch.setattr(planning.time, "perf_counter", lambda: now)
+    rows = planning._fastest_rows(model, 24, 10_000, search)
+    first = 1e-3 + 16 * per_token  # the least that can be looked at
+    assert now <= max(3.0, first)
+    assert now <= max(0.05 * search * (per_token + 1e-3 / 24), 2 * first)
+    assert rows >= 16
+
+
+def test_a_sizing_of_a_version_before_knows_no_bound_on_tokens():
+    plan = from_dict({"rows": 40, "stack": 3, "decode": 80, "reuse": True, "batch": 12}).plan
+    assert plan == Plan(40, 3, 80, True)
+    assert plan.fits("rows", 10**6) == 40

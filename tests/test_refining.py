@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import builders
 import optuna
@@ -11,7 +12,7 @@ import pytest
 import torch
 from conftest import job
 
-from excise import cli, refining
+from excise import cli, planning, refining
 from excise.config import SearchSection, load_config, validate
 from excise.engine import Plan
 from excise.errors import MeasurementError
@@ -301,9 +302,11 @@ def test_responses_to_direction_prompts_are_had_within_the_free_memory(monkeypat
     config = validate({"scores": {"max_new_tokens": 8}})
     roomy = refining.direction_engine(loaded, prompts, config)
     assert (roomy.plan.rows, roomy.plan.decode) == (Plan().rows, Plan().decode)
-    monkeypatch.setattr(refining, "memory_rows", lambda *_: 7)
+    few = SimpleNamespace(available=10**6)
+    monkeypatch.setattr(planning.psutil, "virtual_memory", lambda: few)
     tight = refining.direction_engine(loaded, prompts, config)
-    assert (tight.plan.rows, tight.plan.decode) == (7, 7)
+    longest = max(map(len, prompts["contrast"])) + 8
+    assert tight.plan.fits("rows", longest) < 40 < roomy.plan.fits("rows", longest)
     for engine in (roomy, tight):
         engine.original("contrast")
     assert roomy.original("contrast").responses == tight.original("contrast").responses

@@ -266,3 +266,10 @@ def test_buckets_hold_every_row_once_longest_first(lengths, size):
 )
 def test_what_prompts_begin_with(prompts, begin):
     assert beginning(prompts) == begin
+
+
+def test_long_texts_share_batches_with_fewer():
+    rows = [[5] * 4501, *([[6] * 9] * 100)]
+    found = batches(rows, 64, 0, torch.device("cpu"))
+    assert [tuple(batch.ids.shape) for batch in found] == [(7, 4501), (64, 9), (30, 9)]
+    assert torch.cat([batch.rows for batch in found]).sort().values.tolist() == list(range(101))

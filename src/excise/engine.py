@@ -33,6 +33,7 @@ from excise.tokens import beginning, end_tokens, pad_token, same_length
 from excise.weights import any_offloaded, let_go
 
 R = TypeVar("R")
+Limit = Literal["rows", "decode"]
 
 _FIRST_STACK = 4  # the first stack of a search is smaller by this factor
 _EDIT_BYTES = 4 * 2**30  # the edits of a stack are copied into one tensor per writer
@@ -47,12 +48,38 @@ class Plan:
         stack: candidates of one pass.
         decode: bounds candidates x prompts that decode together, one token each per pass.
         reuse: run layers below a candidate's first edited one once for all candidates.
+        tokens: bounds both by the length of texts, response included: rows x tokens of the longest.
+        pairs: as `tokens`, of rows x tokens x tokens in passes over whole prompts; what one of the
+            bounds leaves of the memory is what the other may take.
     """
 
     rows: int = 256
     stack: int = 8
     decode: int = 1024
     reuse: bool = True
+    tokens: int | None = None
+    pairs: int | None = None
+
+    def fits(self, limit: Limit, longest: int) -> int:
+        """Rows of a pass of either kind whose longest text has so many tokens; at least one."""
+        rows: int = getattr(self, limit)
+        share = self._share(limit, longest)
+        return max(1, min(rows, int((1 + 1e-9) / share))) if share else rows
+
+    def less(self, limit: Limit, longest: int, rows: int) -> Plan:
+        """The same with as much less room as leaves so many rows of such texts."""
+        if self.tokens is None:
+            return replace(self, tokens=rows * longest)
+        left = rows * self._share(limit, longest)
+        pairs = None if self.pairs is None else max(1, int(self.pairs * left))
+        return replace(self, tokens=max(1, int(self.tokens * left)), pairs=pairs)
+
+    def _share(self, limit: Limit, longest: int) -> float:
+        """Of the room that there is, what one such text takes."""
+        share = longest / self.tokens if self.tokens else 0.0
+        if self.pairs and limit == "rows":
+            share += longest * longest / self.pairs
+        return share
 
 
 @dataclass(frozen=True)
@@ -230,24 +257,25 @@ class Engine:
         stack: Stack,
         numbers: list[int],
         lengths: list[int],
-        limit: Literal["rows", "decode"] = "rows",
+        limit: Limit = "rows",
     ) -> list[list[R]]:
         """Run `work` on chunks of prompts for all candidates of a stack; per candidate, per prompt.
 
         Prompts of like `lengths` share a chunk. When memory runs out the chunk is halved (prompts
-        first, then candidates) and later chunks stay as small.
+        first, then candidates) and later chunks of such texts stay as small.
         """
         found: dict[tuple[int, int], R] = {}
         order = sorted(numbers, key=lambda n: (-lengths[n], n))
         padding = self._loaded.anatomy.padding
-        waiting = [
-            chunk
-            for group in ([order] if padding else same_length(order, lengths))
-            for chunk in _chunks(list(range(stack.size)), group, getattr(self.plan, limit))
-        ]
+        groups = [order] if padding else same_length(order, lengths)
+        waiting = [(list(range(stack.size)), group) for group in groups]
         with stack.applied():
             while waiting:
                 members, chunk = waiting.pop(0)
+                fits = self.plan.fits(limit, lengths[chunk[0]])
+                if len(members) * len(chunk) > fits:
+                    waiting = _cut(members, chunk, fits) + waiting
+                    continue
                 try:
                     answers = work(stack, members, chunk)
                 except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
@@ -255,29 +283,24 @@ class Engine:
                         raise
                     answers = None
                 if answers is None:  # outside the handler, so that its traceback frees the tensors
-                    waiting = self._backed_off(members, chunk) + waiting
+                    self._back_off(limit, lengths[chunk[0]], len(members) * len(chunk))
+                    waiting.insert(0, (members, chunk))
                     continue
                 for member, values in zip(members, answers, strict=True):
                     found.update(((member, n), v) for n, v in zip(chunk, values, strict=True))
         return [[found[member, n] for n in numbers] for member in range(stack.size)]
 
-    def _backed_off(
-        self, members: list[int], chunk: list[int]
-    ) -> list[tuple[list[int], list[int]]]:
+    def _back_off(self, limit: Limit, longest: int, rows: int) -> None:
+        """Plan with half of a pass that did not fit."""
         self._passes.forget()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        rows = len(members) * len(chunk)
         if rows == 1:
             raise MemoryExhausted(
                 "out of memory with one prompt at a time: use a smaller model, a smaller dtype, "
                 "shorter prompts or --max-new-tokens, or a device with more memory"
             )
-        half = max(1, rows // 2)
-        self.plan = replace(
-            self.plan, rows=min(self.plan.rows, half), decode=min(self.plan.decode, half)
-        )
-        return _chunks(members, chunk, half)
+        self.plan = self.plan.less(limit, longest, max(1, rows // 2))
 
     # -- the three kinds of work -----------------------------------------------------------------
 
@@ -288,7 +311,7 @@ class Engine:
         if deciders not in self._trees:
             self._trees[deciders] = ResponseTree(self._loaded.tokenizer, deciders, self.spoken)
         tree, prompts = self._trees[deciders], self.prompts[side]
-        lengths = list(map(len, prompts))
+        lengths = [len(prompt) + self.limit for prompt in prompts]
         joins = self._joins
         drafts = self._drafts.get(side) if self._follows else None
 
@@ -302,7 +325,9 @@ class Engine:
                 prompts,
                 transcript,
                 # Caches that do not join have to be filled in one pass.
-                rows=self.plan.rows if joins else len(members) * len(chunk),
+                rows=self.plan.fits("rows", lengths[chunk[0]])
+                if joins
+                else len(members) * len(chunk),
             )
             if drafts is not None:
                 answering.follow(drafts)
@@ -359,15 +384,12 @@ def _until_all(wanted: Sequence[Responses]) -> frozenset[Decided] | None:
     return some if len(some) and None not in deciders else None
 
 
-def _chunks(members: list[int], numbers: list[int], rows: int) -> list[tuple[list[int], list[int]]]:
-    """(candidates, prompts) of passes of at most `rows` rows each."""
+def _cut(members: list[int], numbers: list[int], rows: int) -> list[tuple[list[int], list[int]]]:
+    """(candidates, prompts): all that one pass of at most so many rows has room for, and the rest."""
     some = max(1, min(len(members), rows))
     size = max(1, rows // some)
-    return [
-        (members[m : m + some], numbers[start : start + size])
-        for start in range(0, len(numbers), size)
-        for m in range(0, len(members), some)
-    ]
+    first = [(members[m : m + some], numbers[:size]) for m in range(0, len(members), some)]
+    return [*first, (members, numbers[size:])] if numbers[size:] else first
 
 
 def _per_member(rows: list[R], members: int) -> list[list[R]]:

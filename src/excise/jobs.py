@@ -20,7 +20,7 @@ from excise.ggufexport import plan_gguf
 from excise.identity import fingerprint
 from excise.loading import Loaded, load
 from excise.panel import Panel
-from excise.planning import from_dict, size
+from excise.planning import from_dict, size, usual_length
 from excise.prompts import PromptSet, load_prompt_sets
 from excise.record import ArtifactRecord, Record, Scores, read_record, write_record, write_text
 from excise.search import points
@@ -159,8 +159,9 @@ def evaluate(
     ]
     if len(sets.target_holdout) and len(sets.contrast_holdout):
         parts.append(("holdout", "holdout", (sets.target_holdout, sets.contrast_holdout)))
-    longest = max(len(row) for rows in tokens.values() for row in rows)
-    plan = size(base, config, longest, max(len(s) for s in sets.all())).plan
+    lengths = [len(row) for rows in tokens.values() for row in rows]
+    most, usual = max(len(s) for s in sets.all()), usual_length(lengths)
+    plan = size(base, config, usual, most, on_event).plan
     engines, before = {}, {}
     with phase("baseline", on_event):
         for where, part, both in parts:

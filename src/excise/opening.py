@@ -12,13 +12,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from excise.dressing import after_markup, closing
-from excise.engine import Engine
+from excise.engine import Engine, Plan
 from excise.evidence import Responses
 from excise.loading import Loaded
 from excise.tokens import end_tokens
 
 PROMPTS = 32  # of each side: enough to see what a majority does
 LONGEST = 24  # tokens: what responses share for longer than this is not a beginning
+_TOKENS = 2**15  # of a pass: all prompts of usual length at once
 _ROUNDS = 3  # a thinking block that is closed by us shows what comes after it
 
 
@@ -151,7 +152,7 @@ def _begin(
 ) -> dict[str, list[tuple[int, ...]]]:
     """The first tokens of the original's responses to some prompts of each side."""
     rows = {side: [[*row, *ids] for row in rows[:PROMPTS]] for side, rows in prompts.items()}
-    engine = Engine(loaded, (), rows, max_new_tokens=LONGEST)
+    engine = Engine(loaded, (), rows, max_new_tokens=LONGEST, plan=Plan(tokens=_TOKENS))
     evidence = engine.measure([[]], [Responses(side) for side in rows])[0]
     return {side: [r.tokens for r in evidence.responses[side]] for side in rows}
 

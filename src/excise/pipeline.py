@@ -25,7 +25,7 @@ from excise.keeping import CAPTURED, DIRECTIONS, read_directions, read_opening, 
 from excise.loading import Loaded, load
 from excise.methods import Method, check_method, named
 from excise.panel import Panel
-from excise.planning import Sizing, from_dict, size
+from excise.planning import Sizing, from_dict, size, usual_length
 from excise.prompts import PromptSets, load_prompt_sets
 from excise.record import FILE as RECORD
 from excise.record import (
@@ -103,7 +103,7 @@ def run(
             method, separation = _prepare(loaded, tokens, config, out, resume, on_event)
         job = _Job(config, scoring, sets, loaded, tokens, method)
         with clock.phase("plan"):
-            sizing, search = _open_search(job, out, resume)
+            sizing, search = _open_search(job, out, resume, on_event)
         engine = stage.engine_for(loaded, method.writers, tokens, "eval", config, sizing.plan)
         context = scoring.context(sets.target_eval, sets.contrast_eval)
         panel = Panel(engine, scoring.every_trial, context, screen=config.search.screen)
@@ -222,7 +222,7 @@ def _prepare(
     return method, separation
 
 
-def _open_search(job: _Job, out: Path, resume: bool) -> tuple[Sizing, Search]:
+def _open_search(job: _Job, out: Path, resume: bool, on_event: OnEvent) -> tuple[Sizing, Search]:
     """The study of this run, new or resumed, and the sizes that it was started with."""
     config, goals = job.config, job.scoring.goals()
     known = journal.open_study(out) if resume else None
@@ -232,7 +232,7 @@ def _open_search(job: _Job, out: Path, resume: bool) -> tuple[Sizing, Search]:
             "journal back, or choose a new --out"
         )
     stored = None if known is None else known.user_attrs["sizing"]
-    sizing = _sizing(job.loaded, job.tokens, config) if stored is None else from_dict(stored)
+    sizing = _sizing(job, on_event) if stored is None else from_dict(stored)
     mine = identity(job.loaded, job.sets, job.tokens, config, job.scoring, sizing.batch)
     if known is None:
         ways = [s.goal for s in job.scoring.objectives]
@@ -289,10 +289,11 @@ def _choose(job: _Job, search: Search, out: Path) -> tuple[list[int], TrialRecor
     return [p.number for p in front], search.records()[chosen.number]
 
 
-def _sizing(loaded: Loaded, tokens: stage.Tokens, config: Config) -> Sizing:
-    sides = [tokens["target_eval"], tokens["contrast_eval"]]
-    longest = max(len(row) for rows in sides for row in rows)
-    return size(loaded, config, longest, max(map(len, sides)))
+def _sizing(job: _Job, on_event: OnEvent) -> Sizing:
+    sides = [job.tokens["target_eval"], job.tokens["contrast_eval"]]
+    lengths = [len(row) for rows in sides for row in rows]
+    most = max(map(len, sides))
+    return size(job.loaded, job.config, usual_length(lengths), most, on_event)
 
 
 def measurer(

@@ -28,7 +28,7 @@ from excise.experts import edited_forward, stack_experts
 from excise.forward import Forward
 from excise.loading import Loaded
 from excise.methods import Method
-from excise.planning import memory_rows
+from excise.planning import usual_length, within_memory
 from excise.space import MOST_REFINED, Candidate, layer_key
 from excise.swapping import replaced_forward
 from excise.tokens import Batch, left_pad, pad_token
@@ -87,9 +87,9 @@ def direction_engine(
 ) -> Engine:
     """An engine on direction prompts, for the original model's responses to them."""
     limit, usual = config.scores.max_new_tokens, Plan()
-    fits = memory_rows(loaded, config, max(len(row) for rows in prompts.values() for row in rows))
-    rows = min(config.engine.rows or usual.rows, fits)
-    plan = Plan(rows=rows, decode=min(usual.decode, fits))
+    lengths = [len(row) for rows in prompts.values() for row in rows]
+    plan = Plan(rows=config.engine.rows or usual.rows)
+    plan = within_memory(plan, loaded, config, usual_length(lengths))
     return Engine(loaded, (), prompts, max_new_tokens=limit, plan=plan, spoken=spoken)
 
 

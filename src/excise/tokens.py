@@ -18,6 +18,8 @@ from excise.dressing import Dressing
 from excise.errors import ModelError, PromptError
 from excise.prompts import PromptSet
 
+_BATCH_TOKENS = 2**15  # of a batch, padding included
+
 
 def beginning(prompts: Sequence[list[int]]) -> tuple[int, ...]:
     """What several prompts all begin with, less than any of them; nothing of a single one."""
@@ -142,17 +144,18 @@ def batches(
 ) -> list[Batch]:
     """Batches of at most `size` rows; rows of like length share one, longest first.
 
-    Without `padding`, only rows of the same length do.
+    Fewer rows where they are long, so that one text far longer than others does not make a batch of
+    it. Without `padding`, only rows of the same length share one.
     """
     lengths = [len(row) for row in rows]
     order = sorted(range(len(rows)), key=lambda i: (-lengths[i], i))
-    return [
-        left_pad(
-            [rows[i] for i in group[start : start + size]], group[start : start + size], pad, device
-        )
-        for group in ([order] if padding else same_length(order, lengths))
-        for start in range(0, len(group), size)
-    ]
+    out = []
+    for group in [order] if padding else same_length(order, lengths):
+        while group:
+            most = min(size, max(1, _BATCH_TOKENS // lengths[group[0]]))
+            some, group = group[:most], group[most:]
+            out.append(left_pad([rows[i] for i in some], some, pad, device))
+    return out
 
 
 def same_length(order: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
