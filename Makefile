@@ -1,4 +1,4 @@
-# Four commands for people: make demo, make test, make check, make bench.
+# Commands for people: make demo, make test, make check, make fuzz, make bench.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -19,7 +19,7 @@ LLAMA_OPTIONS := LLAVA_BUILD=OFF GGML_NATIVE=OFF GGML_OPENMP=OFF GGML_LLAMAFILE=
   GGML_CPU_REPACK=OFF CMAKE_CXX_FLAGS_RELEASE=-O1 \
   CMAKE_PROJECT_INCLUDE=$(CURDIR)/.ci/llama.cmake
 
-.PHONY: venv llama demo test check lint types families bench train clean
+.PHONY: venv llama demo test check lint types fuzz families bench train clean
 
 venv: $(VENV)/.installed
 
@@ -57,6 +57,10 @@ types: venv
 	$(BIN)/mypy
 
 check: lint types test
+
+# Another series: make fuzz FUZZ="--seed 7"; one input again: make fuzz FUZZ="--seed 7 --number 123".
+fuzz: venv
+	OMP_NUM_THREADS=1 $(BIN)/python -m fuzz $(FUZZ)
 
 families: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/test_families.py -k "not page and not row_is" --families docs/families.md

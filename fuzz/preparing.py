@@ -1,0 +1,64 @@
+"""Libraries, loaded once so that each input costs a fork and no import; and the ground, made in a fork."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from fuzz import ground as made
+from fuzz.kinds import KINDS
+from fuzz.running import run
+
+_LIBRARIES = (
+    *(
+        "torch",
+        "excise.cli",
+        "excise.pipeline",
+        "excise.jobs",
+        "excise.reproduce",
+        "excise.console",
+    ),
+    *(
+        "excise.inspecting",
+        "excise.hub",
+        "optuna",
+        "sklearn.ensemble",
+        "pyarrow.parquet",
+        "pandas",
+        "yaml",
+    ),
+    *("gguf", "transformers.models.qwen3.modeling_qwen3", "transformers.integrations.ggml"),
+    *("transformers.modeling_gguf_pytorch_utils", "peft", "huggingface_hub"),
+)
+
+
+def load_libraries() -> None:
+    """Import all that commands import; no tensor is computed, so no thread is there when it forks."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of a kernel it has not
+    for name in _LIBRARIES:
+        importlib.import_module(name)
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def ground(folder: Path) -> made.Ground:
+    """The ground, made in a process of its own."""
+    place = folder / "ground"
+
+    def build() -> int:
+        made.build(place)
+        return 0
+
+    found = run(build, folder, seconds=600)
+    if found.code != 0:
+        raise RuntimeError(f"the ground cannot be made:\n{found.err}")
+    return made.Ground(place)
+
+
+def numbers(count: int, only: Sequence[str] | None) -> list[int]:
+    """The numbers of the first `count` inputs, or those of some kinds among them."""
+    kinds = list(KINDS)
+    return [n for n in range(count) if not only or kinds[n % len(kinds)] in only]
