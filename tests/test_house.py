@@ -137,7 +137,7 @@ def test_the_command_line_is_what_the_contract_says():
             *progress,
         ],
         "reproduce": ["--out", "--set", "--trial", *progress],
-        "push": ["--format", "--public", "--trial", *progress],
+        "push": ["--format", "--from", "--public", "--trial", *progress],
         "evaluate": [*prompts.split(), "--json", *progress],
         "inspect": ["--json"],
         "geometry": ["--json", "--projection", *progress],

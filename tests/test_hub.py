@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -17,8 +18,9 @@ from conftest import job
 from hub_server import READER, WRITER, Hub
 from huggingface_hub import ModelCard
 
+from excise import journal
 from excise.cli import main
-from excise.record import read_record
+from excise.record import read_record, write_record
 
 REPO = "someone/velm-edited"
 
@@ -123,6 +125,57 @@ def test_what_was_pushed_can_be_downloaded_and_loaded(hub: Hub, run: Path) -> No
     assert done.stdout.strip() == "qwen3", done.stderr
 
 
+def test_a_private_repository_stays_so_and_is_called_so(hub: Hub, run: Path) -> None:
+    hub.repos[REPO] = {"private": True, "files": {}}
+    done = push(hub, run, "--public")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("private: ")
+    assert "exists and stays private" in done.stderr
+    assert hub.repos[REPO]["private"]
+
+
+def test_a_record_sends_nothing_from_elsewhere(hub: Hub, run: Path) -> None:
+    """Not by an absolute path, not by `..`, not by links; a place outside is named by the user."""
+    record = read_record(run)
+    outside = run.parent / "elsewhere"
+    shutil.move(run / "model", outside)
+    for path in (str(outside), "../elsewhere", ".", "link"):
+        if path == "link":
+            (run / "link").symlink_to(outside)
+        first = record.artifacts[0].model_copy(update={"path": path})
+        write_record(run, record.model_copy(update={"artifacts": [first]}))
+        done = push(hub, run)
+        assert done.returncode == 2
+        assert "outside of it" in done.stderr
+        assert done.stderr.count("\n") == 1
+    assert not hub.seen
+    (outside / "more").symlink_to(run / "config.toml")
+    assert "is a link" in push(hub, run, "--from", str(outside)).stderr
+    (outside / "more").unlink()
+    assert push(hub, run, "--from", str(outside)).returncode == 0
+    assert "model.safetensors" in hub.repos[REPO]["files"]
+
+
+def test_a_run_that_is_worked_on_is_not_pushed_and_gets_no_pages(hub: Hub, run: Path) -> None:
+    with journal.hold(run):
+        done = push(hub, run)
+        assert done.returncode == 2
+        assert "in use by another process" in done.stderr
+        assert main(["report", str(run)]) == 2
+    assert not hub.seen
+    assert main(["report", str(run)]) == 0
+
+
+def test_an_adapter_names_no_folder_of_this_machine(run: Path) -> None:
+    config = json.loads((run / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] is None
+    card = (run / "adapter" / "README.md").read_text()
+    assert 'base_id = "path/or/hub-id/of/the/base/model"' in card
+    source = read_record(run).model.source
+    for path in (run / "adapter").iterdir():
+        assert source.encode() not in path.read_bytes(), path.name
+
+
 @pytest.mark.parametrize(
     ("token", "words"),
     [
@@ -163,11 +216,10 @@ def test_a_broken_upload_commits_nothing_and_goes_on_where_it_was(hub: Hub, run:
 
 
 def _retell(run: Path, record: Any) -> None:
-    """Put the folder's new hash on the record."""
-    from excise.record import write_record
-    from excise.staging import sha256_of
+    """Put the folder's new hashes on the record."""
+    from excise.staging import hashes_of
 
-    first = record.artifacts[0].model_copy(update={"sha256": sha256_of(run / "model")})
+    first = record.artifacts[0].model_copy(update={"files": hashes_of(run / "model")})
     artifacts = [first, *record.artifacts[1:]]
     write_record(run, record.model_copy(update={"artifacts": artifacts}))
 
@@ -179,8 +231,19 @@ def test_what_cannot_be_pushed_is_said_before_the_hub_is_asked(hub: Hub, run: Pa
     ]
     for flags, words in cases:
         assert words in push(hub, run, *flags).stderr
-    (run / "model" / "model.safetensors").write_bytes(b"other")
-    assert "not those that were measured" in push(hub, run).stderr
+    for name, words in [
+        ("model.safetensors", "model.safetensors is another file"),
+        ("config.json", "config.json is another file"),
+        ("secret.txt", "secret.txt is not of the export"),
+    ]:
+        before = (run / "model" / name).read_bytes() if (run / "model" / name).exists() else None
+        (run / "model" / name).write_bytes(b"other")
+        said = push(hub, run)
+        assert said.returncode == 2
+        assert words in said.stderr
+        (run / "model" / name).unlink()
+        if before is not None:
+            (run / "model" / name).write_bytes(before)
     shutil.rmtree(run / "model")
     assert "is gone" in push(hub, run).stderr
     assert not hub.seen

@@ -100,7 +100,9 @@ def _push(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("repo", metavar="OWNER/NAME")
     sub.add_argument("--format", choices=_FORMATS, default="safetensors", dest="format_name")
     sub.add_argument("--trial", **_TRIAL)
-    sub.add_argument("--public", action="store_true", help="let everybody see it")
+    text = "where the export is, if not within the run folder"
+    sub.add_argument("--from", type=Path, metavar="PATH", dest="place", help=text)
+    sub.add_argument("--public", action="store_true", help="let everybody see a new repository")
     _progress(sub)
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import gc
-import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from excise.config import Config
 from excise.discovering import anatomy_of
 from excise.edits import Edit
 from excise.engine import Engine, Reference
-from excise.errors import OutputError
+from excise.errors import ExportError, first_line, is_out_of_memory
 from excise.events import Notice, OnEvent, phase
 from excise.export import Exported, export_adapter, export_safetensors, rank_for
 from excise.ggufcheck import GgufJob, measure_gguf
@@ -35,13 +34,14 @@ from excise.ggufexport import (
     own_type,
     plan_gguf,
 )
-from excise.loading import Loaded, load, read_json
+from excise.loading import UNLOADABLE, Loaded, load, read_json
 from excise.methods import Method
 from excise.ollama import modelfile
 from excise.panel import Panel
 from excise.patching import PATCHED
 from excise.record import ArtifactRecord, CoverageRecord, Record, Scores, TrialRecord
 from excise.scorers import ScoreContext
+from excise.staging import CARD, add_files, check_destination, claimed, publish, writing
 from excise.wording import public_source
 
 FOLDERS = {
@@ -90,29 +90,12 @@ def export_chosen(
     out: Path,
     on_event: OnEvent,
 ) -> Record:
-    """Write the formats that the configuration names into the run folder; see `export`."""
-    formats = checker.config.export.formats
-    places = [(name, out / FOLDERS[name]) for name in formats]
-    with _aside([path for _, path in places]):  # those of an earlier choice of this very run
-        return export(record, trial, loaded, method, checker, places, out, on_event)
+    """Write the formats that the configuration names into the run folder; see `export`.
 
-
-@contextmanager
-def _aside(paths: Sequence[Path]) -> Iterator[None]:
-    """Within this context these folders are out of the way; where none takes its place, it comes back."""
-    kept = {path: path.with_name(f".{path.name}.before") for path in paths}
-    for path, before in kept.items():
-        if path.exists():
-            shutil.rmtree(before, ignore_errors=True)
-            path.rename(before)
-    try:
-        yield
-    finally:
-        for path, before in kept.items():
-            if path.exists():
-                shutil.rmtree(before, ignore_errors=True)
-            elif before.exists():
-                before.rename(path)
+    Those of an earlier choice of this very run stay until these are there.
+    """
+    places = [(name, out / FOLDERS[name]) for name in checker.config.export.formats]
+    return export(record, trial, loaded, method, checker, places, out, on_event, replace=True)
 
 
 def export(
@@ -124,63 +107,110 @@ def export(
     places: Sequence[tuple[str, Path]],
     out: Path,
     on_event: OnEvent,
+    *,
+    replace: bool = False,
 ) -> Record:
     """Write the trial in each (format, path), load each again and measure it beside the search's figures.
 
-    The searched model's layers are let go of on the way: `loaded` cannot be run afterwards.
+    None of them takes its name before all are written, proven and have their card: a failure leaves
+    nothing. The searched model's layers are let go of on the way: `loaded` cannot be run afterwards.
 
     Returns:
         The record with one `ArtifactRecord` more per place; paths inside `out` are relative to it.
 
     Raises:
-        OutputError: a path exists. StorageError, ExportError: it could not be written, or proven.
+        OutputError: a path exists, and is not to be replaced.
+        StorageError, ExportError: it could not be written, or proven.
     """
     if not places:
         return record
     plan = plan_gguf(checker.config.export, [name for name, _ in places])
+    if not replace:
+        for _, path in places:
+            check_destination(path, loaded.folder)
     config, tokens = checker.config, checker.tokens
     source, writers, edits = stage.own_edits(
         loaded, method, trial.params, tokens, config, out, on_event
     )
-    made = [
-        _write(name, path, record, trial, source, writers, edits, checker, plan, on_event)
-        for name, path in places
-    ]
-    touched = touched_by(writers, edits, record.coverage)
-    del source, writers, edits
-    measured = _measure(made, loaded, checker, plan, on_event)
-    artifacts = list(record.artifacts)
-    for one, scores in measured:
-        for line in apart(trial.scores, scores):
-            on_event(Notice(f"{one.format}: {line}"))
-        artifacts = [a for a in artifacts if a.path != _relative(one.path, out)]
-        artifacts.append(_artifact(one, trial, scores, touched, out))
-    return record.model_copy(update={"artifacts": artifacts})
+    with ExitStack() as rooms:
+        made = []
+        for name, path in places:
+            place = rooms.enter_context(claimed(path)) / path.name
+            parts = (record, trial, source, writers, edits, checker, plan, on_event)
+            made.append(_write(name, place, *parts))
+        touched = touched_by(writers, edits, record.coverage)
+        del source, writers, edits, parts
+        artifacts = {a.path: a for a in record.artifacts}
+        measured = _measure(made, places, loaded, checker, plan, on_event)
+        for (one, scores), (_, path) in zip(measured, places, strict=True):
+            for line in apart(trial.scores, scores):
+                on_event(Notice(f"{one.format}: {line}"))
+            artifact = _artifact(one, _relative(path, out), trial, scores, touched)
+            artifacts.pop(artifact.path, None)  # the newest is the last
+            artifacts[artifact.path] = artifact
+            card = model_card(
+                record, artifact_format=one.format, trial=trial.number, artifact=artifact
+            )
+            with writing(path):
+                add_files(one.path, {CARD: card})
+        for one, (_, path) in zip(made, places, strict=True):
+            publish(one.path, path, replace=replace)
+    return record.model_copy(update={"artifacts": list(artifacts.values())})
 
 
 def _measure(
-    made: Sequence[Exported], loaded: Loaded, checker: Checker, plan: GgufPlan, on_event: OnEvent
+    made: Sequence[Exported],
+    places: Sequence[tuple[str, Path]],
+    loaded: Loaded,
+    checker: Checker,
+    plan: GgufPlan,
+    on_event: OnEvent,
 ) -> list[tuple[Exported, Scores]]:
-    """Every export as its users load it, and its scores."""
+    """Every export as its users load it, and its scores; `places` are where they will stand."""
     engine, config = checker.engine, checker.config
     scorers, limit = checker.scoring.every_trial, config.scores.max_new_tokens
     job = GgufJob(loaded, engine.prompts, scorers, checker.context, limit, engine.spoken)
     dtype, device = loaded.dtype, loaded.device
     out = []
     reference: Reference | None = None
-    for one in made:
+    for one, (_, path) in zip(made, places, strict=True):
         if one.format.startswith("gguf"):
-            out.append(measure_gguf(one, plan, job, on_event))
+            with _loadable(one, path, ()):
+                out.append(measure_gguf(one, plan, job, on_event))
             continue
         reference = reference or engine.as_reference()
         with phase(f"measure {one.format}", on_event):
-            again = _load_again(one, loaded, config, dtype)
+            with _loadable(one, path):
+                again = _load_again(one, loaded, config, dtype)
             out.append((one, checker.measure(again, reference)))
             del again
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
     return out
+
+
+@contextmanager
+def _loadable(
+    one: Exported, path: Path, foreign: tuple[type[Exception], ...] = UNLOADABLE
+) -> Iterator[None]:
+    """Within this context an export is loaded as its users will; one that cannot be is not kept.
+
+    `foreign` are errors that the libraries raise which load it.
+
+    Raises:
+        ExportError: it cannot be loaded; `path` is where it would have stood.
+    """
+    errors: tuple[type[Exception], ...] = (*foreign, ExportError)
+    try:
+        yield
+    except errors as error:
+        if is_out_of_memory(error):
+            raise
+        reason = first_line(error).replace(str(one.path), one.format)
+        raise ExportError(
+            f"the {one.format} export to {path} cannot be loaded again, so it was not kept: {reason}"
+        ) from error
 
 
 def _write(
@@ -195,11 +225,9 @@ def _write(
     plan: GgufPlan,
     on_event: OnEvent,
 ) -> Exported:
-    if path.exists():
-        raise OutputError(f"{path} exists: choose a new folder")
     named = {w.name: e for w, e in zip(writers, edits, strict=True) if e is not None}
     # The source's own card must not pass for the edited model's, not even for a moment.
-    files = {"README.md": model_card(record, artifact_format=name, trial=trial.number)}
+    files = {CARD: model_card(record, artifact_format=name, trial=trial.number)}
     section = checker.config.export
     stem = f"{file_stem(public_source(record.model.source).rpartition('/')[2])}-edited"
     if name == "safetensors":
@@ -221,9 +249,8 @@ def _write(
             on_event=on_event,
             extra_files=files,
         )
-    base = loaded.place
     return export_adapter(
-        base,
+        loaded.published,
         path,
         named,
         writers,
@@ -294,12 +321,13 @@ def touched_by(
 
 
 def _artifact(
-    one: Exported, trial: TrialRecord, measured: Scores, touched: CoverageRecord, out: Path
+    one: Exported, path: str, trial: TrialRecord, measured: Scores, touched: CoverageRecord
 ) -> ArtifactRecord:
     return ArtifactRecord(
-        path=_relative(one.path, out),
+        path=path,
         format=one.format,
         sha256=one.sha256,
+        files=one.files,
         trial=trial.number,
         bytes=one.bytes,
         expected=trial.scores,

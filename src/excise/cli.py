@@ -209,16 +209,17 @@ def _push(arguments: argparse.Namespace) -> int:
     from excise.hub import push
 
     with Reporter(quiet=arguments.quiet, json_events=arguments.json_events) as on_event:
-        address = push(
+        done = push(
             arguments.folder,
             arguments.repo,
             format_name=arguments.format_name,
             trial=arguments.trial,
+            place=arguments.place,
             public=arguments.public,
             on_event=on_event,
         )
     if not arguments.json_events:
-        say(f"{'public' if arguments.public else 'private'}: {address}")
+        say(f"{'public' if done.public else 'private'}: {done.address}")
     return EXIT_DONE
 
 
@@ -273,9 +274,12 @@ def _geometry(arguments: argparse.Namespace) -> int:
 def _report(arguments: argparse.Namespace) -> int:
     from excise.console import say
     from excise.finish import write_pages
+    from excise.journal import hold
     from excise.record import read_record
 
-    write_pages(arguments.folder, read_record(arguments.folder))
+    read_record(arguments.folder)  # where there is none, not even a lock is left there
+    with hold(arguments.folder):
+        write_pages(arguments.folder, read_record(arguments.folder))
     say(str(arguments.folder / "report.html"))
     return EXIT_DONE
 

@@ -24,7 +24,14 @@ from excise.edits import Edit
 from excise.errors import ConfigError, ExportError, StorageError
 from excise.events import Notice, OnEvent, ignore, track
 from excise.merging import merge_checkpoint
-from excise.staging import add_files, check_destination, sha256_of, staged
+from excise.staging import (
+    add_files,
+    check_destination,
+    hashes_of,
+    staged,
+    usual_mode,
+    weights_sha256,
+)
 
 # Up to this many rows or columns the exact decomposition takes well under a second.
 _EXACT_SVD = 512
@@ -38,7 +45,8 @@ _ROUNDING = 1e-6
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written. `details` are JSON-ready; `sha256` is `sha256_of` the folder.
+    """What was written. `details` are JSON-ready; `sha256` is `sha256_of` the folder, `files` its
+    `hashes_of`.
 
     `details` of "safetensors": `tensors`, the names of the edited tensors; `left_out`, files that
     were not copied; `unindexed`, weight files outside the checkpoint, copied unedited.
@@ -51,6 +59,7 @@ class Exported:
     sha256: str
     bytes: int
     details: dict[str, Any]
+    files: dict[str, str]
 
 
 def export_safetensors(
@@ -71,11 +80,17 @@ def export_safetensors(
         "left_out": list(merge.left_out),
         "unindexed": list(merge.unindexed),
     }
-    return Exported(destination, "safetensors", sha256_of(destination), merge.bytes, details)
+    return exported(destination, "safetensors", merge.bytes, details)
+
+
+def exported(folder: Path, form: str, size: int, details: dict[str, Any]) -> Exported:
+    """What stands in `folder` now, with its hashes."""
+    files = hashes_of(folder)
+    return Exported(folder, form, weights_sha256(files), size, details, files)
 
 
 def export_adapter(
-    base: str,
+    base: str | None,
     destination: Path,
     edits: Mapping[str, Edit],
     writers: Sequence[Writer],
@@ -91,7 +106,7 @@ def export_adapter(
     rank, and a low rank carries it only nearly: `details` say how nearly.
 
     Args:
-        base: folder or Hub id of the model that the adapter is for, and its `revision`.
+        base: Hub id of the model that the adapter is for, and its `revision`; None where it has none.
         destination: a new or empty folder; it is seen when all of it is there.
         edits: writer name -> edit.
         writers: the loaded model's writers, holding their original values.
@@ -122,7 +137,7 @@ def export_adapter(
         "not_carried": list(factors.not_carried),
     }
     size = sum(path.stat().st_size for path in destination.iterdir())
-    return Exported(destination, "adapter", sha256_of(destination), size, details)
+    return exported(destination, "adapter", size, details)
 
 
 @dataclass(frozen=True)
@@ -271,7 +286,7 @@ def _moves_bias(writer: Writer, edit: Edit) -> bool:
     return bool(change.abs().max() > _ROUNDING * before.abs().max())
 
 
-def _lora_config(base: str, revision: str | None, rank: int, modules: list[str]) -> Any:
+def _lora_config(base: str | None, revision: str | None, rank: int, modules: list[str]) -> Any:
     from peft import LoraConfig
 
     config = LoraConfig(
@@ -289,8 +304,10 @@ def _lora_config(base: str, revision: str | None, rank: int, modules: list[str])
 
 
 def _save(folder: Path, tensors: dict[str, Tensor], config: Any) -> None:
+    path = folder / "adapter_model.safetensors"
     try:
-        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        with usual_mode(path):
+            save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as error:
         raise StorageError(f"cannot write the adapter's weights: {error}") from error
     config.save_pretrained(str(folder))

@@ -7,7 +7,6 @@ Shapes: O and I a writer's out and in features, R the adapter's rank.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +28,14 @@ from excise.llamacpp import Tools, convert, find_tools, plain_copy, quantise
 from excise.loading import read_config, weight_files
 from excise.merging import merge_checkpoint
 from excise.patching import gguf_name, patch_gguf
-from excise.staging import add_files, check_destination, scratch, sha256_of, staged
+from excise.staging import (
+    add_files,
+    check_destination,
+    hashes_of,
+    scratch,
+    staged,
+    weights_sha256,
+)
 
 MODELFILE = "Modelfile"
 _OF_DTYPE = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -272,9 +278,13 @@ def architecture_of(model_type: str, base: Path | None) -> str:
 
 def _exported(folder: Path, form: str, details: dict[str, Any]) -> Exported:
     """What was written, with every file's type, size and hash."""
-    files = [_file(path) for path in sorted(folder.glob("*.gguf"))]
+    hashes = hashes_of(folder)
+    files = [
+        _file(folder / name, digest) for name, digest in hashes.items() if name.endswith(".gguf")
+    ]
     size = sum(int(one["bytes"]) for one in files)
-    return Exported(folder, form, sha256_of(folder), size, {**details, "files": files})
+    whole = weights_sha256(hashes)
+    return Exported(folder, form, whole, size, {**details, "files": files}, hashes)
 
 
 def _file_type(path: Path) -> str:
@@ -286,9 +296,7 @@ def _file_type(path: Path) -> str:
     return max(sorted(set(kinds)), key=kinds.count, default="F32")
 
 
-def _file(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+def _file(path: Path, digest: str) -> dict[str, Any]:
     part = "projector" if path.name.startswith("mmproj-") else "model"
     return {
         "file": path.name,

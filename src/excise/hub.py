@@ -9,17 +9,27 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
+from excise import journal
 from excise.card import model_card
 from excise.errors import ExciseError, HubError, InputError, RunStateError, first_line
-from excise.events import OnEvent, ignore, phase
+from excise.events import Notice, OnEvent, ignore, phase
+from excise.reading import is_folder
 from excise.record import ArtifactRecord, Record, read_record
-from excise.staging import sha256_of
+from excise.staging import CARD, hashes_of
 from excise.wording import hub_id
 
-_CARD = "README.md"
 _REFUSED = (401, 403)
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """Where an export went: the address of the commit, and whether everybody can see it."""
+
+    address: str
+    public: bool
 
 
 def push(
@@ -28,18 +38,21 @@ def push(
     *,
     format_name: str = "safetensors",
     trial: int | None = None,
+    place: Path | None = None,
     public: bool = False,
     endpoint: str | None = None,
     on_event: OnEvent = ignore,
-) -> str:
-    """Upload one export of a run; returns the address of the commit.
+) -> Pushed:
+    """Upload one export of a run.
 
     Args:
         folder: the run.
         repo: OWNER/NAME; made where it does not exist.
         format_name: which export, one of `config.Format`.
         trial: whose; by default the selected one's.
-        public: make the repository public; private is the default.
+        place: where the export is, if not within the run folder: what a record says of other places
+            is not enough to send what is there.
+        public: make a new repository public; private is the default. One that exists stays as it is.
         endpoint: of another Hub.
         on_event: told of the steps.
 
@@ -50,16 +63,24 @@ def push(
     """
     if hub_id(repo) is None:
         raise InputError(f"{repo!r} is not a repository id: write it as OWNER/NAME")
-    record = read_record(folder)
-    artifact = _artifact(record, folder, format_name, trial)
-    card = model_card(
-        record, artifact_format=format_name, trial=artifact.trial, artifact=artifact, repo=repo
-    )
-    with phase("push", on_event):
-        return _upload(folder / artifact.path, repo, card, public, endpoint)
+    read_record(folder)  # where there is none, this is no run: not even a lock is left there
+    with journal.hold(folder):
+        record = read_record(folder)
+        path, artifact = _artifact(record, folder, format_name, trial, place)
+        card = model_card(
+            record, artifact_format=format_name, trial=artifact.trial, artifact=artifact, repo=repo
+        )
+        with phase("push", on_event):
+            done = _upload(path, sorted(_sent(artifact)), repo, card, public, endpoint)
+    if public and not done.public:
+        on_event(Notice(f"{repo} exists and stays private: its settings on the Hub make it public"))
+    return done
 
 
-def _artifact(record: Record, folder: Path, name: str, trial: int | None) -> ArtifactRecord:
+def _artifact(
+    record: Record, folder: Path, name: str, trial: int | None, place: Path | None
+) -> tuple[Path, ArtifactRecord]:
+    """Where an export is, and its record, once every file is known to be the one on the record."""
     number = record.chosen().number if trial is None else record.trial(trial).number
     found = [a for a in record.artifacts if a.format == name and a.trial == number]
     if not found:
@@ -68,38 +89,80 @@ def _artifact(record: Record, folder: Path, name: str, trial: int | None) -> Art
             f"{folder} --to PATH --format {name}`"
         )
     artifact = found[-1]
-    path = folder / artifact.path
-    if not path.is_dir():
+    path = place or _inside(folder, artifact.path)
+    if not is_folder(path):
         raise RunStateError(f"the export {path} is gone: write it again with `excise export`")
-    if sha256_of(path) != artifact.sha256:
-        raise RunStateError(f"the weights in {path} are not those that were measured: export again")
-    return artifact
+    here = _hashes(path)
+    if place is not None:  # one of several, told by what it holds
+        artifact = next((a for a in reversed(found) if _sent(a) == here), artifact)
+    _check_same(path, _sent(artifact), here)
+    return path, artifact
 
 
-def _upload(path: Path, repo: str, card: str, public: bool, endpoint: str | None) -> str:
+def _inside(folder: Path, name: str) -> Path:
+    """The place of an export within the run folder, links followed."""
+    path, root = (folder / name).resolve(), folder.resolve()
+    if path == root or not path.is_relative_to(root):
+        raise RunStateError(
+            f"the record in {folder} places this export outside of it, at {folder / name}: if that "
+            "is what to upload, name it with --from"
+        )
+    return path
+
+
+def _sent(artifact: ArtifactRecord) -> dict[str, str]:
+    """Name -> hash of what is uploaded of an export, beside its card."""
+    return {name: digest for name, digest in artifact.files.items() if not _hidden(name)}
+
+
+def _hashes(path: Path) -> dict[str, str]:
+    links = [p for p in sorted(path.rglob("*")) if p.is_symlink()]
+    if links:
+        raise RunStateError(f"{links[0]} is a link, and exports hold none: remove it")
+    try:
+        return {name: digest for name, digest in hashes_of(path).items() if not _hidden(name)}
+    except OSError as error:
+        raise RunStateError(f"cannot read {error.filename}: {error.strerror}") from None
+
+
+def _check_same(path: Path, known: dict[str, str], here: dict[str, str]) -> None:
+    """Refuse to send anything but what was written and measured."""
+    if not known:
+        raise RunStateError(
+            f"the record of {path} has no hashes of its files, as earlier versions wrote it: export "
+            "again"
+        )
+    other = [name for name in sorted({*known, *here}) if known.get(name) != here.get(name)]
+    if other:
+        how = "missing" if other[0] not in here else "another file"
+        how = how if other[0] in known else "not of the export"
+        raise RunStateError(
+            f"the files in {path} are not those that were measured ({other[0]} is {how}): export again"
+        )
+
+
+def _upload(
+    path: Path, names: list[str], repo: str, card: str, public: bool, endpoint: str | None
+) -> Pushed:
     from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     disable_progress_bars()  # the library never prints
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # nor tells of every attempt
     api = HfApi(endpoint=endpoint)
-    files = [p for p in sorted(path.rglob("*")) if p.is_file() and not _hidden(p, path)]
     with _explained(repo):
         api.create_repo(repo, private=not public, exist_ok=True)
-        if not public and not api.repo_info(repo).private:
+        private = bool(api.repo_info(repo).private)
+        if not public and not private:
             raise InputError(f"{repo} exists and is public: add --public, or name another")
-        additions = [
-            CommitOperationAdd(p.relative_to(path).as_posix(), str(p))
-            for p in files
-            if p != path / _CARD
-        ]
-        additions.append(CommitOperationAdd(_CARD, card.encode()))
+        additions = [CommitOperationAdd(name, str(path / name)) for name in names]
+        additions.append(CommitOperationAdd(CARD, card.encode()))
         done = api.create_commit(repo, additions, commit_message="Upload with Excise")
-    return str(done.commit_url)
+    return Pushed(str(done.commit_url), not private)
 
 
-def _hidden(file: Path, root: Path) -> bool:
-    return any(part.startswith(".") for part in file.relative_to(root).parts)
+def _hidden(name: str) -> bool:
+    return any(part.startswith(".") for part in name.split("/"))
 
 
 @contextmanager

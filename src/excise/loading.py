@@ -40,7 +40,7 @@ DEMO = "demo"  # names the embedded model
 _WHOLE = "model.safetensors"  # all weights in one file
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 # What Transformers raises of a configuration that contradicts itself, or a device that is not there.
-_UNLOADABLE = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError,
+UNLOADABLE = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError,
                OSError, RuntimeError, ImportError, StrictDataclassError)  # fmt: skip
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -71,6 +71,11 @@ class Loaded:
         if self.plain is None and self.is_local:
             return str(self.folder)
         return str(Path(self.source).resolve()) if self.is_local else self.source
+
+    @property
+    def published(self) -> str | None:
+        """The source's Hub id; None for a file or folder, whose path is nobody else's business."""
+        return None if self.is_local else self.source
 
     @property
     def device(self) -> torch.device:
@@ -352,7 +357,7 @@ def _load_model(
             ignore_mismatched_sizes=True,  # so that we can name them ourselves, below
             output_loading_info=True,
         )
-    except _UNLOADABLE as error:
+    except UNLOADABLE as error:
         raise ModelError(f"model {section.source} cannot be loaded: {first_line(error)}") from error
     mismatched = (k[0] if isinstance(k, tuple) else k for k in info["mismatched_keys"])
     wrong = sorted({*info["missing_keys"], *mismatched})

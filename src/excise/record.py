@@ -103,13 +103,15 @@ class ArtifactRecord(Part):
     """An exported model: loaded again, and measured again beside what the search measured.
 
     `expected` was measured by the search's engine, `measured` on the loaded artifact, both on the
-    search prompts; `sha256` is over the names and hashes of the files that hold weights. `coverage`
-    says what this trial's edit touches, which may be less than what the search could have edited.
+    search prompts; `sha256` is over the names and hashes of the files that hold weights, `files` has
+    the hash of every file but the card, which is written anew as the record grows. `coverage` says
+    what this trial's edit touches, which may be less than what the search could have edited.
     """
 
     path: str
     format: str
     sha256: str
+    files: dict[str, str] = {}
     trial: int
     bytes: int
     expected: Scores = {}

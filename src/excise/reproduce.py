@@ -208,9 +208,8 @@ def _rebuild(
             made = export_safetensors(loaded.folder, to, named, writers, on_event, card)
         else:
             rank = int(known.details.get("rank", 1)) if known is not None else 1
-            base = loaded.place
             made = export_adapter(
-                base,
+                loaded.published,
                 to,
                 named,
                 writers,

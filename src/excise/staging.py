@@ -257,26 +257,36 @@ def claimed(destination: Path) -> Iterator[Path]:
                 parent.rmdir()
 
 
-def publish(folder: Path, destination: Path) -> None:
-    """Give a finished folder its name, on the disk for good; a folder that had it goes.
+def publish(folder: Path, destination: Path, *, replace: bool = False) -> None:
+    """Give a finished folder its name, on the disk for good.
+
+    Args:
+        folder: on the same file system.
+        destination: where nothing stands, or an empty folder.
+        replace: a folder that stands there goes.
 
     Raises:
-        OSError: it cannot be. What stood there still does.
+        StorageError: it cannot be. What stood there still does.
     """
-    for path in [*folder.rglob("*"), folder]:
-        sync(path)
+    destination = destination.resolve()
     old = destination.with_name(f".{destination.name}{_OLD}")
-    replaces = destination.is_dir() and any(destination.iterdir())
-    if replaces:
-        shutil.rmtree(old, ignore_errors=True)
-        destination.rename(old)
+    replace = replace and destination.exists()
     try:
-        folder.rename(destination)
-    finally:
-        if replaces and not destination.exists():
-            old.rename(destination)
-    sync(destination.parent)
-    shutil.rmtree(old, ignore_errors=True)
+        for path in [*folder.rglob("*"), folder]:
+            sync(path)
+        if replace:
+            shutil.rmtree(old, ignore_errors=True)
+            destination.rename(old)
+        try:
+            folder.rename(destination)
+        finally:
+            if replace and not destination.exists():
+                old.rename(destination)
+        sync(destination.parent)
+    except OSError as error:
+        raise StorageError(f"cannot write {destination}: {error.strerror or error}") from None
+    if replace:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager
@@ -308,6 +318,19 @@ def _shown(destination: Path) -> Path:
     """A destination as people know it: in place of a claimed folder, what that is for."""
     parent = destination.parent
     return parent.parent / destination.name if _CLAIM.fullmatch(parent.name) else destination
+
+
+@contextmanager
+def writing(destination: Path) -> Iterator[None]:
+    """Within this context something is written for `destination`.
+
+    Raises:
+        StorageError: a write failed.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"cannot write {destination}: {error.strerror or error}") from None
 
 
 # -- files -----------------------------------------------------------------------------------------

@@ -96,7 +96,7 @@ def loading(
     record: Record, artifact_format: str, artifact: ArtifactRecord | None, repo: str | None
 ) -> str:
     """The section with code that loads this format; `repo` is where it is published, if it is."""
-    base = json.dumps(wording.public_source(record.model.source))
+    base = json.dumps(wording.hub_id(record.model.source) or "path/or/hub-id/of/the/base/model")
     parts = ["## How to load it"]
     if artifact_format == "safetensors":
         this = json.dumps(repo or "path/or/hub-id/of/this/model")
