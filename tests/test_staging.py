@@ -113,7 +113,7 @@ def test_a_folder_is_replaced_whole_or_stays(tmp_path: Path, monkeypatch) -> Non
         with staging.claimed(place) as room:
             (room / "model").mkdir()
             (room / "model" / "file").write_text(text)
-            staging.publish(room / "model", place)
+            staging.publish(room / "model", place, replace=True)
         assert (place / "file").read_text() == text
     real = Path.rename
 
@@ -125,8 +125,8 @@ def test_a_folder_is_replaced_whole_or_stays(tmp_path: Path, monkeypatch) -> Non
     monkeypatch.setattr(Path, "rename", full)
     with staging.claimed(place) as room:
         (room / "model").mkdir()
-        with pytest.raises(OSError, match="No space"):
-            staging.publish(room / "model", place)
+        with pytest.raises(StorageError, match="No space"):
+            staging.publish(room / "model", place, replace=True)
     assert (place / "file").read_text() == "two"
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
@@ -163,11 +163,12 @@ def test_destinations_that_cannot_be_are_one_line(tmp_path: Path, monkeypatch) -
     (tmp_path / "closed").mkdir()
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path / "closed")
     cases = {
-        "file/model": "is not a folder",
-        "round": "circle|loop",
-        "closed/a/b": "permission denied",
+        "file/model": "file is a file",
+        "round": "symlink loop|symbolic links|is a file",
+        "closed/a/b": "closed permits no writing",
         "n" * 300: "name too long",
-        "file": "already exists",
+        "file": "file is a file",
+        "empty\0": "null",
     }
     for name, words in cases.items():
         with pytest.raises(OutputError, match=words) as caught:

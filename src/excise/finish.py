@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -203,17 +203,17 @@ def _license(folder: Path) -> str | None:
     return None if name is None else str(name)
 
 
-def write_pages(out: Path, record: Record, made: Collection[str] = ()) -> None:
+def write_pages(out: Path, record: Record) -> None:
     """The report beside the record, and a card in the folder of every artifact within the run's.
 
-    Others get one where `made` names their path: what a record says of places elsewhere may be old,
-    or not be ours.
+    Others have the one that they were written with: what a record says of places elsewhere may be
+    old, or not be ours.
     """
     write_text(out / REPORT, html_report(record))
     for artifact in record.artifacts:
         folder = (out / artifact.path).resolve()
         inside = folder.is_relative_to(out.resolve()) and folder != out.resolve()
-        if folder.is_dir() and (inside or artifact.path in made):
+        if folder.is_dir() and inside:
             card = model_card(
                 record,
                 artifact_format=artifact.format,

@@ -24,6 +24,7 @@ from excise.planning import from_dict, size, usual_length
 from excise.prompts import PromptSet, load_prompt_sets
 from excise.record import ArtifactRecord, Record, Scores, read_record, write_record, write_text
 from excise.search import points
+from excise.staging import check_destination
 from excise.weights import any_offloaded
 
 Part = Literal["eval", "holdout"]
@@ -62,6 +63,7 @@ def export_run(
         OutputError: `to` exists.
     """
     read_record(folder)  # where there is none, this is no run: not even a lock is left there
+    check_destination(to)
     if to.exists():
         raise OutputError(f"{to} exists: give --to a new folder")
     config = _with_options(load_config(file=folder / "config.toml"), options or {})
@@ -85,7 +87,7 @@ def export_run(
         place = [(format_name, to)]
         record = export(record, chosen, loaded, method, checker, place, folder, on_event)
         write_record(folder, record)
-        write_pages(folder, record, [record.artifacts[-1].path])
+        write_pages(folder, record)
     return record.artifacts[-1]
 
 

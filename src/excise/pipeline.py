@@ -38,6 +38,7 @@ from excise.record import (
 )
 from excise.refining import NothingToRefine, refined, refiner_for
 from excise.search import Measure, Measured, Search
+from excise.staging import check_writable
 from excise.weights import any_offloaded
 
 CONFIG = "config.toml"
@@ -147,9 +148,7 @@ def check_output(out: Path, resume: bool) -> None:
     """
     if resume:
         return
-    for place in (out, *out.absolute().parents):
-        if place.exists() and not place.is_dir():
-            raise OutputError(f"{place} is a file: give --out a new folder")
+    check_writable(out)
     if (out / journal.FILE).exists() or (out / CONFIG).exists():
         raise OutputError(
             f"{out} already holds a run: go on with `excise resume {out}`, or choose a new --out"

@@ -172,41 +172,31 @@ def check_destination(destination: Path, source: Path | None = None) -> None:
         OutputError: it exists and is not an empty folder, is a mount point, is inside `source`, or
             cannot be made by this user.
     """
-    try:
-        if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
-            raise OutputError(
-                f"{destination} already exists: remove it, or export to another folder"
-            )
-        if destination.is_mount():
-            raise OutputError(f"{destination} is a mount point: export to a folder inside it")
-        if source is not None and destination.resolve().is_relative_to(source.resolve()):
-            raise OutputError(f"{destination} is inside the source {source}: choose another folder")
-        check_writable(destination)
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-    ) as error:  # a name too long, a NUL, links in a circle
-        if isinstance(error, OutputError):
-            raise
-        reason = getattr(error, "strerror", None) or error
-        raise OutputError(f"{destination} cannot be written: {reason}") from None
+    check_writable(destination)
+    if destination.is_dir() and any(destination.iterdir()):
+        raise OutputError(f"{destination} already exists: remove it, or choose another folder")
+    if destination.is_mount():
+        raise OutputError(f"{destination} is a mount point: export to a folder inside it")
+    if source is not None and destination.resolve().is_relative_to(source.resolve()):
+        raise OutputError(f"{destination} is inside the source {source}: choose another folder")
 
 
 def check_writable(destination: Path) -> None:
-    """Whether a file or folder of this name can be made, as far as permissions tell.
+    """Whether a folder of this name is there or can be made, and may be written to.
 
     Raises:
-        OutputError: the folder that it would be made in is a file, or is not writable.
+        OutputError: it or what it would be made in is a file, or is not this user's to write to.
     """
-    target = destination.resolve()
-    if target.is_symlink():
-        raise OutputError(f"{destination} is a link that leads in a circle: choose another folder")
-    place = next(p for p in target.parents if os.path.lexists(p))
-    if not place.is_dir():
-        raise OutputError(f"{place} is not a folder: {destination} cannot be made there")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise OutputError(f"{place} cannot be written to: permission denied")
+    try:
+        target = destination.resolve()
+        target.exists()  # says of a name that it is too long
+        place = next(p for p in (target, *target.parents) if os.path.lexists(p))
+        if place.is_dir() and os.access(place, os.R_OK | os.W_OK | os.X_OK):
+            return
+        reason = f"{place} " + ("permits no writing" if place.is_dir() else "is a file")
+    except (OSError, ValueError, RuntimeError) as error:  # also a NUL, or links in a circle
+        reason = str(getattr(error, "strerror", None) or error).lower()
+    raise OutputError(f"the folder {destination} cannot be made: {reason}; choose another folder")
 
 
 @contextmanager
