@@ -8,8 +8,10 @@ import builders
 import pytest
 
 from excise.config import PromptSection
-from excise.dressing import after_markup, closing, dress, read_template
+from excise.dressing import after_markup, closing, dress
 from excise.errors import ModelError
+from excise.rendering import Renderer
+from excise.templates import read_template
 
 QWEN3 = """
 {%- for message in messages %}
@@ -53,15 +55,26 @@ PARTS = """{% for message in messages %}{{ '<' + message.role + '>' }}
 {%- endfor %}{% endfor %}{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"""
 
 
-def put(template, text="orb", **section):
-    """The rendered prompt and the dressing of a tokenizer with this template."""
-    tokenizer = builders.tokenizer()
-    tokenizer.chat_template = template
-    dressing = dress(tokenizer, PromptSection(**section))
-    return dressing.render(tokenizer, text), dressing
+@pytest.fixture(scope="module")
+def renderer():
+    with Renderer() as one:
+        yield one
 
 
-def test_qwen3_thinking_is_switched_off_by_the_templates_own_variable():
+@pytest.fixture(scope="module")
+def put(renderer):
+    """Renders a prompt with a tokenizer that has a template; gives the dressing as well."""
+
+    def render(template, text="orb", **section):
+        tokenizer = builders.tokenizer()
+        tokenizer.chat_template = template
+        dressing = dress(tokenizer, PromptSection(**section), renderer)
+        return dressing.render(renderer, [text])[0], dressing
+
+    return render
+
+
+def test_qwen3_thinking_is_switched_off_by_the_templates_own_variable(put):
     text, dressing = put(QWEN3)
     assert text == "<|im_start|>user\norb<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
     assert dressing.variables == {"enable_thinking": False}
@@ -89,11 +102,11 @@ def test_qwen3_thinking_is_switched_off_by_the_templates_own_variable():
         ("{% for m in messages %}{% generation %}{% endgeneration %}{% break %}{% endfor %}", {}),
     ],
 )
-def test_which_variables_are_switches(line, variables):
+def test_which_variables_are_switches(put, line, variables):
     assert put(line + builders.TEMPLATE)[1].variables == variables
 
 
-def test_a_template_that_opens_a_thinking_block_has_it_closed():
+def test_a_template_that_opens_a_thinking_block_has_it_closed(put):
     text, dressing = put(R1)
     assert text == "<bos><|User|>orb<|Assistant|><think>\n\n</think>\n\n"
     assert dressing.header == "\n</think>\n\n"
@@ -103,13 +116,13 @@ def test_a_template_that_opens_a_thinking_block_has_it_closed():
     assert (dressing.header, dressing.notes) == ("", ())
 
 
-def test_a_template_that_shows_how_its_block_is_closed_is_followed():
+def test_a_template_that_shows_how_its_block_is_closed_is_followed(put):
     text, dressing = put(QWEN3_THINKING)
     assert text.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
     assert dressing.header == "\n</think>\n\n"
 
 
-def test_channels_begin_in_the_final_one_and_the_clock_stands_still():
+def test_channels_begin_in_the_final_one_and_the_clock_stands_still(put):
     text, dressing = put(GPT_OSS, date="2024-02-29")
     assert text.endswith("<|end|><|start|>assistant<|channel|>final<|message|>")
     assert text.startswith("<|start|>system<|message|>Current date: 2024-02-29\nReasoning: medium")
@@ -121,7 +134,7 @@ def test_channels_begin_in_the_final_one_and_the_clock_stands_still():
     assert put(GPT_OSS, thinking=True)[0].endswith("<|start|>assistant")
 
 
-def test_a_template_that_refuses_a_system_role_gets_it_in_the_users_turn():
+def test_a_template_that_refuses_a_system_role_gets_it_in_the_users_turn(put):
     assert put(GEMMA)[0] == "<bos><start_of_turn>user\norb<end_of_turn>\n<start_of_turn>model\n"
     text, dressing = put(GEMMA, system="be brief")
     assert text == (
@@ -132,18 +145,63 @@ def test_a_template_that_refuses_a_system_role_gets_it_in_the_users_turn():
     assert "be brief" not in str(dressing.as_dict())
 
 
-def test_a_template_that_drops_a_system_role_in_silence_gets_it_in_the_users_turn():
+def test_a_template_that_drops_a_system_role_in_silence_gets_it_in_the_users_turn(put):
     silent = "{% for m in messages if m.role != 'system' %}{{ m.content }}>{% endfor %}"
     assert put(silent, system="be brief")[0] == "be brief\n\norb>"
 
 
-def test_a_template_that_wants_parts_gets_them():
+def test_a_template_that_wants_parts_gets_them(put):
     text, dressing = put(PARTS, system="be brief")
     assert text == "<system>be brief<user>orb<assistant>"
     assert dressing.listed
 
 
-def test_a_header_of_white_space_only_is_left_to_the_model():
+NEEDS_SYSTEM = (
+    "{% if messages[0].role != 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    + builders.TEMPLATE
+)
+
+
+def test_a_template_that_needs_a_system_turn_is_given_one(put):
+    assert put(NEEDS_SYSTEM, system="be brief")[0] == "<|system|>be brief<|user|>orb<|assistant|>"
+    with pytest.raises(ModelError, match=r"needs a system turn: give one, --set prompts\.system"):
+        put(NEEDS_SYSTEM)
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{{ 'always the same' }}", "leaves out the text of prompts"),
+        ("{{ messages | length }}", "leaves out the text of prompts"),
+        ("{{ messages[0].content | upper }}", "leaves out the text of prompts"),
+        # one that does well on short prompts
+        ("{{ messages[0].content[:40] }}", "leaves out the text of prompt 1, 'what colour is the"),
+    ],
+)
+def test_a_template_that_leaves_out_the_prompt_is_refused(put, template, words):
+    with pytest.raises(ModelError, match=words):
+        put(template, text="what colour is the kettle " * 5)
+
+
+@pytest.mark.parametrize(
+    ("template", "rendered"),
+    [
+        ("[{{ messages[0].content | trim }}]", "[a <b>  'c'\n\"d\" ü]"),
+        ("[{{ messages[0].content.split() | join(' ') }}]", "[a <b> 'c' \"d\" ü]"),
+        ("[{{ messages[0].content | e }}]", "[ a &lt;b&gt;  &#39;c&#39;\n&#34;d&#34; ü ]"),
+        ("{{ messages[0].content | tojson }}", '" a <b>  \'c\'\\n\\"d\\" ü "'),
+    ],
+)
+def test_a_template_may_trim_and_escape(put, template, rendered):
+    assert put(template, text=" a <b>  'c'\n\"d\" ü ")[0] == rendered
+
+
+def test_the_clocks_formats_may_be_of_no_kind(put):
+    text = "{{ strftime_now('%') }}{{ strftime_now('\\ud800') }}{{ strftime_now('a\\0') }}!"
+    assert "!" in put(text + builders.TEMPLATE)[0]
+
+
+def test_a_header_of_white_space_only_is_left_to_the_model(put):
     template = (
         "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
         "{% if add_generation_prompt %}[assistant]{% endif %}"
@@ -151,12 +209,12 @@ def test_a_header_of_white_space_only_is_left_to_the_model():
     assert put(template)[0] == "[user] orb[assistant]"
 
 
-def test_a_template_from_a_file_and_from_other_models(tmp_path):
+def test_a_template_from_a_file_and_from_other_models(renderer, tmp_path):
     tokenizer = builders.tokenizer()
     file = tmp_path / "gemma.jinja"
     file.write_text(GEMMA)
-    dressing = dress(tokenizer, PromptSection(chat_template=str(file)))
-    assert dressing.render(tokenizer, "orb").startswith("<bos><start_of_turn>user")
+    dressing = dress(tokenizer, PromptSection(chat_template=str(file)), renderer)
+    assert dressing.render(renderer, ["orb"])[0].startswith("<bos><start_of_turn>user")
     assert dressing.origin == "chat template gemma.jinja"
     assert "gemma.jinja" in dressing.notes[0]
     assert str(tmp_path) not in str(dressing.as_dict())
@@ -171,11 +229,12 @@ def test_a_template_from_a_file_and_from_other_models(tmp_path):
         assert read_template(str(folder)) == (R1, f"chat template of {name}")
 
 
-def test_a_base_model_can_be_given_a_template():
+def test_a_base_model_can_be_given_a_template(renderer):
     base = builders.tokenizer()
     base.chat_template = None
-    assert dress(base, PromptSection()).render(base, "orb") == "Question: orb\nAnswer:"
-    assert "plain format" in dress(base, PromptSection()).notes[0]
+    plain = dress(base, PromptSection(), renderer)
+    assert plain.render(renderer, ["orb"]) == ["Question: orb\nAnswer:"]
+    assert "plain format" in plain.notes[0]
 
 
 def test_a_template_that_is_not_there(tmp_path):
@@ -190,21 +249,21 @@ def test_a_template_that_is_not_there(tmp_path):
         ("none", "neither a file nor"),
         ("nobody/nothing", "no chat template in nobody/nothing"),
         (str(empty), "no chat template in"),
-        (str(binary), "cannot be read"),
+        (str(binary), "is not UTF-8"),
     ):
         with pytest.raises(ModelError, match=words) as error:
             read_template(source)
         assert "\n" not in str(error.value)
 
 
-def test_several_named_templates():
+def test_several_named_templates(renderer):
     tokenizer = builders.tokenizer()
     tokenizer.chat_template = {"default": builders.TEMPLATE, "tool_use": "tools"}
-    dressing = dress(tokenizer, PromptSection())
-    assert dressing.render(tokenizer, "orb") == "<|user|>orb<|assistant|>"
+    dressing = dress(tokenizer, PromptSection(), renderer)
+    assert dressing.render(renderer, ["orb"]) == ["<|user|>orb<|assistant|>"]
     tokenizer.chat_template = {"rag": builders.TEMPLATE}
     with pytest.raises(ModelError, match="multiple chat templates"):
-        dress(tokenizer, PromptSection())
+        dress(tokenizer, PromptSection(), renderer)
 
 
 @pytest.mark.parametrize(

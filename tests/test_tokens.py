@@ -9,18 +9,26 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import processors
+from tokenizers import Regex, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from excise.config import PromptSection
 from excise.dressing import PLAIN_FORMAT, dress
 from excise.errors import ModelError, PromptError
 from excise.prompts import Prompt, PromptSet
+from excise.rendering import Renderer
 from excise.tokens import Batch, batches, beginning, encode, end_tokens, left_pad, pad_token
 
 CPU = torch.device("cpu")
 
 STEADY = settings(derandomize=True, deadline=None)
+RENDERER = Renderer()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _ended():
+    with RENDERER:
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +57,7 @@ def add_bos(tokenizer):
 def ids_of(tokenizer, *texts, **section):
     prompts = PromptSet("target", "p.txt", tuple(Prompt(text) for text in texts))
     given = PromptSection(**section)
-    return encode(tokenizer, prompts, given, dress(tokenizer, given))
+    return encode(tokenizer, prompts, given, dress(tokenizer, given, RENDERER), RENDERER)
 
 
 def spoken(tokenizer, ids):
@@ -123,6 +131,13 @@ def test_a_template_that_fails(template):
 def test_a_template_that_renders_nothing_is_an_error():
     tokenizer = builders.tokenizer()
     tokenizer.chat_template = "{{ '' }}"
+    with pytest.raises(ModelError, match="leaves out the text of prompts"):
+        ids_of(tokenizer, "orb")
+
+
+def test_a_prompt_without_tokens_is_an_error():
+    tokenizer = plain_tokenizer(adds_bos=False)
+    tokenizer._tokenizer.normalizer = normalizers.Replace(Regex(".|\n"), "")
     with pytest.raises(PromptError, match=r"p\.txt has no tokens"):
         ids_of(tokenizer, "orb")
 

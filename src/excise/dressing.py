@@ -1,24 +1,25 @@
 """How a prompt is put to the model: its chat template, thinking switches, and where an answer begins.
 
 Decided once per run, by what the template itself says and renders, never by a model's name; whatever
-was decided is in the record. Knows text only: token ids are made in `tokens`.
+was decided is in the record. Knows text only: token ids are made in `tokens`, and templates are
+rendered in `rendering`.
 """
 
 from __future__ import annotations
 
 import hashlib
+import html
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, TemplateError, meta, nodes
-from jinja2.ext import Extension, LoopControlExtension
-from jinja2.parser import Parser
-
 from excise.config import PromptSection
-from excise.errors import ModelError, first_line
+from excise.errors import ModelError
+from excise.rendering import Chat, Look, Renderer, TemplateRefusal
+from excise.templates import own_template, read_template
 
 # What a model without a chat template is given: documented in the README.
 PLAIN_FORMAT = "Question: {prompt}\nAnswer:"
@@ -42,7 +43,7 @@ _BLOCKS = (
     ("<|channel>thought", "\n", "<channel|>"),
 )
 _QUESTION, _ANSWER = "What is the capital of France?", "It is Paris."
-_FAILURES = (TemplateError, ValueError, TypeError, ArithmeticError, LookupError, SyntaxError)
+_SYSTEM = "Answer in one sentence."
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,8 @@ class Dressing:
         system: the system prompt.
         folded: the template takes no system turn, so the system prompt opens the user's.
         listed: the template wants a message's content as a list of parts.
-        variables: what the template is given beside the messages.
+        variables: what the template is given beside the messages and the tokenizer's own tokens.
+        tokens: the latter: "bos_token" and such.
         header: text after the generation prompt, up to where an answer begins.
         notes: what was decided, a sentence each.
     """
@@ -66,25 +68,42 @@ class Dressing:
     folded: bool = False
     listed: bool = False
     variables: dict[str, Any] = field(default_factory=dict)
+    tokens: dict[str, Any] = field(default_factory=dict)
     header: str = ""
     notes: tuple[str, ...] = ()
 
-    def render(self, tokenizer: Any, text: str) -> str:
-        """The prompt as the model sees it, up to where its answer begins.
+    def render(self, renderer: Renderer, texts: Sequence[str]) -> list[str]:
+        """Prompts as the model sees them, up to where their answers begin.
 
         Raises:
-            ModelError: the chat template cannot render it.
+            ModelError: the chat template cannot render one, or leaves its text out.
         """
         if self.template is None:
-            plain = PLAIN_FORMAT.format(prompt=text)
-            return plain if self.system is None else f"{self.system}\n\n{plain}"
-        try:
-            return self.turns(tokenizer, text) + self.header
-        except _FAILURES as error:
-            raise ModelError(f"{self.origin} cannot render a prompt: {first_line(error)}") from None
+            plain = [PLAIN_FORMAT.format(prompt=text) for text in texts]
+            return plain if self.system is None else [f"{self.system}\n\n{text}" for text in plain]
+        found = [turns + self.header for turns in self.turns(renderer, texts)]
+        for number, (text, turns) in enumerate(zip(texts, found, strict=True), start=1):
+            if not stands_whole(text, turns):
+                raise ModelError(
+                    f"{self.origin} leaves out the text of prompt {number}, {text!r:.60}: give another "
+                    "one with --chat-template"
+                )
+        return found
 
-    def turns(self, tokenizer: Any, text: str, answer: str | None = None) -> str:
-        """What the template makes of a question, and of its answer if there is one."""
+    def turns(
+        self, renderer: Renderer, texts: Sequence[str], answer: str | None = None
+    ) -> list[str]:
+        """What the template makes of questions, and of their answer if there is one.
+
+        Raises:
+            ModelError: the template cannot render one.
+        """
+        assert self.template is not None
+        chats = [self._chat(text, answer) for text in texts]
+        variables = {**self.tokens, **self.variables}
+        return renderer.render(self.template, self.origin, chats, variables, prompt=answer is None)
+
+    def _chat(self, text: str, answer: str | None) -> Chat:
         system, messages = self.system, []
         if system is not None and self.folded:
             text = f"{system}\n\n{text}"
@@ -93,15 +112,7 @@ class Dressing:
         messages.append({"role": "user", "content": self._content(text)})
         if answer is not None:
             messages.append({"role": "assistant", "content": self._content(answer)})
-        return str(
-            tokenizer.apply_chat_template(
-                messages,
-                chat_template=self.template,
-                tokenize=False,
-                add_generation_prompt=answer is None,
-                **self.variables,
-            )
-        )
+        return messages
 
     def _content(self, text: str) -> Any:
         return [{"type": "text", "text": text}] if self.listed else text
@@ -118,27 +129,34 @@ class Dressing:
         }
 
 
-def dress(tokenizer: Any, section: PromptSection) -> Dressing:
+def dress(
+    tokenizer: Any, section: PromptSection, renderer: Renderer, folder: Path | None = None
+) -> Dressing:
     """Decide how prompts are put to the model of this tokenizer.
 
+    Args:
+        tokenizer: the model's.
+        section: what the configuration says of prompts.
+        renderer: renders the template.
+        folder: the model's, which may keep a template beside the tokenizer's files.
+
     Raises:
-        ModelError: the chat template cannot be read, or cannot render.
+        ModelError: the chat template cannot be read, cannot render, or leaves out what it is given.
     """
-    found = _template(tokenizer, section.chat_template)
+    given = section.chat_template
+    found = own_template(tokenizer, folder) if given is None else read_template(given)
     if found is None:
         note = "No chat template: prompts are put in the plain format that the README shows."
         return Dressing(None, "plain format", section.system, notes=(note,))
     text, origin = found
-    notes = [] if section.chat_template is None else [f"Prompts are put with the {origin}."]
-    try:
-        tree = _environment().parse(text)
-        held = _hold_date(tree, section.date)
-        variables, said = _switches(tree, section.thinking)
-        plain = Dressing(held + text, origin, variables=variables)
-        dressing = _with_system(plain, tokenizer, section.system)
-        header = "" if section.thinking else _header(dressing, tokenizer)
-    except _FAILURES as error:
-        raise ModelError(f"{origin} cannot render a prompt: {first_line(error)}") from None
+    notes = [] if given is None else [f"Prompts are put with the {origin}."]
+    look = renderer.look(text, origin, _EFFORT)
+    held = _hold_date(look, section.date)
+    variables, said = _switches(look, section.thinking)
+    tokens = _plain_tokens(tokenizer)
+    plain = Dressing(held + text, origin, variables=variables, tokens=tokens)
+    dressing = _with_system(plain, renderer, section.system)
+    header = "" if section.thinking else _header(dressing, renderer)
     notes += said
     if held:
         notes.append(f"The template writes the date: it is held at {section.date} (prompts.date).")
@@ -147,6 +165,16 @@ def dress(tokenizer: Any, section: PromptSection) -> Dressing:
     if header:
         notes.append(f"Every prompt is led up to the answer, past its thinking: {header!r}.")
     return replace(dressing, header=header, notes=tuple(notes))
+
+
+def stands_whole(text: str, rendered: str) -> bool:
+    """Whether a text stands in what a template made of it: white space aside, as it is or escaped.
+
+    Templates trim; a few write text as HTML or JSON, and the model was trained to read it so.
+    """
+    forms = [(text, rendered), (text, html.unescape(rendered))]
+    forms += [(json.dumps(text, ensure_ascii=a)[1:-1], rendered) for a in (False, True)]
+    return any("".join(form.split()) in "".join(whole.split()) for form, whole in forms)
 
 
 def closing(text: str) -> str:
@@ -168,85 +196,43 @@ def after_markup(text: str) -> str:
 # -- templates -------------------------------------------------------------------------------------
 
 
-def _template(tokenizer: Any, source: str | None) -> tuple[str, str] | None:
-    if source is not None:
-        return read_template(source)
-    if not getattr(tokenizer, "chat_template", None):
-        return None
-    try:
-        return str(tokenizer.get_chat_template()), "the tokenizer's chat template"
-    except ValueError as error:
-        raise ModelError(f"the tokenizer's chat template: {first_line(error)}") from None
+def _plain_tokens(tokenizer: Any) -> dict[str, Any]:
+    """The tokenizer's special tokens by name, as Transformers gives them to templates."""
+    return {
+        name: [str(one) for one in value] if isinstance(value, list | tuple) else str(value)
+        for name, value in tokenizer.special_tokens_map.items()
+    }
 
 
-def read_template(source: str) -> tuple[str, str]:
-    """A chat template and its name in words, from a file or from another model's folder or Hub id.
-
-    Raises:
-        ModelError: there is none.
-    """
-    path = Path(source)
-    if path.is_file():
-        try:
-            return path.read_text(encoding="utf-8"), f"chat template {path.name}"
-        except (OSError, UnicodeDecodeError) as error:
-            raise ModelError(f"chat template {path} cannot be read: {first_line(error)}") from None
-    beside = path / "chat_template.jinja"
-    if beside.is_file():  # a folder without the rest of a tokenizer will do
-        return read_template(str(beside))[0], f"chat template of {path.name}"
-    from transformers import AutoTokenizer
-
-    if not path.is_dir() and (path.is_absolute() or source.count("/") != 1):
-        raise ModelError(f"chat template {source!r} is neither a file nor a model's folder or id")
-    try:
-        other = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        text = other.get_chat_template()
-    except (ValueError, OSError, KeyError) as error:
-        raise ModelError(f"no chat template in {source}: {first_line(error)}") from None
-    return str(text), f"chat template of {path.name if path.is_dir() else source}"
-
-
-class _Generation(Extension):
-    """`{% generation %}`, which templates mark a model's own turns with: here it has no effect."""
-
-    tags = {"generation"}  # noqa: RUF012 (as the base class has it)
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        """The block's body."""
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _environment() -> Environment:
-    # It only parses: templates are rendered in Transformers' sandbox.
-    return Environment(extensions=[_Generation, LoopControlExtension], autoescape=True)
-
-
-def _hold_date(tree: nodes.Template, day: date) -> str:
+def _hold_date(look: Look, day: date) -> str:
     """Source that goes before the template so that its clock stands still; "" where it has none.
 
     Token ids that change from day to day could not be resumed, exported or compared.
     """
-    calls = [c for c in tree.find_all(nodes.Call) if getattr(c.node, "name", "") == "strftime_now"]
-    formats = {c.args[0].value for c in calls if c.args and isinstance(c.args[0], nodes.Const)}
-    if not calls:
+    if look.clock is None:
         return ""
-    known = {text: day.strftime(text) for text in sorted(map(str, formats))}
+    known = {text: _written(day, text) for text in look.clock}
     return (
         "{% macro strftime_now(format) %}"
         "{{ " + json.dumps(known) + f'.get(format, "{day}")' + " }}{% endmacro %}{{ '' }}"
     )
 
 
-def _switches(tree: nodes.Template, thinking: bool) -> tuple[dict[str, Any], list[str]]:
+def _written(day: date, form: str) -> str:
+    try:
+        return day.strftime(form)
+    except ValueError:  # no format of a date, or half of a character
+        return str(day)
+
+
+def _switches(look: Look, thinking: bool) -> tuple[dict[str, Any], list[str]]:
     """Values of the template's thinking switches, and what to say about them."""
-    names = meta.find_undeclared_variables(tree)
     values = {
         name: (on if thinking else off)
         for name, (off, on) in _SWITCHES.items()
-        if name in names and (off, on)[thinking] is not None
+        if name in look.names and (off, on)[thinking] is not None
     }
-    if _EFFORT in names and not thinking and "none" in _compared(tree, _EFFORT):
+    if _EFFORT in look.names and not thinking and "none" in look.values:
         values[_EFFORT] = "none"
     if not values:
         return {}, []
@@ -254,44 +240,57 @@ def _switches(tree: nodes.Template, thinking: bool) -> tuple[dict[str, Any], lis
     return values, [f"Thinking is switched {'on' if thinking else 'off'} in the template: {said}."]
 
 
-def _compared(tree: nodes.Template, name: str) -> set[str]:
-    """The strings that a template compares a variable with."""
-    found: set[str] = set()
-    for compare in tree.find_all(nodes.Compare):
-        if any(n.name == name for n in compare.find_all(nodes.Name)):
-            values = [constant.value for constant in compare.find_all(nodes.Const)]
-            parts = [v if isinstance(v, list | tuple) else [v] for v in values]
-            found |= {v for part in parts for v in part if isinstance(v, str)}
-    return found
+def _with_system(plain: Dressing, renderer: Renderer, system: str | None) -> Dressing:
+    """The form of messages that the template takes, and renders whole.
 
-
-def _with_system(plain: Dressing, tokenizer: Any, system: str | None) -> Dressing:
-    """The form of messages that the template takes, and renders whole."""
-    if _QUESTION not in plain.turns(tokenizer, _QUESTION):
-        # Templates of multimodal models often loop over a message's parts.
-        listed = replace(plain, listed=True)
-        if _QUESTION in listed.turns(tokenizer, _QUESTION):
-            plain = listed
+    Raises:
+        ModelError: there is none.
+    """
+    form, refusal = _form(plain, renderer, system)
+    if form is not None:
+        return form
     if system is None:
-        return plain
-    own = replace(plain, system=system)
-    try:
-        refused = system.strip() not in own.turns(tokenizer, _QUESTION)
-    except _FAILURES:
-        refused = True
-    return replace(own, folded=True) if refused else own
+        with_one, _ = _form(plain, renderer, _SYSTEM)
+        if with_one is not None and not with_one.folded:
+            raise ModelError(
+                f"{plain.origin} needs a system turn: give one, --set prompts.system=TEXT"
+            )
+    raise refusal or ModelError(
+        f"{plain.origin} leaves out the text of prompts: give another one with --chat-template"
+    )
 
 
-def _header(dressing: Dressing, tokenizer: Any) -> str:
+def _form(
+    plain: Dressing, renderer: Renderer, system: str | None
+) -> tuple[Dressing | None, TemplateRefusal | None]:
+    """The first form of messages that is rendered whole, else why the first that is refused is."""
+    folds = (False,) if system is None else (False, True)
+    forms = [replace(plain, system=system, folded=folded) for folded in folds]
+    # Templates of multimodal models often loop over a message's parts.
+    forms += [replace(form, listed=True) for form in forms]
+    first = None
+    for form in forms:
+        try:
+            (turns,) = form.turns(renderer, [_QUESTION])
+        except TemplateRefusal as refusal:
+            first = first or refusal
+            continue
+        whole = stands_whole(_QUESTION, turns) and stands_whole(system or "", turns)
+        if whole and "'type':" not in turns:  # not a list of parts as Python would write it
+            return form, None
+    return None, first
+
+
+def _header(dressing: Dressing, renderer: Renderer) -> str:
     """What stands between the generation prompt and an answer, where that is more than white space.
 
     The template itself shows it: in a conversation that has been answered (gpt-oss names the final
     channel there), or by leaving a thinking block open.
     """
-    prompt = dressing.turns(tokenizer, _QUESTION)
+    (prompt,) = dressing.turns(renderer, [_QUESTION])
     try:
-        answered = dressing.turns(tokenizer, _QUESTION, _ANSWER)
-    except _FAILURES:
+        (answered,) = dressing.turns(renderer, [_QUESTION], _ANSWER)
+    except TemplateRefusal:
         answered = ""
     if answered.startswith(prompt):
         header, found, _ = answered[len(prompt) :].partition(_ANSWER)

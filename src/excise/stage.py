@@ -36,6 +36,7 @@ from excise.opening import LONGEST, Opening, find_opening, given_opening
 from excise.prompts import PromptSet, PromptSets
 from excise.record import Separation
 from excise.refining import direction_engine
+from excise.rendering import Renderer
 from excise.scorers import (
     Markers,
     ScoreContext,
@@ -162,8 +163,12 @@ def tokenise(loaded: Loaded, sets: PromptSets, config: Config) -> Tokens:
     """
     section = config.prompts
     end_tokens(loaded.model, loaded.tokenizer)
-    dressing = dress(loaded.tokenizer, section)
-    rows = {s.role: encode(loaded.tokenizer, s, section, dressing) for s in sets.all() if len(s)}
+    tokenizer = loaded.tokenizer
+    with Renderer() as renderer:
+        dressing = dress(tokenizer, section, renderer, loaded.folder)
+        rows = {
+            s.role: encode(tokenizer, s, section, dressing, renderer) for s in sets.all() if len(s)
+        }
     _check_positions(loaded, rows, config)
     return Tokens(rows, dressing)
 

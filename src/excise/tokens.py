@@ -17,6 +17,7 @@ from excise.config import PromptSection
 from excise.dressing import Dressing
 from excise.errors import ModelError, PromptError
 from excise.prompts import PromptSet
+from excise.rendering import Renderer
 
 _BATCH_TOKENS = 2**15  # of a batch, padding included
 
@@ -56,16 +57,20 @@ class Batch:
 
 
 def encode(
-    tokenizer: Any, prompts: PromptSet, section: PromptSection, dressing: Dressing
+    tokenizer: Any,
+    prompts: PromptSet,
+    section: PromptSection,
+    dressing: Dressing,
+    renderer: Renderer,
 ) -> list[list[int]]:
     """Token ids of every prompt, as the model expects it, up to where its answer begins.
 
     Raises:
-        ModelError: the chat template cannot render a prompt.
+        ModelError: the chat template cannot render a prompt, or leaves its text out.
         PromptError: a prompt has no tokens.
     """
     texts = [f"{section.prefix}{prompt.text}{section.suffix}" for prompt in prompts.prompts]
-    rendered = [dressing.render(tokenizer, text) for text in texts]
+    rendered = dressing.render(renderer, texts)
     # The template writes its own <bos>; adding another would change every position.
     special = dressing.template is None
     ids = tokenizer(rendered, add_special_tokens=special)["input_ids"]
