@@ -37,7 +37,11 @@ def make(renderer, template, chats=(CHAT,), **more):
 def test_a_template_makes_what_transformers_makes_of_it(renderer, name, prompt):
     others = {
         "TEMPLATE": builders.TEMPLATE,
-        "GENERATION": "{% generation %}{{ messages[0].content }}{% endgeneration %}",
+        "GENERATION": "{% set x = 1 %}{% generation %}{{ messages[0].content }}{% set x = 2 %}"
+        "{% endgeneration %}{{ x }}",
+        "NAMES": "{% set n = namespace(a=1) %}{% for m in messages %}\n  {% set n.a = n.a + 1 %}\n"
+        "{% endfor %}{{ n.a }}{{ tools }}{{ documents is none }}{{ unknown is defined }}",
+        "DICT": "{{ dict(a=1, **dict.fromkeys(['b'], 2)) | tojson(indent=2) }}{{ 'ü<' | tojson }}",
         "JSON": "{{ messages | tojson }}{% for m in messages %}{% break %}{% endfor %}",
     }
     template = others.get(name) or getattr(test_dressing, name)
@@ -63,6 +67,10 @@ def test_many_conversations_at_once(renderer):
         ("{{ raise_exception('\ud83d' ~ 'x' * 5000) }}", r"\?x{199}$"),
         ("{{ messages[0]['content'] + 3 }}", "concatenate"),
         ("{{ ().__class__.__base__.__subclasses__() }}", "unsafe"),
+        ("{{ namespace(__class__=1) }}", "no name such as"),
+        ("{% set n = namespace() %}{% set n._x = 1 %}", "no name such as"),
+        ("{{ dict.mro() }}", "no attribute"),
+        ("{{ strftime_now('%Y') }}", "undefined"),  # dressing gives it one that stands still
     ],
 )
 def test_what_a_template_fails_with_is_one_line(renderer, template, words):

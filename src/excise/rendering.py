@@ -1,7 +1,7 @@
 """Chat templates, rendered in a process of their own, within limits of time, memory and size.
 
-They come with models, and are programs. What Transformers' sandbox allows them still loops for ever,
-grows without end, or recurses; nothing of a template is computed in this process.
+They come with models, and are programs. What Jinja's sandbox allows them still loops for ever, grows
+without end, or recurses; nothing of a template is computed in this process.
 """
 
 from __future__ import annotations

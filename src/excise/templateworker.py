@@ -10,12 +10,16 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from jinja2 import Environment, TemplateError, meta, nodes
+from jinja2 import TemplateError, meta, nodes
+from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, LoopControlExtension
 from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
 
 _MEMORY = 1 << 29  # bytes: more than what the process has when it begins
 _LONGEST = (
@@ -34,10 +38,73 @@ class _Generation(Extension):
 
     tags = {"generation"}  # noqa: RUF012 (as the base class has it)
 
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        """The block's body."""
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+    def parse(self, parser: Parser) -> nodes.Node:
+        """The block, with the names that are set in it its own."""
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_whole"), [], [], body).set_lineno(line)
+
+    def _whole(self, caller: Callable[[], str]) -> str:
+        return caller()
+
+
+class _Dict:
+    """`dict`, without the attributes of Python's own."""
+
+    def __call__(self, *args: Any, **items: Any) -> dict[Any, Any]:
+        return dict(*args, **items)
+
+    def fromkeys(self, *args: Any) -> dict[Any, Any]:
+        return dict.fromkeys(*args)
+
+
+class _Namespace(Namespace):
+    """`namespace`, without names of Python's own."""
+
+    def __init__(*args: Any, **items: Any) -> None:
+        self, *args = args  # type: ignore[assignment]
+        made = dict(*args, **items)
+        for name in made:
+            _check_name(name)
+        Namespace.__init__(self, made)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _check_name(name)
+        super().__setitem__(name, value)
+
+
+def _check_name(name: Any) -> None:
+    if str(name).startswith("_"):
+        raise SecurityError(f"a namespace holds no name such as {name!r}")
+
+
+def _fail(message: str) -> str:
+    raise TemplateError(message)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: Any = None,
+    separators: Any = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    """What Transformers renders templates in, without the second that importing Transformers takes.
+
+    And without its clock: token ids that change from day to day are of no use here.
+    """
+    made = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, LoopControlExtension]
+    )
+    made.filters["tojson"] = _tojson
+    made.globals |= {"raise_exception": _fail, "dict": _Dict(), "namespace": _Namespace}
+    return made
 
 
 def look(template: str, compared: str) -> dict[str, Any]:
@@ -51,9 +118,7 @@ def look(template: str, compared: str) -> dict[str, Any]:
         `names`, the variables that it expects; `clock`, the formats in which it writes the time, None
         where it does not; `values`, the strings.
     """
-    tree = Environment(extensions=[_Generation, LoopControlExtension], autoescape=True).parse(
-        template
-    )
+    tree = _environment().parse(template)
     calls = [c for c in tree.find_all(nodes.Call) if getattr(c.node, "name", "") == "strftime_now"]
     formats = {c.args[0].value for c in calls if c.args and isinstance(c.args[0], nodes.Const)}
     return {
@@ -75,16 +140,11 @@ def _compared(tree: nodes.Template, name: str) -> set[str]:
 
 
 def render(template: str, chats: list[Any], variables: dict[str, Any], prompt: bool) -> Any:
-    """What Transformers makes of conversations; a `str` says in what the template exceeds its limits."""
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    texts = []
+    """What a template makes of conversations; a `str` says in what the template exceeds its limits."""
+    compiled, texts = _environment().from_string(template), []
     for chat in chats:
-        (text,), _ = render_jinja_template(
-            conversations=[chat],
-            chat_template=template,
-            add_generation_prompt=prompt,
-            **variables,
+        text = compiled.render(
+            messages=chat, tools=None, documents=None, add_generation_prompt=prompt, **variables
         )
         size = len(json.dumps(chat))
         if len(text) > _LONGEST + 8 * size:
@@ -95,9 +155,6 @@ def render(template: str, chats: list[Any], variables: dict[str, Any], prompt: b
 
 def serve(requests: BinaryIO, answers: BinaryIO) -> None:
     """Answer requests until there are no more."""
-    from transformers.utils import chat_template_utils
-
-    del chat_template_utils  # it takes a second, which no template is to blame for
     _limit_memory()
     _answer(answers, {})
     for line in requests:
