@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import builders
 import families
+import gguf
 import torch
 from transformers import (
     CONFIG_MAPPING,
@@ -96,3 +98,71 @@ def _varint(number: int) -> bytes:
         out.append(number & 0x7F | 0x80)
         number >>= 7
     return bytes([*out, number])
+
+
+def gguf_file(
+    path: Path,
+    kind: str = "Q8_0",
+    architecture: str = "llama",
+    *,
+    without: str = "",
+    more: dict[str, Any] | None = None,
+    change: Callable[[gguf.GGUFWriter], None] = lambda writer: None,
+    **split: int,
+) -> dict[str, torch.Tensor]:
+    """A small Llama as llama.cpp stores it; returns its matrices as GGUF's own library unpacks them.
+
+    Args:
+        path: the file.
+        kind: the type of its matrices.
+        architecture: llama.cpp's name of it.
+        without: a tensor to leave out.
+        more: tensors to add, in float32.
+        change: adds keys.
+        split: how many tensors go into one file, as gguf's writer takes it.
+    """
+    torch.manual_seed(0)
+    model, tokenizer = (
+        builders.model("llama", attention_bias=False, mlp_bias=False),
+        builders.tokenizer(),
+    )
+    config, inner = model.config, json.loads(tokenizer._tokenizer.to_str())["model"]
+    writer = gguf.GGUFWriter(str(path), architecture, **split)
+    writer.add_context_length(256)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    tokens = sorted(inner["vocab"], key=inner["vocab"].get)
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if t.startswith("<") and t.endswith(">") else 1 for t in tokens])
+    writer.add_token_merges([" ".join(pair) for pair in inner["merges"]])
+    for name, number in (("bos", 2), ("eos", 1), ("pad", 0)):
+        getattr(writer, f"add_{name}_token_id")(number)
+    writer.add_chat_template(builders.TEMPLATE)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    found = {}
+    for key, tensor in model.state_dict().items():
+        name = names.get_name(key, try_suffixes=(".weight",))
+        data = tensor.float()
+        if key.endswith(("q_proj.weight", "k_proj.weight")):  # llama.cpp pairs the halves of a head
+            heads = config.num_attention_heads if "q_proj" in key else config.num_key_value_heads
+            data = data.view(heads, 2, -1, data.shape[-1]).transpose(1, 2).reshape(data.shape)
+        packed = gguf.GGMLQuantizationType[kind if data.dim() > 1 else "F32"]
+        raw = gguf.quantize(data.contiguous().numpy(), packed)
+        if name != without:
+            writer.add_tensor(name, raw, raw_dtype=packed)
+        found[key] = torch.from_numpy(gguf.dequantize(raw, packed))
+    for name, values in (more or {}).items():
+        writer.add_tensor(name, values)
+    change(writer)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return found

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import builders
 import families
-import gguf
 import pytest
 import test_dressing
 import torch
@@ -204,96 +203,6 @@ def test_a_run_on_fp8_exports_a_plain_model_that_is_measured_again(
     assert adapter["base_model_name_or_path"] == str(source)
     capsys.readouterr()
     assert cli.main(["resume", str(out), "--trials", "14", "--quiet"]) == 0
-
-
-# -- GGUF ------------------------------------------------------------------------------------------
-
-
-def gguf_file(
-    path: Path, kind: str = "Q8_0", architecture: str = "llama"
-) -> dict[str, torch.Tensor]:
-    """A small Llama as llama.cpp stores it; returns its matrices as GGUF's own library unpacks them."""
-    torch.manual_seed(0)
-    model, tokenizer = (
-        builders.model("llama", attention_bias=False, mlp_bias=False),
-        builders.tokenizer(),
-    )
-    config, inner = model.config, json.loads(tokenizer._tokenizer.to_str())["model"]
-    writer = gguf.GGUFWriter(str(path), architecture)
-    writer.add_context_length(256)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("gpt2")
-    tokens = sorted(inner["vocab"], key=inner["vocab"].get)
-    writer.add_token_list(tokens)
-    writer.add_token_types([3 if t.startswith("<") and t.endswith(">") else 1 for t in tokens])
-    writer.add_token_merges([" ".join(pair) for pair in inner["merges"]])
-    for name, number in (("bos", 2), ("eos", 1), ("pad", 0)):
-        getattr(writer, f"add_{name}_token_id")(number)
-    writer.add_chat_template(builders.TEMPLATE)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    found = {}
-    for key, tensor in model.state_dict().items():
-        name = names.get_name(key, try_suffixes=(".weight",))
-        data = tensor.float()
-        if key.endswith(("q_proj.weight", "k_proj.weight")):  # llama.cpp pairs the halves of a head
-            heads = config.num_attention_heads if "q_proj" in key else config.num_key_value_heads
-            data = data.view(heads, 2, -1, data.shape[-1]).transpose(1, 2).reshape(data.shape)
-        packed = gguf.GGMLQuantizationType[kind if data.dim() > 1 else "F32"]
-        raw = gguf.quantize(data.contiguous().numpy(), packed)
-        writer.add_tensor(name, raw, raw_dtype=packed)
-        found[key] = torch.from_numpy(gguf.dequantize(raw, packed))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return found
-
-
-@pytest.mark.parametrize("kind", ["Q8_0", "F16", "Q4_0"])
-def test_a_gguf_file_is_what_its_library_unpacks(tmp_path, kind):
-    expected = gguf_file(tmp_path / "small.gguf", kind)
-    loaded = load(ModelSection(source=str(tmp_path / "small.gguf"), dtype="float32"))
-    found = loaded.model.state_dict()
-    for key, tensor in expected.items():
-        if not key.endswith(("q_proj.weight", "k_proj.weight")):
-            assert torch.equal(found[key], tensor.bfloat16().float()), key
-    assert "GGUF" in loaded.notes[0]
-    assert loaded.tokenizer.chat_template == builders.TEMPLATE
-    again = load(ModelSection(source=str(tmp_path), gguf_file="small.gguf", dtype="float32"))
-    assert torch.equal(again.model.lm_head.weight, loaded.model.lm_head.weight)
-
-
-def test_a_run_on_a_gguf_file(tiny, tmp_path):
-    out = tmp_path / "run"
-    gguf_file(tmp_path / "small.gguf")
-    arguments = job(tiny, out)
-    arguments[1] = str(tmp_path / "small.gguf")
-    assert cli.main(arguments) == 0
-    assert cli.main(["resume", str(out), "--trials", "14", "--quiet"]) == 0
-    record = json.loads((out / "record.json").read_text())
-    assert record["model"]["source"] == str(tmp_path / "small.gguf")
-    (artifact,) = record["artifacts"]
-    for name, score in artifact["expected"].items():
-        assert artifact["measured"][name]["value"] == pytest.approx(score["value"], abs=0.05)
-
-
-@pytest.mark.parametrize(("content", "architecture"), [(b"GGUFnothing", None), (None, "made-up")])
-def test_a_file_that_transformers_cannot_read(tmp_path, content, architecture):
-    path = tmp_path / "small.gguf"
-    if content is None:
-        gguf_file(path, architecture=architecture)
-    else:
-        path.write_bytes(content)
-    with pytest.raises(ModelError, match=r"small\.gguf cannot be read") as error:
-        load(ModelSection(source=str(path)))
-    assert "\n" not in str(error.value)
 
 
 # -- MXFP4, as gpt-oss stores it -------------------------------------------------------------------

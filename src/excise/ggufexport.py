@@ -23,11 +23,11 @@ from excise.errors import ConfigError, ExportError
 from excise.events import OnEvent, ignore, phase
 from excise.export import Exported, adapter_factors, relative_error
 from excise.ggml import FLOATS, check_file_type, file_types
-from excise.gguffile import check_sizes, read_gguf, read_shards
+from excise.gguffile import check_sizes, gguf_name, read_gguf, read_shards
 from excise.llamacpp import Tools, convert, find_tools, plain_copy, quantise
 from excise.loading import read_config, weight_files
 from excise.merging import merge_checkpoint
-from excise.patching import gguf_name, patch_gguf
+from excise.patching import patch_gguf
 from excise.staging import (
     add_files,
     check_destination,

@@ -17,7 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf import (
+    GGML_QUANT_SIZES,
+    MODEL_ARCH,
+    MODEL_ARCH_NAMES,
+    GGMLQuantizationType,
+    TensorNameMap,
+    get_tensor_name_map,
+)
 
 from excise.errors import ModelError
 from excise.reading import check_regular, is_file
@@ -345,8 +352,35 @@ def check_sizes(shards: Sequence[GgufFile]) -> None:
             f"{head.path} says that it has {layers} layers, and no tensor of layer {missing} is in it: "
             "download it again, with all its parts"
         )
+    if max(held) >= layers:
+        raise ModelError(
+            f"{head.path} says that it has {layers} layers, and holds layer {max(held)}"
+        )
     experts = head.hyper("expert_count") or 0
     fused = {t.shape[0] for t in tensors.values() if len(t.shape) == 3}
     last = f"blk.0.ffn_down.{experts - 1}.weight" if type(experts) is int else ""
     if experts and not (last in tensors or (last and experts in fused)):
         raise ModelError(f"{head.path} says that it has {experts!r:.40} experts, and holds others")
+
+
+def name_map(head: GgufFile) -> TensorNameMap:
+    """From the names of a Transformers checkpoint to those of this GGUF.
+
+    Raises:
+        ModelError: gguf-py does not know its architecture.
+    """
+    by_name = {name: arch for arch, name in MODEL_ARCH_NAMES.items()}
+    arch: MODEL_ARCH | None = by_name.get(head.architecture)
+    blocks = head.hyper("block_count")
+    if arch is None or not isinstance(blocks, int):
+        raise ModelError(
+            f"{head.path} is of the architecture {head.architecture!r}, which the installed gguf "
+            "package does not know: update it, or take a GGUF of the language model itself"
+        )
+    return get_tensor_name_map(arch, blocks)
+
+
+def gguf_name(names: TensorNameMap, name: str) -> str | None:
+    """The GGUF's name of a parameter, or None."""
+    plain = re.sub(r"\blanguage_model\.(model\.)?", "", name)
+    return names.get_name(plain, try_suffixes=(".weight", ".bias"))

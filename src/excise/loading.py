@@ -24,7 +24,8 @@ from excise.discovering import discover
 from excise.errors import ModelError, UnknownArchitecture, first_line
 from excise.fitting import check_fits
 from excise.folders import check_inside, list_files
-from excise.plain import Plain, quantisation, unpack, unpack_gguf
+from excise.ggufsource import unpack_gguf
+from excise.plain import Plain, quantisation, unpack
 from excise.reading import is_file
 from excise.staging import temporary
 from excise.weights import (

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, TensorNameMap, get_tensor_name_map
+from gguf import TensorNameMap
 from torch import Tensor, nn
 
 from excise.anatomy import Writer
@@ -34,7 +34,14 @@ from excise.edits import Edit
 from excise.errors import ExportError, ModelError
 from excise.events import OnEvent, ignore, track
 from excise.ggml import Raw, check_can_store, from_float, to_float
-from excise.gguffile import GgufFile, GgufTensor, check_sizes, read_shards
+from excise.gguffile import (
+    GgufFile,
+    GgufTensor,
+    check_sizes,
+    gguf_name,
+    name_map,
+    read_shards,
+)
 from excise.merging import rows_of_edit
 from excise.staging import add_files, check_destination, copy_bytes, staged
 from excise.swapping import threads
@@ -168,29 +175,6 @@ def _module_name(writer: Writer) -> str:
     if writer.expert is None:
         return writer.name
     return re.sub(rf"\.{writer.expert}(?=\.[^.]+$)", "", writer.name)
-
-
-def name_map(head: GgufFile) -> TensorNameMap:
-    """From the names of a Transformers checkpoint to those of this GGUF.
-
-    Raises:
-        ModelError: gguf-py does not know its architecture.
-    """
-    by_name = {name: arch for arch, name in MODEL_ARCH_NAMES.items()}
-    arch: MODEL_ARCH | None = by_name.get(head.architecture)
-    blocks = head.hyper("block_count")
-    if arch is None or not isinstance(blocks, int):
-        raise ModelError(
-            f"{head.path} is of the architecture {head.architecture!r}, which the installed gguf "
-            "package does not know: update it, or take a GGUF of the language model itself"
-        )
-    return get_tensor_name_map(arch, blocks)
-
-
-def gguf_name(names: TensorNameMap, name: str) -> str | None:
-    """The GGUF's name of a parameter, or None."""
-    plain = re.sub(r"\blanguage_model\.(model\.)?", "", name)
-    return names.get_name(plain, try_suffixes=(".weight", ".bias"))
 
 
 def _check_norms(

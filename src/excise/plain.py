@@ -1,6 +1,6 @@
 """A plain copy of a checkpoint that comes quantised: what is searched, edited and exported.
 
-FP8 with scales per block, row or tensor, MXFP4 as gpt-oss stores it, and GGUF. Each packed tensor is
+FP8 with scales per block, row or tensor, and MXFP4 as gpt-oss stores it. Each packed tensor is
 unpacked by its format's own formula, rounded once to bfloat16, and stored under the name that the
 unquantised model has; every other tensor is copied as it is, also those that no class loads. The copy
 lives in a scratch folder and goes when the model does.
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import struct
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,11 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor
 
-from excise.errors import ModelError, StorageError, first_line
+from excise.errors import ModelError, StorageError
 from excise.folders import list_files
 from excise.staging import Claim, temporary
 
@@ -37,11 +35,6 @@ _SCALES = ("_scale_inv", "_scale")
 # Of activations: they mean nothing without the kernels that use them.
 _DROPPED = ("activation_scale", "input_scale", "k_scale", "v_scale")
 _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-# What Transformers' GGUF reader raises for files that are cut, damaged or of another kind.
-_UNREADABLE = (
-    *(ValueError, OSError, RuntimeError, LookupError, TypeError, ImportError),
-    *(struct.error, NotImplementedError, AttributeError, AssertionError),
-)
 _WORDS = {"fp8": "FP8", "mxfp4": "MXFP4", "compressed-tensors": "FP8 (compressed-tensors)"}
 
 
@@ -97,7 +90,7 @@ def unpack(folder: Path, files: Sequence[Path], config: dict[str, Any], method: 
     with_room = 4 if method == "mxfp4" else 2
     others = [folder / file for file in _rest(folder)]
     room = with_room * sum(file.stat().st_size for file in files)
-    scratch = _scratch(room + sum(file.stat().st_size for file in others))
+    scratch = make_room(room + sum(file.stat().st_size for file in others))
     target = scratch.path
     found = _Tensors(files)
     weight_map: dict[str, str] = {}
@@ -110,38 +103,6 @@ def unpack(folder: Path, files: Sequence[Path], config: dict[str, Any], method: 
     (target / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
     _copy_rest(folder, target, config)
     return Plain(target, f"{_WORDS[method]}, unpacked to bfloat16", scratch)
-
-
-def unpack_gguf(file: Path) -> Plain:
-    """A plain copy of a GGUF file, as Transformers reads it: weights, configuration and tokenizer.
-
-    Raises:
-        ModelError: it is not a GGUF file, or of an architecture that Transformers does not read.
-        StorageError: no room.
-    """
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    scratch = _scratch(8 * file.stat().st_size)
-    target = scratch.path
-    given = {"gguf_file": file.name}
-    try:
-        AutoTokenizer.from_pretrained(file.parent, **given).save_pretrained(target)
-        model = AutoModelForCausalLM.from_pretrained(
-            file.parent, dtype=DTYPE, quantization_config=GgufConfig(dequantize=True), **given
-        )
-    except _UNREADABLE as error:
-        raise ModelError(f"{file.name} cannot be read: {first_line(error)}") from None
-    tied = set(model.all_tied_weights_keys)
-    weights = {n: t.contiguous() for n, t in model.state_dict().items() if n not in tied}
-    try:
-        save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
-    except (OSError, SafetensorError) as error:
-        raise StorageError(f"cannot write {target}: {first_line(error)}") from None
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.config.save_pretrained(target)
-    model.generation_config.save_pretrained(target)
-    return Plain(target, "GGUF, unpacked to bfloat16", scratch)
 
 
 class _Tensors:
@@ -250,7 +211,12 @@ def mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
 # -- files -----------------------------------------------------------------------------------------
 
 
-def _scratch(room: int) -> Claim:
+def make_room(room: int) -> Claim:
+    """A scratch folder on a disk with room for so many bytes.
+
+    Raises:
+        StorageError: there is no such room.
+    """
     place = Path(tempfile.gettempdir())
     free = shutil.disk_usage(place).free
     if room > free:
