@@ -162,7 +162,7 @@ def test_index_that_names_a_missing_or_foreign_shard(refused, model):
     index.write_text(json.dumps({"weight_map": {"a": "../../etc/passwd"}}))
     assert "outside the model folder" in refused(model=model)
     index.write_text("{")
-    assert "not a readable checkpoint index" in refused(model=model)
+    assert "is not valid JSON" in refused(model=model)
 
 
 def test_missing_tensor(refused, model):
@@ -251,6 +251,9 @@ def test_a_tokenizer_without_a_padding_token_will_do(tiny, model, tmp_path):
 @pytest.mark.parametrize("method", ["gptq", "awq", "aqlm", "bitsandbytes"])
 def test_a_quantisation_that_cannot_be_unpacked(refused, model, method):
     change_json(model / "config.json", quantization_config={"quant_method": method, "bits": 4})
+    path = model / "model.safetensors"
+    codes = {"model.layers.1.mlp.down_proj.codes": torch.zeros(8, 8, dtype=torch.uint8)}
+    save_file(load_file(path) | codes, path, metadata={"format": "pt"})
     line = refused(model=model)
     assert method in line
     assert "use the checkpoint that it was made from" in line
@@ -290,7 +293,7 @@ def test_output_folder_that_holds_another_run(tiny, tmp_path, capsys):
         ("config.json", lambda d: {**d, "num_hidden_layers": 99}, "`num_hidden_layers` (99)"),
         ("config.json", lambda d: {**d, "hidden_size": "many"}, "expected int, got str"),
         ("config.json", lambda d: {**d, "num_attention_heads": 0}, "cannot be loaded"),
-        ("generation_config.json", lambda _: [], "cannot be loaded"),
+        ("generation_config.json", lambda _: [], "not a JSON object"),
     ],
 )
 def test_a_configuration_that_contradicts_itself(refused, model, file, change, words):

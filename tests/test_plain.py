@@ -22,7 +22,9 @@ from excise import cli
 from excise.config import ModelSection
 from excise.errors import ModelError
 from excise.loading import load
-from excise.plain import fp8, mxfp4, quantisation
+from excise.packing import packing
+from excise.plain import fp8, mxfp4
+from excise.shards import Stored
 
 STEADY = settings(derandomize=True, deadline=None, max_examples=30)
 BLOCK = 16
@@ -167,10 +169,120 @@ def test_methods_that_cannot_be_unpacked(settings, words):
         {"quantization_config": settings},
         {"text_config": {"quantization_config": settings}},
     ):
+        weight = Stored(Path("x"), "a.qweight", "I32", (4, 4), 0, 64)
         with pytest.raises(ModelError) as error:
-            quantisation(config, "owner/name")
+            packing(config, [weight], "owner/name")
         assert words in str(error.value)
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "claim",
+    [
+        {"quant_method": "fp8", "weight_block_size": [16, 16]},
+        {"quant_method": "bitsandbytes", "load_in_4bit": True},
+        {"quant_method": "gptq", "bits": 4},
+        "fp8",
+        {},
+    ],
+)
+def test_plain_weights_beside_a_claim_that_they_are_packed(tiny, tmp_path, claim):
+    """Merging and tuning leave such settings behind; Transformers would act on them."""
+    folder = Path(shutil.copytree(tiny / "model", tmp_path / "model"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": claim}))
+    loaded = load(ModelSection(source=str(folder), dtype="bfloat16"))
+    expected = load(ModelSection(source=str(tiny / "model"), dtype="bfloat16"))
+    found = loaded.model.state_dict()
+    for name, tensor in expected.model.state_dict().items():
+        assert torch.equal(found[name], tensor)
+    assert "its weights are plain" in loaded.notes[0]
+    assert "unpacked" not in loaded.notes[0]
+    assert json.loads((loaded.folder / "config.json").read_text()) == config
+    (weights,) = loaded.folder.glob("*.safetensors")
+    assert weights.read_bytes() == (folder / "model.safetensors").read_bytes()
+    assert (loaded.folder / "tokenizer.json").is_file()
+
+
+def rewritten(source: Path, folder: Path, change, settings=None) -> Path:
+    """A copy of an FP8 checkpoint with other tensors, or other settings of its quantisation."""
+    shutil.copytree(source, folder)
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] |= settings or {}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_packed_weights_of_which_nothing_is_said(source, tmp_path):
+    """Scales for whole tensors and for rows need no settings; without scales there is no value."""
+    name = "model.layers.1.mlp.down_proj.weight"
+
+    def one_scale(tensors):
+        for key in [key for key in tensors if key.endswith("_scale_inv")]:
+            rows = len(tensors[key.removesuffix("_scale_inv")])
+            tensors[key] = torch.full((rows, 1) if "down" in key else (), 0.5)
+
+    folder = rewritten(source, tmp_path / "model", one_scale)
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(config))
+    loaded = load(ModelSection(source=str(folder), dtype="bfloat16"))
+    stored = load_file(folder / "model.safetensors")[name]
+    assert torch.equal(loaded.model.state_dict()[name], (stored.float() / 2).bfloat16())
+    assert "FP8, unpacked" in loaded.notes[0]
+    tensors = load_file(folder / "model.safetensors")
+    bare = {key: t for key, t in tensors.items() if "scale" not in key}
+    save_file(bare, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="in FP8 without its scales"):
+        load(ModelSection(source=str(folder)))
+
+
+DOWN = "model.layers.1.mlp.down_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("scale", "settings"),
+    [
+        (torch.ones(3, 6), {}),
+        (torch.ones(4, 7), {}),
+        (torch.ones(4, 6, 1), {}),
+        (torch.ones(7), {}),
+        (torch.ones(0), {}),
+        (torch.ones(4, 6, dtype=torch.int32), {}),
+        (torch.ones(4, 6), {"weight_block_size": [16, 8]}),
+        (torch.ones(4, 6), {"weight_block_size": None}),
+        (torch.ones(4, 6), {"weight_block_size": [0, 16]}),
+        (torch.ones(4, 6), {"weight_block_size": [16, 16, 16]}),
+        (torch.ones(4, 6), {"weight_block_size": "16"}),
+        (torch.ones(4, 6), {"weight_block_size": [1 << 62, 16]}),
+    ],
+)
+def test_scales_that_do_not_fit(source, tmp_path, scale, settings):
+    folder = rewritten(
+        source, tmp_path / "model", lambda t: t.update({f"{DOWN}_scale_inv": scale}), settings
+    )
+    with pytest.raises(
+        ModelError, match=r"does not scale|weight_block_size is|scale_inv is I32"
+    ) as error:
+        load(ModelSection(source=str(folder)))
+    assert "\n" not in str(error.value)
+
+
+def test_tensors_of_any_dtype_beside_are_in_the_copy(source, tmp_path):
+    kinds = ("uint16", "uint32", "uint64", "float64", "complex64", "bool", "float8_e8m0fnu")
+    extra = {f"mtp.{kind}": torch.ones(3).to(getattr(torch, kind)) for kind in kinds}
+    extra |= {"mtp.empty": torch.ones(0, 4), "mtp.scalar": torch.tensor(1.5)}
+    folder = rewritten(source, tmp_path / "model", lambda tensors: tensors.update(extra))
+    loaded = load(ModelSection(source=str(folder)))
+    copied = load_file(loaded.folder / "model.safetensors")
+    for name, tensor in extra.items():
+        assert copied[name].dtype == tensor.dtype
+        assert copied[name].shape == tensor.shape
+        assert copied[name].flatten().tolist() == tensor.flatten().tolist()
 
 
 # -- whole runs ------------------------------------------------------------------------------------
@@ -206,6 +318,26 @@ def test_a_run_on_fp8_exports_a_plain_model_that_is_measured_again(
 
 
 # -- MXFP4, as gpt-oss stores it -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["few groups", "other dtype", "half", "flat"])
+def test_mxfp4_scales_that_do_not_fit(gpt_oss, tmp_path, kind):
+    folder = Path(shutil.copytree(gpt_oss, tmp_path / "model"))
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in tensors if name.endswith("down_proj_blocks"))
+    scales = name.replace("_blocks", "_scales")
+    if kind == "few groups":
+        tensors[scales] = tensors[scales][..., :1].contiguous()
+    elif kind == "other dtype":
+        tensors[scales] = tensors[scales].float()
+    elif kind == "half":
+        tensors[name] = tensors[name][..., :8].contiguous()
+    else:
+        tensors |= {name: tensors[name].flatten(), scales: tensors[scales].flatten()}
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="does not scale"):
+        load(ModelSection(source=str(folder)))
 
 
 @pytest.fixture(scope="module")

@@ -14,11 +14,12 @@ import torch
 from excise import stage
 from excise.anatomy import Writer, spans
 from excise.card import model_card
+from excise.checkpoint import explained, read_generation
 from excise.config import Config
 from excise.discovering import anatomy_of
 from excise.edits import Edit
 from excise.engine import Engine, Reference
-from excise.errors import ExportError, first_line, is_out_of_memory
+from excise.errors import ExportError, ModelError, first_line, is_out_of_memory
 from excise.events import Notice, OnEvent, phase
 from excise.export import Exported, export_adapter, export_safetensors, rank_for
 from excise.ggufcheck import GgufJob, measure_gguf
@@ -34,7 +35,7 @@ from excise.ggufexport import (
     own_type,
     plan_gguf,
 )
-from excise.loading import UNLOADABLE, Loaded, load, read_json
+from excise.loading import Loaded, load
 from excise.methods import Method
 from excise.ollama import modelfile
 from excise.panel import Panel
@@ -175,12 +176,12 @@ def _measure(
     reference: Reference | None = None
     for one, (_, path) in zip(made, places, strict=True):
         if one.format.startswith("gguf"):
-            with _loadable(one, path, ()):
+            with _loadable(one, path):
                 out.append(measure_gguf(one, plan, job, on_event))
             continue
         reference = reference or engine.as_reference()
         with phase(f"measure {one.format}", on_event):
-            with _loadable(one, path):
+            with _loadable(one, path), explained(f"the {one.format} export"):
                 again = _load_again(one, loaded, config, dtype)
             out.append((one, checker.measure(again, reference)))
             del again
@@ -191,20 +192,15 @@ def _measure(
 
 
 @contextmanager
-def _loadable(
-    one: Exported, path: Path, foreign: tuple[type[Exception], ...] = UNLOADABLE
-) -> Iterator[None]:
+def _loadable(one: Exported, path: Path) -> Iterator[None]:
     """Within this context an export is loaded as its users will; one that cannot be is not kept.
-
-    `foreign` are errors that the libraries raise which load it.
 
     Raises:
         ExportError: it cannot be loaded; `path` is where it would have stood.
     """
-    errors: tuple[type[Exception], ...] = (*foreign, ExportError)
     try:
         yield
-    except errors as error:
+    except (ModelError, ExportError) as error:
         if is_out_of_memory(error):
             raise
         reason = first_line(error).replace(str(one.path), one.format)
@@ -269,7 +265,7 @@ def _modelfile(stem: str, loaded: Loaded, plan: GgufPlan, record: Record) -> str
         model = f"{PATCHED}{plan.base.name}"
     elif has_projector(loaded.folder):
         projector = f"mmproj-{stem}-{own}.gguf"
-    generation = read_json(loaded.folder / "generation_config.json")
+    generation = read_generation(loaded.folder)
     licence = next((p for p in sorted(loaded.folder.glob("LICENSE*")) if p.is_file()), None)
     return modelfile(
         model,

@@ -12,13 +12,14 @@ from typing import Any
 
 from excise import stage
 from excise.card import model_card
+from excise.checkpoint import read_config, read_generation
 from excise.config import Config
 from excise.edits import Edit
 from excise.engine import Engine
 from excise.evidence import Responses
 from excise.folders import commit_of
 from excise.identity import fingerprint
-from excise.loading import DEMO, Loaded, read_config, read_json
+from excise.loading import DEMO, Loaded
 from excise.panel import Panel
 from excise.planning import Sizing
 from excise.prompts import PromptSet, PromptSets
@@ -184,7 +185,7 @@ def public_name(loaded: Loaded) -> str:
 
 def _sampling(folder: Path) -> dict[str, Any]:
     """What the generation config says of sampling."""
-    config = read_json(folder / "generation_config.json")
+    config = read_generation(folder)
     names = ("do_sample", "temperature", "top_p", "top_k", "min_p", "repetition_penalty")
     return {name: config[name] for name in names if isinstance(config.get(name), int | float)}
 

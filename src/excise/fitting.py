@@ -6,14 +6,14 @@ engine finds room for those itself.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import torch
 
+from excise.checkpoint import read_tensors
 from excise.config import ModelSection
 from excise.errors import ModelError
 
@@ -39,21 +39,11 @@ class Sizes:
 def sizes(files: Sequence[Path]) -> Sizes:
     """Elements of a checkpoint, from its headers."""
     matrices = other = 0
-    for name, shape in _headers(files):
-        count = 1
-        for side in shape:
-            count *= side
-        inner = len(shape) > 1 and "embed" not in name and "lm_head" not in name
+    for tensor in read_tensors(files):
+        count, name = tensor.elements, tensor.name
+        inner = len(tensor.shape) > 1 and "embed" not in name and "lm_head" not in name
         matrices, other = matrices + count * inner, other + count * (not inner)
     return Sizes(matrices, other)
-
-
-def _headers(files: Sequence[Path]) -> Iterator[tuple[str, list[int]]]:
-    for file in files:
-        with file.open("rb") as stream:
-            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-        header.pop("__metadata__", None)
-        yield from ((name, entry["shape"]) for name, entry in header.items())
 
 
 def free_memory() -> tuple[int, str]:

@@ -17,6 +17,7 @@ from gguf import MODEL_ARCH_NAMES, GGUFWriter, Keys, get_tensor_name_map
 from torch import nn
 
 from excise.anatomy import Writer
+from excise.checkpoint import read_config, weight_files
 from excise.config import ExportSection
 from excise.edits import Edit
 from excise.errors import ConfigError, ExportError
@@ -25,7 +26,6 @@ from excise.export import Exported, adapter_factors, relative_error
 from excise.ggml import FLOATS, check_file_type, file_types
 from excise.gguffile import check_sizes, gguf_name, read_gguf, read_shards
 from excise.llamacpp import Tools, convert, find_tools, plain_copy, quantise
-from excise.loading import read_config, weight_files
 from excise.merging import merge_checkpoint
 from excise.patching import patch_gguf
 from excise.staging import (

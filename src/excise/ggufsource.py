@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 import re
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Sequence
+from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
-from excise.errors import ExciseError, ModelError, StorageError, first_line
+from excise.checkpoint import explained
+from excise.errors import ModelError, StorageError, first_line
 from excise.gguffile import GgufFile, check_sizes, gguf_name, name_map, read_shards
-from excise.plain import DTYPE, Plain, make_room
+from excise.plain import DTYPE, UNPACKED, Plain, make_room
 
 _FILE = "model.gguf"
 # Tensors that say nothing which the configuration does not: angles of rotary embeddings.
@@ -61,7 +62,7 @@ def unpack_gguf(file: Path) -> Plain:
     tokenizer, model = _read(source, shards, file)
     shutil.rmtree(source)
     _save(claim.path, tokenizer, model, _licence(shards[0]))
-    return Plain(claim.path, "GGUF, unpacked to bfloat16", claim)
+    return Plain(claim.path, UNPACKED.format("GGUF"), claim)
 
 
 def join(shards: Sequence[GgufFile], target: Path) -> None:
@@ -102,7 +103,7 @@ def _read(source: Path, shards: Sequence[GgufFile], file: Path) -> tuple[Any, An
     logging.disable_progress_bar()
     given = {"gguf_file": _FILE}
     # One of its bars is beyond that switch.
-    with _explained(file), redirect_stderr(StringIO()):
+    with explained(file.name, "cannot be read"), redirect_stderr(StringIO()):
         config = AutoConfig.from_pretrained(source, **given)
         with torch.device("meta"):
             _check_elements(file, shards, AutoModelForCausalLM.from_config(config))
@@ -125,22 +126,6 @@ def _read(source: Path, shards: Sequence[GgufFile], file: Path) -> tuple[Any, An
     _check_all_read(file, shards, model)
     _turn_as_llama3(file, shards, model)
     return tokenizer, model
-
-
-@contextmanager
-def _explained(file: Path) -> Iterator[None]:
-    # There is no narrower class: model classes raise what their code happens to, the tokenizers library
-    # raises `Exception` itself, and its panics are not even that.
-    try:
-        yield
-    except (ExciseError, MemoryError):
-        raise
-    except Exception as error:
-        raise ModelError(f"{file.name} cannot be read: {first_line(error)}") from error
-    except BaseException as error:
-        if type(error).__name__ != "PanicException":
-            raise
-        raise ModelError(f"{file.name} cannot be read: {first_line(error)}") from error
 
 
 def _check_elements(file: Path, shards: Sequence[GgufFile], model: nn.Module) -> None:

@@ -7,8 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from excise.checkpoint import read_config, weight_files
 from excise.config import Config
-from excise.loading import Loaded, read_config, weight_files
+from excise.loading import Loaded
 from excise.prompts import PromptSets
 from excise.stage import Scoring, Tokens
 

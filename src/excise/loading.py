@@ -6,7 +6,6 @@ wrong with a checkpoint is said in one line before anything is computed.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from importlib import resources
 from importlib.util import find_spec
@@ -15,19 +14,28 @@ from typing import Any
 
 import psutil
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from excise.anatomy import Anatomy, describe, has_row
+from excise.checkpoint import (
+    check_folder,
+    explained,
+    is_gguf,
+    read_config,
+    read_tensors,
+    weight_files,
+)
 from excise.config import ModelSection
 from excise.discovering import discover
 from excise.errors import ModelError, UnknownArchitecture, first_line
 from excise.fitting import check_fits
-from excise.folders import check_inside, list_files
 from excise.ggufsource import unpack_gguf
-from excise.plain import Plain, quantisation, unpack
-from excise.reading import is_file
+from excise.packing import packing
+from excise.plain import Plain, unpack
+from excise.reading import full_path, is_file, is_folder
+from excise.shards import count_elements
 from excise.staging import temporary
+from excise.tokenizing import load_tokenizer
 from excise.weights import (
     any_offloaded,
     check_finite,
@@ -38,11 +46,9 @@ from excise.weights import (
 )
 
 DEMO = "demo"  # names the embedded model
-_WHOLE = "model.safetensors"  # all weights in one file
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-# What Transformers raises of a configuration that contradicts itself, or a device that is not there.
-UNLOADABLE = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError,
-               OSError, RuntimeError, ImportError, StrictDataclassError)  # fmt: skip
+_NOT_WEIGHTS = [*"*.bin *.pt *.pth *.ckpt *.gguf *.onnx *.h5 *.msgpack".split(), "original/*"]
+# A model of more elements than this, times its weights' and beside them, is not the one that they are of.
+_MORE, _SPARE = 2, 1 << 24
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -71,7 +77,7 @@ class Loaded:
         """The source as others load it: a whole path, or a Hub id."""
         if self.plain is None and self.is_local:
             return str(self.folder)
-        return str(Path(self.source).resolve()) if self.is_local else self.source
+        return str(full_path(Path(self.source))) if self.is_local else self.source
 
     @property
     def published(self) -> str | None:
@@ -88,7 +94,7 @@ class Loaded:
         """What the weights are, where they are not simply those of the source."""
         notes = []
         if self.plain is not None:
-            notes.append(f"The source is {self.plain.words}; all figures and exports are of that.")
+            notes.append(self.plain.note)
         if self.quantize is not None:
             notes.append(
                 f"The search ran on weights packed by {self.quantize}, and so did the export check; an "
@@ -122,7 +128,9 @@ def load(section: ModelSection) -> Loaded:
     model.eval().requires_grad_(False)
     return Loaded(
         model=model,
-        tokenizer=_load_tokenizer(section, folder),
+        tokenizer=load_tokenizer(
+            folder, section.source, trust_remote_code=section.trust_remote_code
+        ),
         anatomy=_anatomy(section, model),
         source=section.source,
         revision=section.revision,
@@ -146,15 +154,12 @@ def _anatomy(section: ModelSection, model: Any) -> Anatomy:
 
 
 def _plain(section: ModelSection, folder: Path) -> Plain | None:
-    """A plain copy of a source that is quantised; None for one that is plain."""
+    """A plain copy of a source that is quantised, or says so; None for one that is plain."""
     if folder.is_file():
         return unpack_gguf(folder)
+    check_folder(folder)
     files, config = weight_files(folder), read_config(folder)
-    list_files(folder, ModelError)  # any of which Transformers might open
-    method = quantisation(config, section.source)
-    if method is None:
-        return None
-    return unpack(folder, files, config, method)
+    return unpack(folder, files, config, packing(config, read_tensors(files), section.source))
 
 
 def resolve(section: ModelSection) -> Path:
@@ -162,29 +167,42 @@ def resolve(section: ModelSection) -> Path:
     if section.source == DEMO:
         return Path(str(resources.files("excise"))) / "data" / "demo" / "model"
     path = Path(section.source)
-    if section.source and path.is_dir() and section.gguf_file is None:
+    if section.source and is_folder(path) and section.gguf_file is None:
         return path.resolve()
     file = path if section.gguf_file is None else path / section.gguf_file
-    if file.suffix == ".gguf" and file.is_file():
-        return file.resolve()
+    if section.source and is_file(file):
+        if not is_gguf(file):
+            raise ModelError(
+                f"model {file} is a file and no GGUF: give the folder that holds config.json and weights"
+            )
+        return full_path(file)
     if not section.source or path.is_absolute() or section.source.count("/") != 1:
-        raise ModelError(
-            f"model {section.source!r} is neither a folder nor a Hub id such as owner/name"
-        )
+        raise ModelError(_no_source(path, section.source))
     return _download(section)
+
+
+def _no_source(path: Path, source: str) -> str:
+    try:
+        path.stat()
+    except PermissionError:
+        return f"model {source} cannot be read: permission denied"
+    except (OSError, ValueError):
+        pass
+    return f"model {source!r} is neither a folder nor a Hub id such as owner/name"
 
 
 def _download(section: ModelSection) -> Path:
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = [*_PICKLES, "*.gguf", "*.onnx", "*.h5", "*.msgpack", "original/*"]
     try:
         if section.gguf_file is not None:
             name, revision = section.gguf_file, section.revision
             return Path(hf_hub_download(section.source, name, revision=revision))
         return Path(
-            snapshot_download(section.source, revision=section.revision, ignore_patterns=patterns)
+            snapshot_download(
+                section.source, revision=section.revision, ignore_patterns=_NOT_WEIGHTS
+            )
         )
     except LocalEntryNotFoundError:
         raise ModelError(
@@ -193,104 +211,6 @@ def _download(section: ModelSection) -> Path:
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise ModelError(
             f"model {section.source} cannot be downloaded: {first_line(error)}"
-        ) from None
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The checkpoint's config.json."""
-    try:
-        data = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"model folder {folder} has no config.json") from None
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{folder / 'config.json'} cannot be read: {error}") from None
-    if not isinstance(data, dict):
-        raise ModelError(f"{folder / 'config.json'} is not a JSON object")
-    return data
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A checkpoint's optional JSON file; empty where there is none to read."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return data if isinstance(data, dict) else {}
-
-
-def weight_index(folder: Path) -> Path | None:
-    """The index that a checkpoint's shards are loaded by; None where one file is loaded.
-
-    In Transformers' order: what the configuration names, one whole file, an index.
-    """
-    named = _named_weights(folder)
-    if named is not None:
-        return _inside(folder, named) if named.endswith(".index.json") else None
-    index = folder / "model.safetensors.index.json"
-    return index if index.is_file() and not (folder / _WHOLE).is_file() else None
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors shards of a checkpoint, each checked to open and to be whole.
-
-    Raises:
-        ModelError: none, only pickles, a shard that the index names is missing, outside the folder,
-            truncated or corrupt.
-    """
-    index, named = weight_index(folder), _named_weights(folder)
-    if index is not None:
-        files = [_inside(folder, name) for name in sorted(set(_weight_map(index).values()))]
-    elif named is not None:
-        files = [_inside(folder, named)]
-    else:
-        whole = folder / _WHOLE
-        files = [whole] if whole.is_file() else sorted(folder.glob("*.safetensors"))
-    if not files:
-        if any(next(folder.glob(pattern), None) for pattern in _PICKLES):
-            raise ModelError(
-                f"model folder {folder} has only pickled weights, which can run code when loaded: "
-                "convert them to safetensors first"
-            )
-        raise ModelError(f"model folder {folder} has no .safetensors weights")
-    for file in files:
-        _check_shard(file)
-    return files
-
-
-def _named_weights(folder: Path) -> str | None:
-    name = read_json(folder / "config.json").get("transformers_weights")
-    return name if isinstance(name, str) else None
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        if not all(isinstance(name, str) for name in weight_map.values()):
-            raise TypeError("a shard is not named by a string")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{index} is not a readable checkpoint index: {error}") from None
-    return dict(weight_map)
-
-
-def _inside(folder: Path, name: str) -> Path:
-    path = folder / name
-    if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise ModelError(f"the checkpoint in {folder} names {name!r}, outside the model folder")
-    if not is_file(path):
-        raise ModelError(f"shard {name} of {folder} is missing: download the model again")
-    check_inside(path, folder, ModelError)
-    return path
-
-
-def _check_shard(path: Path) -> None:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            file.keys()
-    except (SafetensorError, OSError) as error:
-        raise ModelError(
-            f"weights {path} are truncated or corrupt ({error}): download the file again"
         ) from None
 
 
@@ -334,7 +254,7 @@ def _auto_class(folder: Path) -> Any:
     )
 
     config = read_config(folder)
-    own = (config.get("architectures") or [""])[0]
+    own = next(iter(config.get("architectures") or [""]), "")
     multimodal = config.get("model_type") in MULTIMODAL and not str(own).endswith("ForCausalLM")
     return AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
 
@@ -346,7 +266,9 @@ def _load_model(
 
     logging.disable_progress_bar()
     device_map = section.device_map or ("cuda:0" if torch.cuda.is_available() else None)
-    try:
+    quantise = _packing(section, dtype)
+    with explained(f"model {section.source}"):
+        _check_shapes(section, folder)
         model, info = _auto_class(folder).from_pretrained(
             folder,
             dtype=dtype,
@@ -354,12 +276,10 @@ def _load_model(
             offload_folder=offload,
             use_safetensors=True,
             trust_remote_code=section.trust_remote_code,
-            quantization_config=_packing(section, dtype),
+            quantization_config=quantise,
             ignore_mismatched_sizes=True,  # so that we can name them ourselves, below
             output_loading_info=True,
         )
-    except UNLOADABLE as error:
-        raise ModelError(f"model {section.source} cannot be loaded: {first_line(error)}") from error
     mismatched = (k[0] if isinstance(k, tuple) else k for k in info["mismatched_keys"])
     wrong = sorted({*info["missing_keys"], *mismatched})
     if wrong:
@@ -370,6 +290,27 @@ def _load_model(
     assert isinstance(model, nn.Module)
     _check_packed(section, model)
     return model
+
+
+def _check_shapes(section: ModelSection, folder: Path) -> None:
+    """Refuse a configuration whose model is larger than the weights, before any of it is made.
+
+    What is missing from the weights, or of another shape there, would be made at random first.
+    """
+    from transformers import AutoConfig
+    from transformers.initialization import meta_device_safe_creation_ops
+
+    trust = section.trust_remote_code
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
+    with torch.device("meta"), meta_device_safe_creation_ops():
+        model = _auto_class(folder).from_config(config, trust_remote_code=trust)
+    count = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
+    stored = count_elements(read_tensors(weight_files(folder)))
+    if count > _MORE * stored + _SPARE:
+        raise ModelError(
+            f"model {section.source}: config.json describes {count:.2g} numbers, and its weights hold "
+            f"{stored:.2g}: it is the configuration of another model"
+        )
 
 
 def _check_packed(section: ModelSection, model: nn.Module) -> None:
@@ -400,14 +341,3 @@ def _packing(section: ModelSection, dtype: torch.dtype) -> Any:
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
     )
-
-
-def _load_tokenizer(section: ModelSection, folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
-    except (ValueError, OSError, KeyError) as error:
-        raise ModelError(
-            f"tokenizer of {section.source} cannot be loaded: {first_line(error)}"
-        ) from error

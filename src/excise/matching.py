@@ -11,7 +11,6 @@ Shapes: O and I a writer's out and in features, E experts.
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
@@ -21,8 +20,9 @@ import torch
 from torch import Tensor
 
 from excise.anatomy import Writer
+from excise.checkpoint import read_tensors, weight_files
 from excise.errors import ExportError
-from excise.loading import weight_files
+from excise.shards import Stored
 from excise.swapping import threads
 
 # What can be edited where it stands; 8 bit and packed formats would need a reading of their own.
@@ -129,23 +129,12 @@ def list_tensors(source: Path) -> list[TensorPlace]:
     Raises:
         ModelError: the checkpoint is not whole.
     """
-    return [place for file in weight_files(source) for place in _read_header(source, file)]
+    return [_place(source, tensor) for tensor in read_tensors(weight_files(source))]
 
 
-def _read_header(source: Path, file: Path) -> list[TensorPlace]:
-    """The tensors of one shard; `weight_files` has checked that it is a whole safetensors file."""
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(length))
-    header.pop("__metadata__", None)
-    places = []
-    for key, entry in header.items():
-        start, stop = (8 + length + offset for offset in entry["data_offsets"])
-        shape = tuple(entry["shape"])
-        places.append(
-            TensorPlace(file.relative_to(source), key, entry["dtype"], shape, start, stop)
-        )
-    return places
+def _place(source: Path, tensor: Stored) -> TensorPlace:
+    file = tensor.file.relative_to(source)
+    return TensorPlace(file, tensor.name, tensor.dtype, tensor.shape, tensor.start, tensor.stop)
 
 
 class _Shelf:

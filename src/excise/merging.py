@@ -21,18 +21,15 @@ from pathlib import Path
 import torch
 
 from excise.anatomy import Writer
+from excise.checkpoint import is_other_form, weight_files, weight_index
 from excise.edits import Edit
 from excise.errors import ExportError
 from excise.events import Notice, OnEvent, ignore, track
 from excise.folders import list_files
-from excise.loading import weight_files, weight_index
 from excise.matching import TensorPlace, WriterPlace, find_tensors
 from excise.staging import add_files, check_destination, copy_bytes, staged
 from excise.swapping import threads
 
-# Other forms of the unedited weights (the first four are pickles, which also can run code): none of
-# them is what was measured, and a runner might prefer one of them.
-_STALE = (".bin", ".pt", ".pth", ".ckpt", ".bin.index.json", ".gguf", ".onnx", ".h5", ".msgpack")
 _LOW_RANK = 16  # an edit of at most this rank costs a few operations per element
 _BLOCK = 1 << 17  # elements computed at a time: they stay in the processor's cache
 _PRODUCT_BLOCK = 1 << 20  # the same for higher ranks, whose products need more rows at a time
@@ -161,10 +158,13 @@ def _files(
 
 
 def _is_stale(file: Path, weights: set[Path]) -> bool:
-    """Whether a file holds the unedited weights in a form other than what was loaded."""
+    """Whether a file holds the unedited weights in a form other than what was loaded.
+
+    None of those is what was measured, and a runner might prefer one of them.
+    """
     name = file.name.lower()
     beside = name.endswith((".safetensors", ".safetensors.index.json")) and file.parent == Path()
-    return name.endswith(_STALE) or (beside and file not in weights)
+    return is_other_form(name) or (beside and file not in weights)
 
 
 def _write_file(source: Path, target: Path, folds: list[_Fold]) -> None:

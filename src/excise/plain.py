@@ -4,14 +4,17 @@ FP8 with scales per block, row or tensor, and MXFP4 as gpt-oss stores it. Each p
 unpacked by its format's own formula, rounded once to bfloat16, and stored under the name that the
 unquantised model has; every other tensor is copied as it is, also those that no class loads. The copy
 lives in a scratch folder and goes when the model does.
+
+Where only the configuration says that weights are packed, the copy differs in that configuration alone.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,142 +24,129 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from excise.checkpoint import CONFIG, INDEX, is_other_form, read_tensors
 from excise.errors import ModelError, StorageError
 from excise.folders import list_files
+from excise.packing import SCALES, Packing, check_mxfp4, check_scale, is_pair, spread_of
+from excise.shards import BITS, FP8, Stored
 from excise.staging import Claim, temporary
 
 DTYPE = torch.bfloat16
-INDEX = "model.safetensors.index.json"
-_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1}
-_SIZES |= {"BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
-_FP8 = ("F8_E4M3", "F8_E5M2")
-# Suffixes of the scales of an FP8 weight; an inverse scale is multiplied all the same.
-_SCALES = ("_scale_inv", "_scale")
 # Of activations: they mean nothing without the kernels that use them.
 _DROPPED = ("activation_scale", "input_scale", "k_scale", "v_scale")
 _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _WORDS = {"fp8": "FP8", "mxfp4": "MXFP4", "compressed-tensors": "FP8 (compressed-tensors)"}
+UNPACKED = "The source is {}, unpacked to bfloat16; all figures and exports are of that."
+_LEFT_OVER = (
+    "The source's configuration says that it is quantised with {}, and its weights are plain: they are "
+    "what was measured, and an export's configuration says nothing of it."
+)
 
 
 @dataclass(frozen=True)
 class Plain:
-    """A plain copy: its folder, which goes with `scratch`, and what it is a copy of, in words."""
+    """A plain copy: its folder, which goes with `scratch`, and a sentence on what it is a copy of."""
 
     folder: Path
-    words: str
+    note: str
     scratch: Claim
 
 
-def quantisation(config: dict[str, Any], source: str) -> str | None:
-    """The method by which a checkpoint is quantised; None for a plain one.
-
-    Raises:
-        ModelError: one that cannot be taken apart.
-    """
-    inner = config.get("text_config") or {}
-    found = config.get("quantization_config") or inner.get("quantization_config")
-    if not found:
-        return None
-    name = str(found.get("quant_method", "an unnamed method"))
-    floats = name == "compressed-tensors" and found.get("format") == "float-quantized"
-    if name in ("fp8", "mxfp4") or floats:
-        return name
-    more = f" ({found['format']})" if found.get("format") else ""
-    if name == "bitsandbytes":
-        raise ModelError(
-            f"model {source} is stored as bitsandbytes packs it: use the checkpoint that it was made "
-            "from, with --quantize bnb-4bit or bnb-8bit"
-        )
-    raise ModelError(
-        f"model {source} is quantised with {name}{more}, which cannot be unpacked here: use the "
-        "checkpoint that it was made from, or one in FP8, MXFP4 or GGUF"
-    )
-
-
-def unpack(folder: Path, files: Sequence[Path], config: dict[str, Any], method: str) -> Plain:
-    """A plain copy of the safetensors checkpoint in `folder`.
+def unpack(
+    folder: Path, files: Sequence[Path], config: dict[str, Any], found: Packing
+) -> Plain | None:
+    """A plain copy of the safetensors checkpoint in `folder`; None where it is plain and says so.
 
     Args:
         folder: the checkpoint.
         files: its weight files.
         config: its config.json.
-        method: as `quantisation` gave it.
+        found: as `packing` gave it.
 
     Raises:
-        ModelError: a packed tensor lacks its scales. StorageError: no room.
+        ModelError: a packed tensor lacks its scales, or they do not fit. StorageError: no room.
     """
-    settings = config.get("quantization_config") or config["text_config"]["quantization_config"]
-    block = settings.get("weight_block_size")
-    with_room = 4 if method == "mxfp4" else 2
-    others = [folder / file for file in _rest(folder)]
-    room = with_room * sum(file.stat().st_size for file in files)
-    scratch = make_room(room + sum(file.stat().st_size for file in others))
+    if found.method is None and found.claim is None:
+        return None
+    packed = _Tensors(files)
+    plans = {} if found.method is None else {f: list(_plan(packed, f, found.block)) for f in files}
+    rest = [
+        folder / file for file in list_files(folder, ModelError) if not _is_made_anew(file, plans)
+    ]
+    need = (4 if found.method == "mxfp4" else 2) * sum(file.stat().st_size for file in plans)
+    scratch = make_room(need + sum(file.stat().st_size for file in rest))
     target = scratch.path
-    found = _Tensors(files)
-    weight_map: dict[str, str] = {}
-    total = 0
-    for file in files:
-        plan = list(_plan(found, file, block))
-        weight_map |= {name: file.name for name, *_ in plan}
-        total += _write(target / file.name, plan)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (target / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
-    _copy_rest(folder, target, config)
-    return Plain(target, f"{_WORDS[method]}, unpacked to bfloat16", scratch)
+    for file in rest:
+        _take(file, target / file.relative_to(folder))
+    total = sum(_write(target / file.name, plan) for file, plan in plans.items())
+    if plans:
+        weight_map = {name: file.name for file, plan in plans.items() for name, *_ in plan}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        _write_json(target / INDEX, index)
+    _write_json(target / CONFIG, _without(config))
+    note = _LEFT_OVER.format(found.claim)
+    if found.method is not None:
+        note = UNPACKED.format(_WORDS[found.method])
+    return Plain(target, note, scratch)
 
 
 class _Tensors:
     """All tensors of a checkpoint, by name, wherever they are stored."""
 
     def __init__(self, files: Sequence[Path]) -> None:
-        self.of_file = {file: sorted(_names(file)) for file in files}
-        self._where = {name: file for file, names in self.of_file.items() for name in names}
+        self.by_name = {tensor.name: tensor for tensor in read_tensors(files)}
+        self.names = set(self.by_name)
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._where
+    def of_file(self, file: Path) -> list[Stored]:
+        """Those of one file, in the order of their names."""
+        return sorted((t for t in self.by_name.values() if t.file == file), key=lambda t: t.name)
 
-    def read(self, name: str) -> Tensor:
-        """The stored tensor.
+    def get(self, name: str) -> Stored:
+        """Where a tensor is stored.
 
         Raises:
             ModelError: there is none.
         """
-        if name not in self._where:
+        if name not in self.by_name:
             raise ModelError(
                 f"the checkpoint has no tensor {name}, which another one is packed with"
             )
-        with safe_open(self._where[name], framework="pt") as file:
+        return self.by_name[name]
+
+    def read(self, name: str) -> Tensor:
+        """The stored tensor."""
+        with safe_open(self.get(name).file, framework="pt") as file:
             return file.get_tensor(name)  # type: ignore[no-any-return]
-
-    def head(self, name: str) -> tuple[tuple[int, ...], str]:
-        """Shape, and dtype as safetensors writes it."""
-        with safe_open(self._where[name], framework="pt") as file:
-            part = file.get_slice(name)
-            return tuple(part.get_shape()), str(part.get_dtype())
-
-
-def _names(file: Path) -> list[str]:
-    with safe_open(file, framework="pt") as opened:
-        return list(opened.keys())
 
 
 # Name, shape and dtype of a tensor of the copy, and how it is made.
 _Planned = tuple[str, tuple[int, ...], str, Callable[[], Tensor]]
 
 
-def _plan(found: _Tensors, file: Path, block: Any) -> Iterator[_Planned]:
+def _plan(found: _Tensors, file: Path, block: tuple[int, int] | None) -> Iterator[_Planned]:
     """What goes into the plain copy of one file."""
-    for name in found.of_file[file]:
-        shape, dtype = found.head(name)
+    for tensor in found.of_file(file):
+        name, shape = tensor.name, tensor.shape
         plain = name.removesuffix("_blocks")
-        if name.endswith("_blocks") and f"{plain}_scales" in found:
+        if is_pair(name, found.names):
+            check_mxfp4(tensor, found.get(f"{plain}_scales"))
             rows, groups, half = shape[-3:]
             sides = (*shape[:-3], groups * half * 2, rows)
             yield plain, sides, "BF16", partial(_mxfp4_of, found, plain)
-        elif dtype in _FP8:
-            yield name, shape, "BF16", partial(_fp8_of, found, name, block)
+        elif tensor.dtype in FP8:
+            ends = (name + end for end in SCALES if name + end in found.names)
+            scale = found.get(next(ends, f"{name}{SCALES[0]}"))
+            check_scale(tensor, scale, block)
+            yield name, shape, "BF16", partial(_fp8_of, found, name, scale.name, block)
         elif not _is_aside(name, found):
-            yield name, shape, dtype, partial(found.read, name)
+            yield name, shape, tensor.dtype, partial(_as_stored, tensor)
+
+
+def _as_stored(tensor: Stored) -> Tensor:
+    return torch.frombuffer(tensor.read_bytes(), dtype=torch.uint8) if tensor.elements else _NOTHING
+
+
+_NOTHING = torch.empty(0, dtype=torch.uint8)
 
 
 def _is_aside(name: str, found: _Tensors) -> bool:
@@ -164,12 +154,12 @@ def _is_aside(name: str, found: _Tensors) -> bool:
     if name.endswith(_DROPPED):
         return True
     if name.endswith("_scales"):
-        return name.removesuffix("_scales") + "_blocks" in found
-    base = next((name.removesuffix(end) for end in _SCALES if name.endswith(end)), None)
-    return base is not None and base in found and found.head(base)[1] in _FP8
+        return name.removesuffix("_scales") + "_blocks" in found.names
+    base = next((name.removesuffix(end) for end in SCALES if name.endswith(end)), None)
+    return base is not None and base in found.names and found.get(base).dtype in FP8
 
 
-def fp8(weight: Tensor, scale: Tensor, block: Sequence[int] | None) -> Tensor:
+def fp8(weight: Tensor, scale: Tensor, block: tuple[int, int] | None) -> Tensor:
     """Unpacked weight (..., O, I), from FP8 and its scales.
 
     Args:
@@ -179,17 +169,16 @@ def fp8(weight: Tensor, scale: Tensor, block: Sequence[int] | None) -> Tensor:
         block: (b, c), where the configuration gives it.
     """
     values, scales = weight.float(), scale.float()
-    if scales.numel() > 1 and block is not None and scales.dim() == values.dim():
-        for side in (-2, -1):
-            length = values.shape[side]
-            scales = scales.repeat_interleave(int(block[side]), side).narrow(side, 0, length)
-    elif scales.numel() > 1 and scales.dim() < values.dim():
+    spread = spread_of(weight.shape, scale.shape, block)
+    if spread == "blocks" and block is not None:
+        for side, length in zip((-2, -1), block, strict=True):
+            scales = scales.repeat_interleave(length, side).narrow(side, 0, values.shape[side])
+    elif spread == "rows" and scales.dim() < values.dim():
         scales = scales[..., None]
     return (values * scales).to(DTYPE)
 
 
-def _fp8_of(found: _Tensors, name: str, block: Any) -> Tensor:
-    scale = next((name + end for end in _SCALES if name + end in found), f"{name}{_SCALES[0]}")
+def _fp8_of(found: _Tensors, name: str, scale: str, block: tuple[int, int] | None) -> Tensor:
     return fp8(found.read(name), found.read(scale), block)
 
 
@@ -232,7 +221,7 @@ def _write(path: Path, plan: list[_Planned]) -> int:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for name, shape, dtype, _ in plan:
-        size = torch.Size(shape).numel() * _SIZES[dtype]
+        size = math.prod(shape) * BITS[dtype] // 8
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + size]}
         at += size
     text = json.dumps(header).encode()
@@ -240,49 +229,52 @@ def _write(path: Path, plan: list[_Planned]) -> int:
     try:
         with path.open("xb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
-            for name, shape, _, make in plan:
-                tensor = make().contiguous()
-                assert tuple(tensor.shape) == shape, name
-                file.write(tensor.view(-1).view(torch.uint8).numpy().data)
+            for name, shape, dtype, make in plan:
+                data = make().contiguous().view(-1).view(torch.uint8)
+                assert 8 * data.numel() == math.prod(shape) * BITS[dtype], name
+                file.write(data.numpy().data)
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error.strerror or error}") from None
     return at
 
 
-def _rest(folder: Path) -> list[Path]:
-    """What of a checkpoint is neither its configuration nor weights beside it."""
-    return [
-        file
-        for file in list_files(folder, ModelError)
-        if file.parent != Path() or not _is_made_anew(file.name)
-    ]
+def _is_made_anew(file: Path, plans: Mapping[Path, Any]) -> bool:
+    """Whether a file of the source is written anew, or is weights that the copy does without."""
+    name = file.name
+    if is_other_form(name):
+        return True
+    beside = file.parent == Path()
+    return beside and (
+        name == CONFIG or (bool(plans) and (name.endswith(".safetensors") or name == INDEX))
+    )
 
 
-def _is_made_anew(name: str) -> bool:
-    return name.endswith(".safetensors") or name in (INDEX, "config.json")
-
-
-def _copy_rest(folder: Path, target: Path, config: dict[str, Any]) -> None:
-    """Every other file, and the configuration without its quantisation.
-
-    No links: those that lead out of a model's folder are followed nowhere, not even ours.
-    """
-    for file in _rest(folder):
-        (target / file).parent.mkdir(parents=True, exist_ok=True)
-        try:
-            _take(folder / file, target / file)
-        except OSError as error:
-            raise StorageError(f"cannot write {target / file}: {error.strerror or error}") from None
+def _without(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration that says nothing of quantisation."""
     plain = {key: value for key, value in config.items() if key != "quantization_config"}
     if isinstance(plain.get("text_config"), dict):
         inner = plain["text_config"]
         plain["text_config"] = {k: v for k, v in inner.items() if k != "quantization_config"}
-    (target / "config.json").write_text(json.dumps(plain, indent=2), encoding="utf-8")
+    return plain
+
+
+def _write_json(path: Path, data: dict[str, Any]) -> None:
+    try:
+        path.write_text(json.dumps(data, indent=1), encoding="utf-8")
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror or error}") from None
 
 
 def _take(file: Path, target: Path) -> None:
-    """A second name of the file, or a copy where that cannot be: on another disk, of another user's."""
+    """A second name of a file, or a copy where that cannot be: on another disk, of another user's.
+
+    No link: those that lead out of a model's folder are followed nowhere, not even ours.
+    """
     try:
-        target.hardlink_to(file.resolve())
-    except OSError:
-        shutil.copyfile(file, target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            target.hardlink_to(file.resolve())
+        except OSError:
+            shutil.copyfile(file, target)
+    except OSError as error:
+        raise StorageError(f"cannot write {target}: {error.strerror or error}") from None

@@ -11,6 +11,7 @@ import json
 import os
 import stat
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -97,16 +98,25 @@ def read_text(path: Path, what: str, error: type[InputError], largest: int = LAR
         raise error(f"{what} {path} is not UTF-8 text: byte {problem.start} is of none") from None
 
 
-def parse_json(text: str | bytes, where: str, error: type[InputError]) -> Any:
+def parse_json(
+    text: str | bytes,
+    where: str,
+    error: type[InputError],
+    pairs: Callable[[list[tuple[str, Any]]], Any] | None = None,
+) -> Any:
     """Parsed JSON: nested within bounds, all of its strings whole characters.
+
+    `pairs` makes each of its tables; where there is none, of a key written twice the last one counts.
 
     Raises:
         error: it is not. The message begins with `where`.
     """
     try:
-        data = json.loads(text)
+        data = json.loads(text, object_pairs_hook=pairs)
     except RecursionError:
         raise error(_too_deep(where)) from None
+    except InputError:  # of `pairs`
+        raise
     except ValueError as problem:
         raise error(f"{where} is not valid JSON: {problem}") from None
     check_depth(data, where, error)
@@ -173,6 +183,14 @@ def is_whole(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def full_path(path: Path) -> Path:
+    """A whole path to a file or folder; a file keeps its own name.
+
+    In the Hub's cache a file is a link, and what it leads to has neither its name nor its suffix.
+    """
+    return path.parent.resolve() / path.name if is_file(path) else path.resolve()
 
 
 def _too_deep(where: str) -> str:

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from excise import stage
 from excise.anatomy import Writer
 from excise.card import model_card
+from excise.checkpoint import weight_files
 from excise.config import Config, load_config
 from excise.edits import Edit
 from excise.errors import ConfigError
@@ -26,7 +27,7 @@ from excise.events import OnEvent, ignore, phase
 from excise.export import Exported, export_adapter, export_safetensors
 from excise.finish import model_record, versions
 from excise.keeping import CAPTURED, DIRECTIONS, save_directions
-from excise.loading import Loaded, load, weight_files
+from excise.loading import Loaded, load
 from excise.methods import check_method
 from excise.prompts import PromptSets, load_prompt_sets
 from excise.record import ArtifactRecord, Record, TrialRecord, read_record
