@@ -110,9 +110,9 @@ def test_a_column_that_is_not_there(tmp_path, suffix, field):
 @pytest.mark.parametrize(
     ("name", "content", "text"),
     [
-        ("p.jsonl", b"{\n", "cannot be read"),
+        ("p.jsonl", b"{\n", "line 1 is not valid JSON: .*column 2"),
         ("p.jsonl", b'"just a string"\n', "line 1: not a JSON object"),
-        ("p.txt", b"\xff\xfe\x00", "cannot be read"),
+        ("p.txt", b"\xff\xfe\x00", "line 1: it is not UTF-8 text"),
         ("p.parquet", b"PAR1 but no more", "parquet"),
         ("p.txt", b"\n \n", "is empty"),
         ("p.csv", b"text\n", "is empty"),
@@ -282,6 +282,35 @@ def test_the_rows_of_each_role(tmp_path, files, more, expected):
     ]  # fmt: skip
     held = more.get("holdout_size", 25)
     assert span(found.contrast_holdout) == ("contrast", 15, 15 + held)
+
+
+def test_no_row_that_the_search_sees_is_left_in_the_holdout(tmp_path):
+    """Nor one of the direction, whichever files they come from, and however often it stands there."""
+    names = ("target", "target_eval", "target_holdout")
+    lines = {
+        "target": [0, 1, 2, 1],
+        "target_eval": [1, 10, 0, 11, 12, 10, 13],
+        "target_holdout": [0, 10, 20, 11, 13, 2, 21, 10],
+    }
+    for name in names:
+        text = "".join(f"orb {number}\n" for number in lines[name])
+        (tmp_path / f"{name}.txt").write_text(text)
+    sources = {name: PromptSource(source=str(tmp_path / f"{name}.txt")) for name in names}
+    sources["contrast"] = numbered(tmp_path, "contrast", 40)
+    sizes = {"direction_size": 3, "eval_size": 2}
+
+    def rows(*given):
+        found = load_prompt_sets(
+            PromptSection(**{n: sources[n] for n in (*given, "contrast")}, **sizes)
+        )
+        sets = (found.target, found.target_eval, found.target_holdout)
+        return [[int(p.text.split()[1]) for p in one.prompts] for one in sets]
+
+    assert rows(*names) == [[0, 1, 2], [10, 11], [20, 13, 21]]
+    assert rows("target", "target_eval") == [[0, 1, 2], [10, 11], [12, 13]]
+    (tmp_path / "target.txt").write_text("".join(f"orb {n}\n" for n in [0, 1, 2, 1, 3, 4, 3, 5, 0]))
+    assert rows("target") == [[0, 1, 2], [3, 4], [5]]
+    assert rows("target", "target_holdout") == [[0, 1, 2], [3, 4], [10, 20, 11, 13, 21, 10]]
 
 
 def test_each_set_says_where_it_came_from(tmp_path):

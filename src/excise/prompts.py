@@ -1,23 +1,23 @@
 """Read prompt sets, hash them, and split them into direction, search and holdout parts.
 
-Knows files and dataset ids; knows nothing of tokenizers or models.
+Knows nothing of files' formats (`promptfiles`), nor of tokenizers or models.
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import json
-from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
-from pathlib import Path
+from datetime import date
+from decimal import Decimal
 from typing import Any
 
 from excise.config import PromptSection, PromptSource
-from excise.errors import PromptError, first_line
+from excise.errors import PromptError
+from excise.promptfiles import LONGEST, read_rows
+from excise.reading import is_whole
 
-SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet")
+_MOST = 100_000  # prompts of one set
+_LARGEST = 1 << 28  # characters of one set
 
 
 @dataclass(frozen=True)
@@ -141,108 +141,51 @@ def read_prompts(source: PromptSource, limit: int | None = None) -> tuple[Prompt
     """The first `limit` prompts of a source, in order; blank ones are dropped.
 
     Raises:
-        PromptError: missing or empty file, missing column, unknown suffix, unreachable dataset.
+        PromptError: missing or empty file, missing column, unknown suffix, unreachable dataset; a row that
+            is not text, or far more text than a prompt set has.
     """
-    rows = _rows(source)
-    try:
-        prompts = tuple(islice((p for p in map(_prompt(source), rows) if p.text), limit))
-        for prompt in prompts:
-            prompt.text.encode("utf-8")  # JSON can name half of a character
-    except (OSError, UnicodeError, json.JSONDecodeError, csv.Error) as error:
-        raise PromptError(f"prompt file {source.source} cannot be read: {error}") from None
+    prompts: list[Prompt] = []
+    size = 0
+    for where, row in read_rows(source):
+        prompt = _prompt(source, row, where)
+        if not prompt.text:
+            continue
+        prompts.append(prompt)
+        size += sum(len(part or "") for part in (prompt.text, prompt.answer, prompt.group))
+        if size > _LARGEST or len(prompts) > _MOST:
+            raise PromptError(
+                f"prompt set {source.source} has more than {_MOST:,} prompts, or {_LARGEST:,} characters: "
+                "give a part of it"
+            )
+        if len(prompts) == limit:
+            break
     if not prompts:
         raise PromptError(f"prompt set {source.source} is empty: it needs at least one prompt")
-    return prompts
+    return tuple(prompts)
 
 
-def _prompt(source: PromptSource) -> Any:
-    def build(row: dict[str, Any]) -> Prompt:
-        if source.column not in row:
-            raise PromptError(
-                f"prompt set {source.source} has no column {source.column!r}; "
-                f"its columns are: {', '.join(map(str, row))}"
-            )
-        optional = []
-        for column in (source.answer_column, source.group_column):
-            if column is not None and column not in row:
-                raise PromptError(f"prompt set {source.source} has no column {column!r}")
-            value = None if column is None else row[column]
-            optional.append(None if value is None else str(value))
-        text = row[source.column]
-        if not isinstance(text, str | int | float | None) or isinstance(text, bool):
-            raise PromptError(
-                f"prompt set {source.source}: column {source.column!r} holds {type(text).__name__}, "
-                f"not text: {text!r:.60}"
-            )
-        return Prompt("" if text is None else str(text).strip(), *optional)
-
-    return build
+def _prompt(source: PromptSource, row: dict[str, Any], where: str) -> Prompt:
+    if isinstance(row[source.column], bool):
+        raise PromptError(f"{where}: column {source.column!r:.60} holds bool, not text")
+    columns = (source.column, source.answer_column, source.group_column)
+    text, *optional = (None if c is None else _text(row[c], c, where) for c in columns)
+    return Prompt("" if text is None else text.strip(), *optional)
 
 
-def _rows(source: PromptSource) -> Iterator[dict[str, Any]]:
-    path = Path(source.source)
-    suffix = path.suffix.lower()
-    if path.is_file():
-        if suffix not in SUFFIXES:
-            raise PromptError(f"prompt file {path}: use one of {', '.join(SUFFIXES)}")
-        return _file_rows(path, suffix, source.column)
-    if suffix in SUFFIXES or path.is_absolute() or source.source.count("/") != 1:
+def _text(value: Any, column: str, where: str) -> str | None:
+    """A value as text; None where there is none, as where a number is missing."""
+    if value is None or value != value:  # NaN
+        return None
+    if not isinstance(value, str | bool | int | float | Decimal | date):
+        kind = type(value).__name__
+        raise PromptError(f"{where}: column {column!r:.60} holds {kind}, not text: {value!r:.60}")
+    text = str(value)
+    if len(text) > LONGEST:
         raise PromptError(
-            f"prompt file {source.source} does not exist (a dataset id looks like owner/name)"
+            f"{where}: a text of {len(text):,} characters, where at most {LONGEST:,} are read"
         )
-    return _dataset_rows(source)
-
-
-def _file_rows(path: Path, suffix: str, column: str) -> Iterator[dict[str, Any]]:
-    if suffix == ".parquet":
-        yield from _parquet_rows(path)
-        return
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        if suffix == ".txt":
-            yield from ({column: line} for line in file)
-        elif suffix == ".csv":
-            yield from _csv_rows(path, csv.DictReader(file, strict=True))
-        else:
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise PromptError(f"prompt file {path}, line {number}: not a JSON object")
-                yield row
-
-
-def _csv_rows(path: Path, reader: csv.DictReader[str]) -> Iterator[dict[str, Any]]:
-    for row in reader:
-        if None in row:  # what stands beyond the header's last column
-            raise PromptError(
-                f"prompt file {path}, line {reader.line_num}: more fields than the header has: put "
-                "quotes around text with commas"
-            )
-        yield dict(row)
-
-
-def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1024):
-            yield from batch.to_pylist()
-    except pyarrow.ArrowException as error:
-        raise PromptError(f"prompt file {path} is not a readable parquet file: {error}") from None
-
-
-def _dataset_rows(source: PromptSource) -> Iterator[dict[str, Any]]:
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
-
-    try:
-        dataset = load_dataset(
-            source.source, source.subset, split=source.split, revision=source.revision
-        )
-    except (DatasetsError, OSError, ValueError, RuntimeError) as error:
+    if not is_whole(text):
         raise PromptError(
-            f"dataset {source.source} (split {source.split}) cannot be loaded: {first_line(error)}"
-        ) from None
-    yield from dataset
+            f"{where}: column {column!r:.60} holds half of a character (a lone surrogate): remove it"
+        )
+    return text

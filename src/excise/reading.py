@@ -117,7 +117,12 @@ def parse_json(
         raise error(_too_deep(where)) from None
     except InputError:  # of `pairs`
         raise
-    except ValueError as problem:
+    except json.JSONDecodeError as problem:
+        line = "" if problem.lineno == 1 else f"line {problem.lineno}, "
+        raise error(
+            f"{where} is not valid JSON: {problem.msg} ({line}column {problem.colno})"
+        ) from None
+    except ValueError as problem:  # a number of thousands of digits
         raise error(f"{where} is not valid JSON: {problem}") from None
     check_depth(data, where, error)
     escaped = "\\ud" if isinstance(text, str) else b"\\ud"
