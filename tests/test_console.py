@@ -1,41 +1,15 @@
-"""What is shown: plain lines, bars, JSON lines, silence, and tables of any width."""
+"""What is shown of a record: tables of any width, and texts of others as they are."""
 
 from __future__ import annotations
 
 import io
-import json
 from pathlib import Path
 
 import pytest
 from records import make_record, minimal_record
 from rich.console import Console
 
-from excise import cli, console
-from excise.console import Reporter, comparison_table, figures_table, front_table, show_result
-from excise.events import (
-    Finished,
-    Notice,
-    PhaseEnded,
-    PhaseStarted,
-    Progress,
-    TrialMeasured,
-)
-
-SCORES = {"behaviour_rate": 0.25, "drift": 0.01}
-EVENTS = [
-    PhaseStarted("load"),
-    PhaseEnded("load", 1.5),
-    PhaseStarted("search", 4),
-    Progress("search", 2, 4),
-    TrialMeasured(1, SCORES, False, True),
-    TrialMeasured(2, SCORES, True, False),
-    Notice("batch [red]halved[/] to 8"),
-    Progress("capture target", 1, 2),
-    PhaseEnded("search", 62.0),
-    PhaseStarted("something new"),
-    PhaseEnded("something new", 0.25),
-    Finished("/tmp/run [1]"),
-]
+from excise.console import comparison_table, figures_table, front_table, show_result
 
 
 @pytest.fixture(autouse=True)
@@ -43,121 +17,6 @@ def terminal(monkeypatch):
     """No test depends on the terminal it is started from."""
     for name in ("FORCE_COLOR", "NO_COLOR", "COLUMNS", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
         monkeypatch.delenv(name, raising=False)
-
-
-def tell(**how):
-    with Reporter(**how) as report:
-        for event in EVENTS:
-            report(event)
-
-
-def test_plain_lines_where_there_is_no_terminal(capsys):
-    tell()
-    out, err = capsys.readouterr()
-    assert not out
-    assert "\x1b" not in err
-    assert err.splitlines() == [
-        "Loading the model: done in 1.5 s",
-        "Searching: 2 of 4 trials",
-        "note: batch [red]halved[/] to 8",
-        "Searching: done in 1 min 2 s",
-        "something new: done in 0.2 s",
-    ]
-
-
-def test_a_plain_line_is_one_line_however_long(capsys):
-    with Reporter() as report:
-        report(Notice("word " * 100))
-    assert len(capsys.readouterr().err.splitlines()) == 1
-
-
-def test_json_lines_parse_and_name_their_event(capsys):
-    tell(json_events=True)
-    out, err = capsys.readouterr()
-    assert not err
-    rows = [json.loads(line) for line in out.splitlines()]
-    assert rows == [event.as_dict() for event in EVENTS]
-    assert [row["event"] for row in rows] == [type(event).__name__ for event in EVENTS]
-    assert rows[4] == {
-        "event": "TrialMeasured",
-        "number": 1,
-        "scores": SCORES,
-        "screened": False,
-        "on_front": True,
-    }
-
-
-def test_quiet_is_silent(capsys):
-    tell(quiet=True)
-    assert capsys.readouterr() == ("", "")
-
-
-@pytest.fixture
-def on_a_terminal(monkeypatch):
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setenv("COLUMNS", "100")
-
-
-def test_bars_on_a_terminal(on_a_terminal, capsys):
-    with Reporter() as report:
-        for event in EVENTS[:6] + EVENTS[7:]:
-            report(event)
-    out, err = capsys.readouterr()
-    assert not out
-    assert "\x1b" in err
-    for text in ("Loading the model", "1 found on the front", "target prompts", "something new"):
-        assert text in err
-
-
-@pytest.mark.parametrize("on", [{"quiet": True}, {"json_events": True}])
-def test_quiet_and_json_draw_no_bars_on_a_terminal(on_a_terminal, capsys, on):
-    tell(**on)
-    out, err = capsys.readouterr()
-    assert not err
-    assert "\x1b" not in out
-
-
-@pytest.mark.parametrize("text", ["batch [red]halved[/red] to 8", "file a[/b] is odd", "at [3]"])
-def test_a_notice_on_a_terminal_is_shown_as_it_is(on_a_terminal, capsys, text):
-    monochrome = {"NO_COLOR": "1"}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in monochrome.items():
-            patch.setenv(name, value)
-        with Reporter() as report:
-            report(Notice(text))
-    assert text in capsys.readouterr().err
-
-
-# -- the command line ------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def failing(tmp_path):
-    """Arguments of a command that says what it does until it finds nothing to work on."""
-    return ["run", str(tmp_path / "none"), "--out", str(tmp_path / "out"), "--behaviour", "demo"]
-
-
-@pytest.mark.parametrize("how", [[], ["--quiet"], ["--json-events"]])
-def test_an_error_is_one_line_however_progress_is_shown(failing, capsys, how):
-    assert cli.main([*failing, *how]) == 2
-    out, err = capsys.readouterr()
-    complaints = [line for line in err.splitlines() if line.startswith("excise: ")]
-    assert len(complaints) == 1
-    assert err.splitlines()[-1] == complaints[0]
-    rows = [json.loads(line) for line in out.splitlines()]
-    if how == ["--json-events"]:
-        assert rows[0] == {"event": "PhaseStarted", "phase": "prompts", "total": None}
-    else:
-        assert not rows
-    if how:
-        assert err.splitlines() == complaints
-
-
-def test_quiet_and_json_exclude_each_other(failing, capsys):
-    with pytest.raises(SystemExit) as exit_:
-        cli.main([*failing, "--quiet", "--json-events"])
-    assert exit_.value.code == 2
-    assert "not allowed with" in capsys.readouterr().err
 
 
 # -- tables ----------------------------------------------------------------------------------------
@@ -274,12 +133,30 @@ def test_texts_of_a_model_are_not_markup(monkeypatch, capsys):
     assert all(word in text for word in ("[red]p", "(empty)", "[/]x"))
 
 
-def test_data_for_programs(capsys):
-    console.show_json({"a": [1, None]})
-    assert json.loads(capsys.readouterr().out) == {"a": [1, None]}
-
-
-def test_lines_for_people(capsys):
-    console.say("done")
-    console.complain("not done")
-    assert capsys.readouterr() == ("done\n", "excise: not done\n")
+def test_texts_of_others_do_nothing_to_a_terminal(monkeypatch, capsys):
+    """Names of scores, groups and rules, prompts, responses and folders: of a record from anywhere."""
+    monkeypatch.setenv("COLUMNS", "240")
+    evil = "\x1b[2J\x9b1m\u202e\u2028\u200b\x07[bold]x[/]"
+    shown = "\\x1b[2J\\x9b1m\\u202e\\u2028\\u200b\\x07[bold]x[/]"
+    record = make_record()
+    score = record.holdout["behaviour_rate"].model_copy(update={"parts": None})
+    grouped = score.model_copy(update={"parts": {evil: score}})
+    sample = record.samples[0].model_copy(
+        update={"prompt": evil, "before": f"{evil}\nmore", "after": evil, "answer": evil}
+    )
+    chosen = record.chosen()
+    trials = [
+        t.model_copy(update={"scores": {**t.scores, evil: score}}) if t is chosen else t
+        for t in record.trials
+    ]
+    update = {
+        "holdout": {"behaviour_rate": grouped, evil: score},
+        "samples": [sample],
+        "trials": trials,
+        "objectives": [*record.objectives, evil],
+        "selection": evil,
+    }
+    show_result(record.model_copy(update=update), Path("runs") / evil)
+    text = capsys.readouterr().out
+    assert not {"\x1b", "\x9b", "\u202e", "\u2028", "\u200b", "\x07"} & set(text)
+    assert text.count(shown) >= 8

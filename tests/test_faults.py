@@ -147,13 +147,14 @@ def test_a_run_whose_reader_went_away_has_not_succeeded(tiny: Path, tmp_path: Pa
     assert b"Traceback" not in found.stderr
 
 
-def test_a_real_ctrl_c_exits_130_and_says_how_to_go_on(tiny: Path, tmp_path: Path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_real_signal_exits_130_and_says_how_to_go_on(tiny: Path, tmp_path: Path, number):
     out = tmp_path / "run"
     process = start(job(tiny, out, "--trials", "400"))
     while len(finished_trials(out)) < 8:
         assert process.poll() is None
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     assert process.wait(timeout=60) == 130
     message = process.stderr.read().decode()
     assert f"excise resume {out}" in message

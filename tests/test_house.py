@@ -20,7 +20,7 @@ MODULES = sorted(SOURCE.glob("*.py"))
 
 # Bottom to top, as ARCHITECTURE.md lists them: a module imports only from those before it.
 ORDER = (
-    "errors reading folders shards checkpoint staging launcher children config events promptfiles "
+    "errors visible reading folders shards checkpoint staging launcher children config events promptfiles "
     "prompts intervals evidence weights swapping anatomy directions edits experts kvcache "
     "blueprints lean forward probing discovering fitting gguffile packing plain ggufsource "
     "tokenizing loading templates templateworker rendering dressing tokens geometry capture "
@@ -29,7 +29,8 @@ ORDER = (
     "planning refining folding scorers front record wording digest markdown caveats usage recipe "
     "journal search panel keeping stage identity figures geometry_page card report matching merging "
     "export ggml patching llamaquant llamacpp ggufexport llamaworker llamarun ggufcheck ollama "
-    "artifacts finish pipeline jobs reproduce hub inspecting console arguments cli"
+    "artifacts finish pipeline jobs reproduce hub inspecting terminal "
+    "stopping reporter console arguments cli"
 ).split()
 
 PURE = "directions geometry profiles edits subspace ridge lbfgs ara space front intervals".split()
@@ -70,9 +71,9 @@ def test_rooms_are_small(path: Path):
             assert node.end_lineno - node.lineno <= 60, node.name
 
 
-def test_only_the_console_prints_reads_the_environment_or_exits():
+def test_only_the_terminal_is_printed_to_and_only_the_command_line_exits():
     for path in MODULES:
-        if path.stem in ("console", "cli"):
+        if path.stem in ("terminal", "cli"):
             continue
         # Children get a small environment, made of ours.
         allowed = {"os.environ"} if path.stem == "children" else set()

@@ -12,6 +12,7 @@ from typing import Any
 
 from excise import __version__
 from excise.errors import EXIT_BAD_INPUT
+from excise.visible import one_line
 
 METHODS = ("directional", "subspace", "ridge", "ara")
 PROJECTIONS = ("pca", "umap")
@@ -27,7 +28,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> Any:
         """Say it, and leave."""
-        self.exit(EXIT_BAD_INPUT, f"excise: {message} (see `{self.prog} --help`)\n")
+        self.exit(EXIT_BAD_INPUT, f"excise: {one_line(message)} (see `{self.prog} --help`)\n")
 
 
 def parser(functions: Mapping[str, Command]) -> argparse.ArgumentParser:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from excise import terminal
 from excise.arguments import PROMPT_FLAGS, parser
 from excise.errors import (
     EXIT_DONE,
@@ -18,27 +18,29 @@ from excise.errors import (
     EXIT_INTERRUPTED,
     ExciseError,
 )
+from excise.stopping import Stoppable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
+    terminal.prepare()
     arguments = build_parser().parse_args(argv)
     if not arguments.debug:  # it tells of a kernel that it would have downloaded
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         command: Callable[[argparse.Namespace], int] = arguments.command
-        return command(arguments)
+        with Stoppable():
+            return command(arguments)
     except KeyboardInterrupt:
-        _complain("interrupted" + _resume_hint(arguments))
+        terminal.complain("interrupted" + _resume_hint(arguments))
         return EXIT_INTERRUPTED
     except ExciseError as error:
         if arguments.debug:
             traceback.print_exc()
-        _complain(str(error))
+        terminal.complain(str(error))
         return error.exit_code
     except BrokenPipeError:
         # The reader of a pipe went away: not our failure, and nothing more can be said to it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         unfinished = getattr(arguments, "json_events", False)  # its reader went away while it ran
         return EXIT_FAILED if unfinished else EXIT_DONE
 
@@ -129,14 +131,16 @@ def _resume(arguments: argparse.Namespace) -> int:
 
 
 def _do_run(config: Any, out: Path, arguments: argparse.Namespace, *, resume: bool) -> int:
-    from excise.console import Reporter, show_result
+    from excise.console import show_result
     from excise.pipeline import run
+    from excise.reporter import Reporter
 
     arguments.run = out
     with Reporter(quiet=arguments.quiet, json_events=arguments.json_events) as on_event:
         record = run(config, out, on_event, resume=resume)
     if not arguments.json_events:
-        show_result(record, out)
+        with terminal.beside_the_work():
+            show_result(record, out)
     return EXIT_DONE
 
 
@@ -147,7 +151,7 @@ def _front(arguments: argparse.Namespace) -> int:
     record = read_record(arguments.folder)
     if arguments.json:
         trials = [record.trial(n).model_dump(mode="json") for n in record.front]
-        console.show_json(
+        terminal.show_json(
             {"objectives": record.objectives, "selected": record.selected, "front": trials}
         )
     else:
@@ -156,8 +160,8 @@ def _front(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from excise.console import Reporter, say
     from excise.jobs import export_run
+    from excise.reporter import Reporter
 
     with Reporter(quiet=arguments.quiet, json_events=arguments.json_events) as on_event:
         artifact = export_run(
@@ -170,7 +174,8 @@ def _export(arguments: argparse.Namespace) -> int:
             on_event=on_event,
         )
     if not arguments.json_events:
-        say(f"trial {artifact.trial} as {artifact.format}: {arguments.to}")
+        with terminal.beside_the_work():
+            terminal.say(f"trial {artifact.trial} as {artifact.format}: {arguments.to}")
     return EXIT_DONE
 
 
@@ -189,9 +194,10 @@ def _export_options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _reproduce(arguments: argparse.Namespace) -> int:
     from excise import console
+    from excise.reporter import Reporter
     from excise.reproduce import reproduce
 
-    with console.Reporter(quiet=arguments.quiet, json_events=arguments.json_events) as on_event:
+    with Reporter(quiet=arguments.quiet, json_events=arguments.json_events) as on_event:
         found = reproduce(
             arguments.record,
             arguments.out,
@@ -200,13 +206,14 @@ def _reproduce(arguments: argparse.Namespace) -> int:
             on_event=on_event,
         )
     if not arguments.json_events:
-        console.show_reproduction(found)
+        with terminal.beside_the_work():
+            console.show_reproduction(found)
     return EXIT_DONE if found.same else EXIT_FAILED
 
 
 def _push(arguments: argparse.Namespace) -> int:
-    from excise.console import Reporter, say
     from excise.hub import push
+    from excise.reporter import Reporter
 
     with Reporter(quiet=arguments.quiet, json_events=arguments.json_events) as on_event:
         done = push(
@@ -219,19 +226,21 @@ def _push(arguments: argparse.Namespace) -> int:
             on_event=on_event,
         )
     if not arguments.json_events:
-        say(f"{'public' if done.public else 'private'}: {done.address}")
+        with terminal.beside_the_work():
+            terminal.say(f"{'public' if done.public else 'private'}: {done.address}")
     return EXIT_DONE
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     from excise import console
     from excise.jobs import evaluate
+    from excise.reporter import Reporter
 
     config = _config(arguments, arguments.base)
-    with console.Reporter(quiet=arguments.quiet, json_events=arguments.json_events) as on_event:
+    with Reporter(quiet=arguments.quiet, json_events=arguments.json_events) as on_event:
         rows = evaluate(config, arguments.edited, on_event)
     if arguments.json:
-        console.show_json(
+        terminal.show_json(
             {
                 where: {
                     "original": {k: v.model_dump(exclude_none=True) for k, v in before.items()},
@@ -251,7 +260,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
     found = inspect_model(arguments.model)
     if arguments.json:
-        console.show_json(found)
+        terminal.show_json(found)
     else:
         console.show(inspection_table(found))
     return EXIT_DONE
@@ -260,19 +269,20 @@ def _inspect(arguments: argparse.Namespace) -> int:
 def _geometry(arguments: argparse.Namespace) -> int:
     from excise import console
     from excise.jobs import GEOMETRY, survey
+    from excise.reporter import Reporter
 
-    with console.Reporter(quiet=arguments.quiet, json_events=arguments.json_events) as on_event:
+    with Reporter(quiet=arguments.quiet, json_events=arguments.json_events) as on_event:
         layers = survey(arguments.folder, on_event, arguments.projection)
     if arguments.json:
-        console.show_json({"layers": layers})
+        terminal.show_json({"layers": layers})
     elif not arguments.json_events:
-        console.show(console.geometry_table(layers))
-        console.say(str(arguments.folder / GEOMETRY))
+        with terminal.beside_the_work():
+            console.show(console.geometry_table(layers))
+            terminal.say(str(arguments.folder / GEOMETRY))
     return EXIT_DONE
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from excise.console import say
     from excise.finish import write_pages
     from excise.journal import hold
     from excise.record import read_record
@@ -280,12 +290,9 @@ def _report(arguments: argparse.Namespace) -> int:
     read_record(arguments.folder)  # where there is none, not even a lock is left there
     with hold(arguments.folder):
         write_pages(arguments.folder, read_record(arguments.folder))
-    say(str(arguments.folder / "report.html"))
+    with terminal.beside_the_work():
+        terminal.say(str(arguments.folder / "report.html"))
     return EXIT_DONE
-
-
-def _complain(text: str) -> None:
-    sys.stderr.write(f"excise: {text}\n")
 
 
 def _resume_hint(arguments: argparse.Namespace) -> str:

@@ -11,6 +11,7 @@ from rich.text import Text
 from excise.anatomy import Writer
 from excise.config import ModelSection
 from excise.loading import load
+from excise.visible import visible
 
 
 def inspect_model(source: str) -> dict[str, Any]:
@@ -57,8 +58,10 @@ def _stored(writer: Writer) -> str:
 def inspection_table(found: dict[str, Any]) -> Any:
     """The same for people: one row per component and shape."""
     head = Text(
-        f"{found['model']}: {found['model_type']}, {found['layers']} layers, "
-        f"width {found['width']}, {found['parameters'] / 1e6:,.1f} M parameters"
+        visible(
+            f"{found['model']}: {found['model_type']}, {found['layers']} layers, "
+            f"width {found['width']}, {found['parameters'] / 1e6:,.1f} M parameters"
+        )
     )
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for name in ("component", "matrices", "shape", "experts", "bias", "post-norm"):
@@ -72,13 +75,13 @@ def inspection_table(found: dict[str, Any]) -> Any:
             experts[w["component"]] = max(experts.get(w["component"], 0), w["expert"] + 1)
     for (component, shape, bias, norm), count in rows.items():
         table.add_row(
-            component,
+            Text(visible(component)),
             str(count),
             " x ".join(map(str, shape)),
             str(experts.get(component, "no")),
             "yes" if bias else "no",
             "yes" if norm else "no",
         )
-    notes = [Text(f"edited      {line}") for line in found["edited"]]
-    notes += [Text(f"not edited  {line}", style="dim") for line in found["not_edited"]]
+    notes = [Text(visible(f"edited      {line}")) for line in found["edited"]]
+    notes += [Text(visible(f"not edited  {line}"), style="dim") for line in found["not_edited"]]
     return Group(head, Text(), table, Text(), *notes)

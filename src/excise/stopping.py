@@ -1,0 +1,39 @@
+"""How a command is stopped: Ctrl-C, SIGTERM and SIGHUP are one thing, an interrupt that keeps the state."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+_NAMES = ("SIGINT", "SIGTERM", "SIGHUP")  # the last is not on every system
+
+
+class Stoppable:
+    """Within this context these signals interrupt, where they are not ignored, as under nohup.
+
+    Leaving it raises a KeyboardInterrupt where one came, whatever the code that it struck made of it:
+    libraries turn an interrupt into errors of their own, an import into an ImportError.
+    """
+
+    def __init__(self) -> None:
+        self._asked = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Stoppable:
+        if threading.current_thread() is threading.main_thread():
+            for number in (getattr(signal, name) for name in _NAMES if hasattr(signal, name)):
+                if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+                    self._before[number] = signal.signal(number, self._stop)
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        if self._asked and error is not None and not isinstance(error, KeyboardInterrupt):
+            raise KeyboardInterrupt from error
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        self._asked = True
+        signal.default_int_handler(number, frame)

@@ -1,0 +1,125 @@
+"""Standard output and standard error, whatever they are: the only module that writes to them.
+
+Either may be closed, full, a pipe that nobody reads, or of an encoding that lacks characters. What is
+said beside the work never ends it; what is the work is known to be lost.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, TextIO, cast
+
+from excise.errors import StorageError
+from excise.visible import one_line, visible
+
+
+def prepare() -> None:
+    """Make the standard streams ones that can be written to."""
+    # A closed one's number would be taken by the next file, which libraries would then write into.
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(number)
+    sys.stdout = sys.stdout or Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
+    sys.stderr = sys.stderr or Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of libraries would run through ours
+
+
+def out(text: str) -> None:
+    """Write to standard output, at once.
+
+    Raises:
+        BrokenPipeError: its reader went away.
+        StorageError: it cannot be written.
+    """
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _leave()
+        raise
+    except OSError as error:
+        _leave()
+        raise StorageError(f"cannot write to standard output: {error.strerror or error}") from None
+
+
+def encoding() -> str:
+    """That of standard output."""
+    return getattr(sys.stdout, "encoding", None) or "utf-8"
+
+
+def _leave() -> None:
+    """Let what is still to be written to standard output go nowhere."""
+    with suppress(OSError):  # where it is no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextmanager
+def beside_the_work() -> Iterator[None]:
+    """Within this context it is said what was done: the exit code says that it is, even to nobody."""
+    try:
+        yield
+    except BrokenPipeError:
+        pass
+    except StorageError as error:
+        complain(f"{error}; the work itself is done")
+
+
+def say(text: str) -> None:
+    """One line on standard output."""
+    out(visible(text) + "\n")
+
+
+def show_json(data: Any, indent: int | None = 1) -> None:
+    """Data for programs, on standard output."""
+    out(json.dumps(_finite(data), indent=indent, allow_nan=False) + "\n")
+
+
+def _finite(data: Any) -> Any:
+    """Data whose numbers JSON has; those that it lacks as the record writes them, by name."""
+    if isinstance(data, float) and not math.isfinite(data):
+        return "NaN" if math.isnan(data) else "Infinity" if data > 0 else "-Infinity"
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    return [_finite(value) for value in data] if isinstance(data, list | tuple) else data
+
+
+def complain(text: str) -> None:
+    """One line on standard error, however long and of however many lines the reason is."""
+    stream = errors()
+    stream.write(f"excise: {one_line(text)}\n")
+    stream.flush()
+
+
+def errors() -> TextIO:
+    """Standard error as a stream that takes anything."""
+    return cast("TextIO", _Unheeded(sys.stderr))
+
+
+class _Unheeded:
+    """A stream that may be gone: what cannot be written to it is dropped."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write what can be written."""
+        with suppress(OSError, ValueError):  # ValueError: it is closed
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Write out what waits, where that can be."""
+        with suppress(OSError, ValueError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)

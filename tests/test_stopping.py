@@ -1,0 +1,58 @@
+"""Signals that stop a command: all alike, unless they are ignored, and whatever is made of them."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from excise import cli
+from excise.stopping import Stoppable
+
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_interrupts(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt), Stoppable():
+        os.kill(os.getpid(), number)
+    assert signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_what_a_library_makes_of_it_is_still_an_interrupt(number: signal.Signals) -> None:
+    def imported() -> None:
+        try:
+            os.kill(os.getpid(), number)
+        except KeyboardInterrupt:
+            raise ImportError("numpy could not be imported") from None
+
+    with pytest.raises(KeyboardInterrupt) as caught, Stoppable():
+        imported()
+    assert isinstance(caught.value.__cause__, ImportError)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_an_ignored_signal_stays_ignored(number: signal.Signals) -> None:
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        with Stoppable():
+            os.kill(os.getpid(), number)
+    finally:
+        signal.signal(number, before)
+
+
+def test_errors_without_a_signal_are_what_they_are() -> None:
+    with pytest.raises(ImportError), Stoppable():
+        raise ImportError("none")
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_the_command_line_ends_with_130(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("excise.inspecting.inspect_model", lambda _: os.kill(os.getpid(), number))
+    assert cli.main(["inspect", "demo"]) == 130
+    assert capsys.readouterr().err == "excise: interrupted\n"
