@@ -139,6 +139,23 @@ def test_ratio_weighs_by_tokens_and_one_response_has_no_spread():
     assert ratio([2.0], [4]) == (0.5, (0.5, 0.5))
 
 
+def test_the_interval_of_a_ratio_by_hand_and_where_its_values_fall():
+    """Rests of the two pairs are -2/3 and 2/3: sqrt(2 / 1 * 8 / 9) / 30 is one standard error."""
+    value, (low, high) = ratio([1.0, 4.0], [10, 20])
+    assert (low, high) == pytest.approx(
+        (value - 1.959964 * 0.0444444, value + 1.959964 * 0.0444444), rel=1e-5
+    )
+    draw = torch.Generator().manual_seed(0)
+    sizes = torch.randint(5, 60, (200, 400), generator=draw).double()
+    means = 0.02 * torch.randn(200, 400, generator=draw).double().exp()  # of a response's tokens
+    true = 0.02 * math.exp(0.5)
+    inside = 0
+    for row, size in zip(means, sizes, strict=True):
+        _, (low, high) = ratio((row * size).tolist(), size.int().tolist())
+        inside += low <= true <= high
+    assert 0.9 <= inside / 200 <= 0.99
+
+
 @given(st.integers(0, 2**16), st.floats(1e-5, 3.0))
 def test_kl_equals_its_definition_in_float64(seed, size):
     g = torch.Generator().manual_seed(seed)
