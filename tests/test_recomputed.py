@@ -9,6 +9,8 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -28,20 +30,35 @@ Z = 1.959963984540054
 class Run:
     """A finished run, and what is needed to make its figures again."""
 
-    def __init__(self, tiny: Path, folder: Path) -> None:
+    def __init__(self, place: Path) -> None:
+        self.model = AutoModelForCausalLM.from_pretrained(place / "model", dtype=torch.float32)
+        self.tokenizer = AutoTokenizer.from_pretrained(place / "model")
+        self.rows: dict[str, list[dict]] = {}
+        for side in ("target", "contrast"):
+            lines = (place / f"{side}.jsonl").read_text().splitlines()
+            self.rows[side] = [json.loads(line) for line in lines]
+
+    def label(self, place: Path) -> None:
+        """Groups, and answers that the original gives to most prompts: its last word."""
+        for side, rows in self.rows.items():
+            for number, row in enumerate(rows):
+                said = re.findall("[a-z]+", self.words(self.response(self.model, row["text"])))
+                row["answer"] = said[-1] if number % 4 and said[-1] != PREFIX.strip() else "zz"
+                row["group"] = "ab"[number % 3 == 0] if number < 2 * SIZE else "bc"[number % 3 == 1]
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+            (place / f"{side}.jsonl").write_text(text)
+
+    def finished(self, folder: Path) -> Run:
         self.folder = folder
         self.record = json.loads((folder / "record.json").read_text())
-        self.model = AutoModelForCausalLM.from_pretrained(tiny / "model", dtype=torch.float32)
-        self.tokenizer = AutoTokenizer.from_pretrained(tiny / "model")
-        self.rows = {}
-        for side in ("target", "contrast"):
-            lines = (tiny / f"{side}.jsonl").read_text().splitlines()
-            self.rows[side] = [json.loads(line)["text"] for line in lines]
-        stored = load_file(folder / "directions.safetensors")
-        self.unit = stored["unit"].double()
+        self.unit = load_file(folder / "directions.safetensors")["unit"].double()
+        return self
+
+    def labelled(self, side: str, number: int) -> list[dict]:
+        return self.rows[side][number * SIZE : (number + 1) * SIZE]
 
     def part(self, side: str, number: int) -> list[str]:
-        return self.rows[side][number * SIZE : (number + 1) * SIZE]
+        return [row["text"] for row in self.labelled(side, number)]
 
     def trial(self, number: int) -> dict:
         (found,) = (t for t in self.record["trials"] if t["number"] == number)
@@ -63,6 +80,20 @@ class Run:
     def rate(self, model, texts: list[str]) -> float:
         shown = ["e" in self.words(self.response(model, text)).lower() for text in texts]
         return sum(shown) / len(shown)
+
+    def rates(self, model, rows: list[dict]) -> dict[str, float]:
+        """The same by group."""
+        groups = {row["group"] for row in rows}
+        return {
+            group: self.rate(model, [row["text"] for row in rows if row["group"] == group])
+            for group in groups
+        }
+
+    def true(self, model, rows: list[dict]) -> float:
+        """Share of prompts that are answered with their answer, as a word of its own."""
+        said = [self.words(self.response(model, row["text"])).lower() for row in rows]
+        words = [re.findall("[a-z0-9_]+", text) for text in said]
+        return sum(row["answer"] in w for row, w in zip(rows, words, strict=True)) / len(rows)
 
     def divergences(self, edited, texts: list[str]) -> list[torch.Tensor]:
         """KL(original || edited) before every token of the original's response, per prompt."""
@@ -111,10 +142,17 @@ def strength_of(params: dict, name: str, layer: int) -> float:
 
 @pytest.fixture(scope="module")
 def run(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    out = tmp_path_factory.mktemp("recomputed") / "run"
-    more = ("--method", "directional", "--set", f"prompts.response_prefix={PREFIX!r}")
-    assert cli.main(job(tiny, out, *more, "--set", f"directions.winsor={WINSOR}")) == 0
-    return Run(tiny, out)
+    place = tmp_path_factory.mktemp("recomputed")
+    shutil.copytree(tiny, place, dirs_exist_ok=True)
+    made, out = Run(place), place / "run"
+    made.label(place)
+    more = ["--method", "directional", "--set", f"prompts.response_prefix={PREFIX!r}"]
+    more += ["--set", f"directions.winsor={WINSOR}", "--set", 'scores.final=["restored", "kept"]']
+    for side in ("target", "contrast"):
+        for column in ("answer", "group"):
+            more += ["--set", f"prompts.{side}.{column}_column={column}"]
+    assert cli.main(job(place, out, *more)) == 0
+    return made.finished(out)
 
 
 def test_directions_are_of_the_residual_after_each_layer(run: Run):
@@ -194,6 +232,30 @@ def test_the_holdout_is_the_rows_that_the_search_never_saw(run: Run):
         rate = run.rate(model, run.part("target", 2))
         assert run.record[key]["behaviour_rate"]["value"] == pytest.approx(rate)
     assert run.record["holdout_baseline"]["drift"]["value"] < 1e-9
+
+
+def test_groups_and_final_scores_are_of_their_own_prompts(run: Run):
+    edited = run.edited(run.trial(run.record["selected"])["params"])
+    for key, part, model in (
+        ("baseline", 1, run.model),
+        ("holdout_baseline", 2, run.model),
+        ("holdout", 2, edited),
+    ):
+        parts = run.record[key]["behaviour_rate"]["parts"]
+        expected = run.rates(model, run.labelled("target", part))
+        assert {group: one["value"] for group, one in parts.items()} == pytest.approx(expected)
+    different = 0
+    for key, part, model in (
+        ("final_baseline", 1, run.model),
+        ("final", 1, edited),
+        ("holdout_baseline", 2, run.model),
+        ("holdout", 2, edited),
+    ):
+        for name, side in (("restored", "target"), ("kept", "contrast")):
+            expected = run.true(model, run.labelled(side, part))
+            assert run.record[key][name]["value"] == pytest.approx(expected)
+            different += model is edited and expected < 0.5
+    assert different
 
 
 def test_samples_are_what_the_original_said_and_what_the_edited_model_says(run: Run):

@@ -1,0 +1,613 @@
+"""Faults put into a copy of the source one at a time, each with the tests that must notice it.
+
+`make mutants` applies each and runs its tests; `pytest tests/test_mutations.py` only checks that every
+one still applies. A fault that nothing notices is a seam that no test holds: write that test.
+
+    python tests/mutations.py [--only TEXT]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCE = ROOT / "src" / "excise"
+SECONDS = 900  # for the tests of one mutant
+FAILED = 1  # what pytest returns where tests failed, and for nothing else
+
+RUN = "tests/test_recomputed.py"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One fault: `old`, which stands once in the module, becomes `new`; one of `tests` fails."""
+
+    fault: str
+    module: str
+    old: str
+    new: str
+    tests: str  # as pytest takes them
+
+    def applied(self) -> str:
+        """The module's text with the fault in it.
+
+        Raises:
+            ValueError: what it replaces does not stand there once.
+        """
+        text = (SOURCE / f"{self.module}.py").read_text(encoding="utf-8")
+        if text.count(self.old) != 1:
+            raise ValueError(
+                f"{self.fault}: {self.module}.py holds what it replaces {text.count(self.old)} times"
+            )
+        return text.replace(self.old, self.new)
+
+
+MUTANTS = (
+    # -- prompts and directions
+    Mutant(
+        "directions are taken one layer lower",
+        "stage",
+        "centre(run)[1:] for side",
+        "centre(run)[:-1] for side",
+        f"{RUN} -k directions",
+    ),
+    Mutant(
+        "directions point from target to contrast",
+        "stage",
+        'from_means(means["target"], means["contrast"]',
+        'from_means(means["contrast"], means["target"]',
+        "tests/test_stage.py",
+    ),
+    Mutant(
+        "directions are not winsorised",
+        "stage",
+        "_pass(loaded, side, tokens[side], section.winsor, on_event)",
+        "_pass(loaded, side, tokens[side], None, on_event)",
+        f"{RUN} -k directions",
+    ),
+    Mutant(
+        "separation is of contrast over target",
+        "stage",
+        'auc(along["target"][:, i], along["contrast"][:, i])',
+        'auc(along["contrast"][:, i], along["target"][:, i])',
+        "tests/test_stage.py",
+    ),
+    Mutant(
+        "residuals keep the order of their batches",
+        "stage",
+        "found = torch.cat([x for _, x in parts])[order]",
+        "found = torch.cat([x for _, x in parts])",
+        "tests/test_stage.py",
+    ),
+    Mutant(
+        "residuals begin with the embedding",
+        "stage",
+        "(batch.rows, x[:, 1:].float().cpu())",
+        "(batch.rows, x[:, :-1].float().cpu())",
+        "tests/test_stage.py",
+    ),
+    Mutant(
+        "a median is a mean",
+        "stage",
+        'centre = geometric_median if section.center == "geometric_median" else mean',
+        "centre = mean",
+        "tests/test_stage.py",
+    ),
+    Mutant(
+        "the first token's residual is captured",
+        "capture",
+        "hidden = output[0] if isinstance(output, tuple) else output\n"
+        "        rows.append(anatomy.residual(hidden)[:, -1]",
+        "hidden = output[0] if isinstance(output, tuple) else output\n"
+        "        rows.append(anatomy.residual(hidden)[:, 0]",
+        "tests/test_capture.py -k hidden_states",
+    ),
+    Mutant(
+        "projections are one layer lower",
+        "capture",
+        '"bld,ld->bl", x[:, 1:].cpu()',
+        '"bld,ld->bl", x[:, :-1].cpu()',
+        "tests/test_capture.py -k projections",
+    ),
+    Mutant(
+        "projected directions leave the wrong layer's contrast mean",
+        "directions",
+        "m = self.contrast[layer]",
+        "m = self.contrast[0]",
+        "tests/test_maths.py -k projected",
+    ),
+    Mutant(
+        "edits leave the wrong layer's contrast mean",
+        "edits",
+        "own = contrast[stats.layers]  # (G, D)",
+        "own = contrast[stats.layers - 1]  # (G, D)",
+        "tests/test_edits.py",
+    ),
+    Mutant(
+        "a float index leans to the wrong layer",
+        "directions",
+        "return [(low, 1.0 - fraction), (high, fraction)]",
+        "return [(low, fraction), (high, 1.0 - fraction)]",
+        "tests/test_maths.py -k index",
+    ),
+    Mutant(
+        "one direction for all layers where each has its own",
+        "edits",
+        "out = rows[which, stats.layers]",
+        "out = rows[which, 0]",
+        "tests/test_edits.py",
+    ),
+    Mutant(
+        "strengthening weakens",
+        "directional",
+        "self.sign = -1.0 if strengthen else 1.0",
+        "self.sign = 1.0",
+        "tests/test_stage.py",
+    ),
+    Mutant(
+        "an opening stands before the prompt",
+        "stage",
+        "[[*row, *opening.ids] for row in rows]",
+        "[[*opening.ids, *row] for row in rows]",
+        f"{RUN} -k directions",
+    ),
+    # -- what a candidate is measured on
+    Mutant(
+        "the holdout is measured on the search prompts",
+        "stage",
+        'tokens[f"{side}_{part}"] for side',
+        'tokens[f"{side}_eval"] for side',
+        f"{RUN} -k holdout",
+    ),
+    Mutant(
+        "the search is measured on the holdout",
+        "pipeline",
+        'tokens, "eval", config, sizing.plan)',
+        'tokens, "holdout", config, sizing.plan)',
+        f"{RUN} -k scores",
+    ),
+    Mutant(
+        "what responses begin with is not judged",
+        "stage",
+        "spoken=tokens.opening.spoken,",
+        "spoken=(),",
+        f"{RUN} -k samples",
+    ),
+    Mutant(
+        "an export is judged without what responses begin with",
+        "artifacts",
+        "spoken=self.engine.spoken,",
+        "spoken=(),",
+        "tests/test_opening.py -k export",
+    ),
+    Mutant(
+        "an export is measured against itself",
+        "artifacts",
+        "reference=reference,",
+        "reference=None,",
+        "tests/test_recomputed.py -k export",
+    ),
+    Mutant(
+        "answers and groups are the holdout's",
+        "pipeline",
+        "scoring.context(sets.target_eval, sets.contrast_eval)",
+        "scoring.context(sets.target_holdout, sets.contrast_holdout)",
+        f"{RUN} -k groups",
+    ),
+    Mutant(
+        "a holdout's answers and groups are the search's",
+        "finish",
+        "scoring.context(*holdout), screen",
+        "scoring.context(*search_sets), screen",
+        f"{RUN} -k groups",
+    ),
+    Mutant(
+        "target and contrast prompts are mistaken for each other by scorers",
+        "stage",
+        'prompts = {"target": target.prompts, "contrast": contrast.prompts}',
+        'prompts = {"target": contrast.prompts, "contrast": target.prompts}',
+        f"{RUN} -k groups",
+    ),
+    Mutant(
+        "samples before and after are swapped",
+        "finish",
+        "texts = (before.responses[side][number].text, after.responses[side][number].text)",
+        "texts = (after.responses[side][number].text, before.responses[side][number].text)",
+        f"{RUN} -k samples",
+    ),
+    Mutant(
+        "original and edit are swapped on the holdout",
+        "finish",
+        '{"holdout_baseline": before.scores, "holdout": after.scores}',
+        '{"holdout_baseline": after.scores, "holdout": before.scores}',
+        f"{RUN} -k holdout",
+    ),
+    Mutant(
+        "original and edit are swapped in the final scores",
+        "finish",
+        '{"final_baseline": before.scores, "final": after.scores}',
+        '{"final_baseline": after.scores, "final": before.scores}',
+        f"{RUN} -k groups_and_final",
+    ),
+    Mutant(
+        "the holdout measures another trial than the chosen one",
+        "pipeline",
+        "edits = method.edits(method.candidate(chosen.params))",
+        "edits = method.edits(method.candidate(search.records()[0].params))",
+        f"{RUN} -k holdout",
+    ),
+    # -- figures
+    Mutant(
+        "divergence is taken the wrong way round",
+        "divergence",
+        "out.append(kl(p.to(q.device), q.view(s, -1, q.shape[-1])))",
+        "out.append(kl(q.view(s, -1, q.shape[-1]), p.to(q.device)))",
+        f"{RUN} -k scores",
+    ),
+    Mutant(
+        "divergence is read one token late",
+        "engine",
+        "*t[:-1]) for n, t in zip(chunk, texts, strict=True)]",
+        "*t) for n, t in zip(chunk, texts, strict=True)]",
+        f"{RUN} -k scores",
+    ),
+    Mutant(
+        "a response shorter than others is read where theirs begin",
+        "engine",
+        "[row[keep - len(t) :] for row, t",
+        "[row[: len(t)] for row, t",
+        "tests/test_engine.py -k merged_and_generated",
+    ),
+    Mutant(
+        "responses of candidates are mistaken for each other's",
+        "engine",
+        "return [rows[start : start + size] for start in range(0, len(rows), size)]",
+        "return [rows[start::members] for start in range(members)]",
+        "tests/test_engine.py -k neighbours",
+    ),
+    Mutant(
+        "figures come in the order in which candidates were stacked",
+        "engine",
+        "found.update(zip(numbers, evidence, strict=True))",
+        "found.update(zip(sorted(numbers), evidence, strict=True))",
+        "tests/test_engine.py -k neighbours",
+    ),
+    Mutant(
+        "drift's interval is ten times too narrow",
+        "intervals",
+        "half = Z95 * (n * spread / (n - 1)) ** 0.5 / size",
+        "half = Z95 * (n * spread / (n - 1)) ** 0.5 / size / 10",
+        "tests/test_maths.py -k ratio",
+    ),
+    Mutant(
+        "a rate's interval is that of 90 %",
+        "intervals",
+        "Z95 = 1.959963984540054",
+        "Z95 = 1.6448536269514722",
+        "tests/test_maths.py -k wilson",
+    ),
+    Mutant(
+        "drift weighs responses and not tokens",
+        "scorers",
+        "value, interval = ratio([float(r.sum()) for r in rows], [len(r) for r in rows])",
+        "value, interval = ratio([float(r.mean()) for r in rows], [1 for r in rows])",
+        "tests/test_scorers.py -k weighs_every_token",
+    ),
+    Mutant(
+        "drift_first is of the last token",
+        "scorers",
+        "firsts = [float(r[0]) for r in",
+        "firsts = [float(r[-1]) for r in",
+        "tests/test_scorers.py -k weighs_every_token",
+    ),
+    # -- the search
+    Mutant(
+        "nothing is ever screened",
+        "panel",
+        "self._screen\n            and bool(objectives)",
+        "False\n            and bool(objectives)",
+        "tests/test_panel.py",
+    ),
+    Mutant(
+        "screened candidates meet all prompts",
+        "panel",
+        "[candidates[n] for n in numbers], wanted, only)",
+        "[candidates[n] for n in numbers], wanted)",
+        "tests/test_panel.py",
+    ),
+    Mutant(
+        "whole and screened candidates are mistaken for each other",
+        "panel",
+        "for number, one in zip(numbers, evidence, strict=True):\n                scores",
+        "for number, one in zip(reversed(numbers), evidence, strict=True):\n                scores",
+        "tests/test_panel.py",
+    ),
+    Mutant(
+        "a screened trial is a point of the front",
+        "search",
+        'if r.state == "complete"\n',
+        'if r.state in ("complete", "screened")\n',
+        "tests/test_search.py -k screened",
+    ),
+    Mutant(
+        "random trials repeat after a resume",
+        "search",
+        "np.random.SeedSequence([self._seed, number])",
+        "np.random.SeedSequence([self._seed])",
+        "tests/test_search.py -k random",
+    ),
+    Mutant(
+        "a candidate that is worse somewhere beats another",
+        "front",
+        "return min(differences) >= 0 and max(differences) > 0",
+        "return max(differences) > 0",
+        "tests/test_maths.py -k front",
+    ),
+    Mutant(
+        "the front does not know which way is better",
+        "front",
+        "[o.sign * (y - x) for o, x, y",
+        "[(y - x) for o, x, y",
+        "tests/test_maths.py -k front",
+    ),
+    Mutant(
+        "the knee takes what is maximised for a cost",
+        "front",
+        "sum(o.sign * value / scale for o, value, scale in weighed)",
+        "sum(value / scale for o, value, scale in weighed)",
+        "tests/test_maths.py -k knee",
+    ),
+    Mutant(
+        "a limit leaves the worst of the others",
+        "front",
+        "[objectives[i].sign * p.values[i] for i in others],",
+        "[-objectives[i].sign * p.values[i] for i in others],",
+        "tests/test_maths.py -k choices",
+    ),
+    Mutant(
+        "a run that strengthens minimises the behaviour",
+        "stage",
+        '1 if s.goal == "minimize" else -1',
+        "1",
+        "tests/test_stage.py",
+    ),
+    Mutant(
+        "a run that strengthens hopes for none of it",
+        "stage",
+        'replace(scorer, goal="maximize", best=1.0)',
+        'replace(scorer, goal="maximize", best=0.0)',
+        "tests/test_stage.py",
+    ),
+    # -- edits on activations and in weights
+    Mutant(
+        "row norms are not restored on activations",
+        "stacking",
+        "out.mul_(part.scale[:, None])",
+        "pass",
+        "tests/test_stacking.py",
+    ),
+    Mutant(
+        "a bias is edited as if it were none",
+        "edits",
+        "return shift if scale is None else shift + b - scale * b",
+        "return shift",
+        "tests/test_edits.py -k bias",
+    ),
+    Mutant(
+        "an edited bias keeps the row scales of its matrix",
+        "edits",
+        "b = b * self.scale.to(b)",
+        "b = b",
+        "tests/test_edits.py -k bias",
+    ),
+    Mutant(
+        "post-norms are not counted",
+        "directional",
+        "gains=[w.gain if section.post_norms else None for w in chosen],",
+        "gains=None,",
+        "tests/test_engine.py -k whole_ablation",
+    ),
+    Mutant(
+        "experts are edited with the first candidate's edits",
+        "experts",
+        "edits.apply(candidate * edits.experts + expert, token, inner, y)",
+        "edits.apply(expert, token, inner, y)",
+        "tests/test_experts.py",
+    ),
+    Mutant(
+        "an adapter forgets the row scales",
+        "export",
+        "return torch.addcmul(-((scale * left) @ right), scale - 1.0, w)",
+        "return -((scale * left) @ right)",
+        "tests/test_export.py -k difference",
+    ),
+    # -- captures of the methods
+    Mutant(
+        "writers are captured at the first token",
+        "moments",
+        "last = (at % width == width - 1).nonzero()[:, 0]",
+        "last = (at % width == 0).nonzero()[:, 0]",
+        "tests/test_moments.py -k last_rows",
+    ),
+    Mutant(
+        "captured prompts keep the order of their batches",
+        "moments",
+        "order = prompts.argsort()",
+        "order = torch.arange(len(prompts))",
+        "tests/test_moments.py -k last_rows",
+    ),
+    Mutant(
+        "the last token of a response is counted that predicts nothing",
+        "moments",
+        "(left > mine[:, 1:])).flatten()",
+        "(left >= mine[:, 1:])).flatten()",
+        "tests/test_moments.py -k moments",
+    ),
+    Mutant(
+        "the responses that ridge keeps are those to target prompts",
+        "stage",
+        'lambda: own_responses(loaded, tokens["contrast"], config)',
+        'lambda: own_responses(loaded, tokens["target"], config)',
+        "tests/test_stage.py",
+    ),
+    Mutant(
+        "methods capture residuals that are not winsorised",
+        "stage",
+        "winsor = config.directions.winsor\n",
+        "winsor = None\n",
+        "tests/test_stage.py",
+    ),
+    # -- the lean way
+    Mutant(
+        "a window is one token too long",
+        "lean",
+        "far |= query - places >= window",
+        "far |= query - places > window",
+        "tests/test_lean.py -k final_states",
+    ),
+    Mutant(
+        "nobody compares where tokens look",
+        "forward",
+        "agrees = self._sees_alike(lean) and self._gives_alike(lean)",
+        "agrees = self._gives_alike(lean)",
+        "tests/test_lean.py -k window_that",
+    ),
+    Mutant(
+        "positions count padding",
+        "tokens",
+        "return (self.mask.cumsum(-1) - 1).clamp_min(0)",
+        "return torch.ones_like(self.mask).cumsum(-1) - 1",
+        "tests/test_tokens.py",
+    ),
+    Mutant(
+        "a text has other positions where it goes on from what was read",
+        "passes",
+        "positions = (places[before:] - starts).clamp_min(0)",
+        "positions = (places - starts)[:, :columns].clamp_min(0)",
+        "tests/test_passes.py -k going_on",
+    ),
+    Mutant(
+        "rows that are alike take each other's states",
+        "lean",
+        "out, x = out.index_select(0, alike.kinds), x.index_select(0, alike.kinds)",
+        "out, x = out.index_select(0, alike.kinds), x.index_select(0, alike.kinds.flip(0))",
+        "tests/test_lean.py -k alike",
+    ),
+    Mutant(
+        "padding is looked at",
+        "tokens",
+        "mask = [[*[0] * n, *[1] * len(row)] for",
+        "mask = [[*[1] * n, *[1] * len(row)] for",
+        "tests/test_tokens.py",
+    ),
+    Mutant(
+        "a row's shorter past is not aligned to the others'",
+        "kvcache",
+        "places = (places - pads.to(rows.device)[:, None]).clamp_min(0)",
+        "places = places.expand(len(pads), -1)",
+        "tests/test_kvcache.py -k right",
+    ),
+    # -- planning
+    Mutant(
+        "scores and bias take no memory",
+        "planning",
+        "pairs = tokens * self.pair if read else 0",
+        "pairs = 0",
+        "tests/test_planning.py -k long_pass",
+    ),
+    Mutant(
+        "sizes are measured for as long as it takes",
+        "planning",
+        "most = min(_SECONDS, _SHARE * self.search / speed)",
+        "most = inf",
+        "tests/test_planning.py -k measuring",
+    ),
+    Mutant(
+        "long texts share passes with as many as short ones",
+        "engine",
+        "fits = self.plan.fits(limit, lengths[chunk[0]])",
+        "fits = getattr(self.plan, limit)",
+        "tests/test_engine.py -k long_texts",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the tests said of one mutant: `noticed`, `survived`, or `broken` where none could run."""
+
+    mutant: Mutant
+    said: str
+    seconds: float
+    by: str = ""
+
+
+def outcomes(mutants: tuple[Mutant, ...]) -> Iterator[Outcome]:
+    """Each mutant in a copy of the source of its own, by its tests."""
+    for mutant in mutants:
+        begun = time.monotonic()
+        with tempfile.TemporaryDirectory() as name:
+            copy = Path(name) / "src"
+            shutil.copytree(ROOT / "src", copy)
+            (copy / "excise" / f"{mutant.module}.py").write_text(mutant.applied(), encoding="utf-8")
+            code, by = _tested(copy, mutant.tests)
+        said = {0: "survived", FAILED: "noticed"}.get(code, "broken")
+        yield Outcome(mutant, said, time.monotonic() - begun, by)
+
+
+def _tested(source: Path, tests: str) -> tuple[int, str]:
+    """Pytest's exit code with the package at `source`, and the first test that failed."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider"]
+    files, _, words = tests.partition(" -k ")
+    if words:
+        command += ["-k", words]
+    environment = {**os.environ, "PYTHONPATH": str(source), "OMP_NUM_THREADS": "1"}
+    try:
+        done = subprocess.run(
+            [*command, *files.split()],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        return FAILED, "it does not end"
+    failed = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("FAILED")]
+    return done.returncode, failed[0].partition("::")[2] if failed else ""
+
+
+def main() -> int:
+    """Run the mutants that were asked for; 1 where one is not noticed."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--only", default="", help="those whose fault or module holds this text")
+    options = parser.parse_args()
+    chosen = tuple(m for m in MUTANTS if options.only in f"{m.module} {m.fault}")
+    for mutant in chosen:
+        mutant.applied()
+    lost = 0
+    for outcome in outcomes(chosen):
+        one = outcome.mutant
+        lost += outcome.said != "noticed"
+        sys.stdout.write(
+            f"{outcome.said:9} {outcome.seconds:5.0f} s  {one.module}: {one.fault}"
+            f"  [{outcome.by or one.tests}]\n"
+        )
+        sys.stdout.flush()
+    sys.stdout.write(f"{len(chosen) - lost} of {len(chosen)} noticed\n")
+    return 1 if lost else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
