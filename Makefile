@@ -19,7 +19,7 @@ LLAMA_OPTIONS := LLAVA_BUILD=OFF GGML_NATIVE=OFF GGML_OPENMP=OFF GGML_LLAMAFILE=
   GGML_CPU_REPACK=OFF CMAKE_CXX_FLAGS_RELEASE=-O1 \
   CMAKE_PROJECT_INCLUDE=$(CURDIR)/.ci/llama.cmake
 
-.PHONY: venv llama demo test check lint types fuzz families bench train clean
+.PHONY: venv llama demo test check lint types fuzz families mutants bench train clean
 
 venv: $(VENV)/.installed
 
@@ -64,6 +64,10 @@ fuzz: venv
 
 families: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/test_families.py -k "not page and not row_is" --families docs/families.md
+
+# Faults put into copies of the source, one at a time: each must be noticed by its tests.
+mutants: venv
+	$(BIN)/python tests/mutations.py
 
 bench: venv
 	$(BIN)/python bench/run.py

@@ -110,6 +110,15 @@ def test_choices_under_limits_and_the_knee():
             choose(bad, front, GOALS)
 
 
+def test_choices_and_the_knee_where_something_is_maximised():
+    goals = [Objective("behaviour_rate", -1, 1.0), Objective("drift", 1, 0.5)]
+    front = [Point(0, (0.9, 0.3)), Point(1, (0.6, 0.05)), Point(2, (0.1, 0.0))]
+    assert knee(front, goals).number == 1
+    assert choose("rate>=0.5", front, goals).number == 1
+    assert choose("drift<=0.1", front, goals).number == 1
+    assert choose("drift<=0.4", front, goals).number == 0
+
+
 def test_a_candidate_is_hopeless_only_if_its_best_hope_is_beaten():
     done = [Point(0, (0.0, 0.01))]
     best = {"behaviour_rate": 0.0}

@@ -306,3 +306,7 @@ def test_the_exported_weights_are_the_edited_ones_rounded_once(run: Run):
         assert torch.allclose(ours, theirs.float(), rtol=2**-7, atol=1e-6)
         changed += not torch.equal(before.bfloat16(), theirs)
     assert changed
+    (artifact,) = run.record["artifacts"]
+    check_drift(artifact["measured"], run.divergences(written.float(), run.part("contrast", 1)))
+    rate = run.rate(written, run.part("target", 1))
+    assert artifact["measured"]["behaviour_rate"]["value"] == pytest.approx(rate)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from excise import events, stage
-from excise.config import DirectionSection, EditSection
+from excise.config import DirectionSection, EditSection, validate
 from excise.directional import DirectionalMethod
 from excise.directions import normalise
 from excise.dressing import Dressing
@@ -73,3 +73,75 @@ def test_an_edit_by_its_index_or_at_its_own_layer_removes_it_there(planted):
                 assert left < 0.1 * before
             elif writer.layer == PLANTED - 1:
                 assert left > 0.5 * before
+
+
+def test_residuals_come_in_the_order_of_the_prompts_whatever_their_lengths(planted):
+    model, _, tokens = planted
+    rows = tokens["target"]
+    assert sorted(map(len, rows), reverse=True) != list(map(len, rows))
+    found = stage.residuals(model, "target", rows, None, events.ignore)
+    for ids, x in zip(rows, found, strict=True):
+        (alone,) = stage.residuals(model, "target", [ids], None, events.ignore)
+        assert torch.allclose(x, alone, rtol=1e-3, atol=1e-3)
+
+
+def test_a_geometric_median_is_taken_where_it_is_asked_for(planted):
+    model, _, tokens = planted
+    section = DirectionSection(center="geometric_median")
+    found, _ = stage.find_directions(model, tokens, section, events.ignore)
+    centres = []
+    for side in ("target", "contrast"):
+        x = stage.residuals(model, side, tokens[side], None, events.ignore).double()
+        centre = x.mean(0)
+        for _ in range(300):
+            w = 1 / (x - centre).norm(dim=-1, keepdim=True).clamp_min(1e-9)
+            centre = (w * x).sum(0) / w.sum(0)
+        centres.append((centre, x.mean(0)))
+    (target, target_mean), (contrast, contrast_mean) = centres
+    median, mean = normalise(target - contrast), normalise(target_mean - contrast_mean)
+    near, far = (float((found.unit[0] - v[0]).norm()) for v in (median, mean))
+    assert near < 0.1 * far
+
+
+def test_strengthening_adds_what_removal_takes(planted):
+    model, _, tokens = planted
+    directions, _ = stage.find_directions(model, tokens, DirectionSection(), events.ignore)
+    writers = [w for w in model.anatomy.select(builders.COMPONENTS) if w.layer == PLANTED]
+    section = EditSection(row_norms="none")
+    method = DirectionalMethod(writers, directions, section, strengthen=True)
+    profiles = {name: Profile(1.0, PLANTED, 1.0, 10.0) for name in builders.COMPONENTS}
+    for writer, edit in zip(writers, method.edits(Candidate(None, profiles)), strict=True):
+        u = directions.unit[PLANTED]
+        assert torch.allclose(
+            edit.apply_to_weight(writer.weight).T @ u, 2 * writer.weight.T @ u, atol=1e-4
+        )
+
+
+def test_a_run_that_strengthens_seeks_all_of_the_behaviour():
+    remove, strengthen = (
+        stage.scoring(validate({"goal": goal, "scores": {"markers": ["no"]}}))
+        for goal in ("remove", "strengthen")
+    )
+    assert [(goal.name, goal.sign) for goal in remove.goals()] == [
+        ("behaviour_rate", 1),
+        ("drift", 1),
+    ]
+    assert [goal.sign for goal in strengthen.goals()] == [-1, 1]
+    assert [scorer.best for scorer in remove.objectives] == [0.0, 0.0]
+    assert [scorer.best for scorer in strengthen.objectives] == [1.0, 0.0]
+
+
+def test_methods_are_given_what_the_run_is_about(planted):
+    """The model's own responses to contrast prompts, and residuals that are winsorised as asked."""
+    model, tokens = builders.loaded("qwen3"), planted[2]
+    config = validate({"directions": {"winsor": 0.8}, "scores": {"max_new_tokens": 3}})
+    bench = stage.bench_for(model, builders.directions(), tokens, config, events.ignore)
+    for ids, said in zip(tokens["contrast"], bench.responses(), strict=True):
+        whole = model.model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=3)
+        assert list(said) == whole[0, len(ids) :].tolist()
+    (_, x), *_ = bench.residuals("target")()
+    plain = torch.cat([stage.residuals(model, "target", tokens["target"], None, events.ignore)])
+    limits = x[:, 1:].abs().amax(-1)
+    assert bool((limits < plain.abs().amax(-1).max()).all())
+    share = (x[:, 1:].abs() >= limits[..., None]).double().mean(-1)
+    assert bool((share > 0.15).all())  # what lies beyond the quantile lies on it now
