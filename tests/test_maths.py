@@ -30,8 +30,9 @@ def test_directions_are_unit_and_along_the_difference():
 def test_a_whole_index_is_that_layer_and_a_fraction_is_between():
     found = d.from_means(torch.randn(4, 8), torch.randn(4, 8))
     assert torch.allclose(found.at(0, 2.0), found.unit[2], atol=1e-6)
-    middle = d.normalise(0.5 * found.unit[1] + 0.5 * found.unit[2])
-    assert torch.allclose(found.at(0, 1.5), middle, atol=1e-6)
+    for share in (0.5, 0.25, 0.9):
+        between = d.normalise((1 - share) * found.unit[1] + share * found.unit[2])
+        assert torch.allclose(found.at(0, 1 + share), between, atol=1e-6)
     assert torch.allclose(found.at(3, None), found.unit[3], atol=1e-6)
 
 
