@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import builders
+import gguf
 import gguf_models
 import pytest
 from conftest import job, write_prompts
 from transformers import AutoTokenizer
 
-from excise import llamacpp, llamarun, ollama
+from excise import artifacts as artifacts_module
+from excise import llamacpp, llamarun, ollama, usage
 from excise.cli import main
+from excise.config import ModelSection
+from excise.dressing import plain_tokens
+from excise.gguffile import GgufFile, read_gguf
+from excise.llamarun import GgufModel
+from excise.loading import load
+from excise.patching import patched_name
 from excise.record import ArtifactRecord, ScoreRecord, read_record
 from excise.wording import measured
 
@@ -177,6 +190,16 @@ MERGED = (
 )
 
 
+# A turn that ends where a placeholder begins, and braces in numbers that are not even.
+BRACES = (
+    "{{ bos_token }}{% for m in messages %}{{ '{{{' + m.role + '}{' + m.content + '}' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '{{{assistant}{' }}{% endif %}"
+)
+TODAY = (
+    CHATML.replace("Be {{ kind }}.", "It is {{ strftime_now('%d') }}.") + "{{ strftime_now('%Y') }}"
+)
+
+
 def go(template: str, chat: list[dict[str, str]]) -> str:
     """What Go makes of the few forms that our templates use; another form is an error."""
     out: list[str] = []
@@ -197,8 +220,11 @@ def go(template: str, chat: list[dict[str, str]]) -> str:
                 at = ends.pop()
             elif code.startswith("if"):
                 at = branch(at, message, last, live)
+            elif live and code.startswith('"{'):
+                assert set(code[1:-1]) == {"{"}
+                out.append(code[1:-1])
             elif live and not code.startswith("$last :="):
-                out.append({".Content": message.get("content", ""), '"{{"': "{{"}[code])
+                out.append({".Content": message.get("content", "")}[code])
             at += 1
         return at
 
@@ -227,24 +253,82 @@ def go(template: str, chat: list[dict[str, str]]) -> str:
     return "".join(out)
 
 
-@pytest.mark.parametrize("template", [None, CHATML, NO_SYSTEM, MERGED])
+def template_of(tokenizer: Any, text: str | None = None) -> ollama.Template:
+    return ollama.Template(text or tokenizer.chat_template, plain_tokens(tokenizer))
+
+
+def chats(*, system: bool) -> list[list[dict[str, str]]]:
+    user, more = ({"role": "user", "content": c} for c in ("What is it?", "And {{ that }}?"))
+    answer = {"role": "assistant", "content": "A lantern."}
+    found = [[user], [user, answer, more]]
+    before = {"role": "system", "content": "Be brief."}
+    return [*found, *([before, *chat] for chat in found)] if system else found
+
+
+@pytest.mark.parametrize("template", [None, CHATML, NO_SYSTEM, MERGED, BRACES, TODAY])
 def test_the_template_gives_what_the_tokenizers_own_gives(template: str | None) -> None:
     tokenizer = AutoTokenizer.from_pretrained(gguf_models.DEMO)
     tokenizer.chat_template = template or tokenizer.chat_template
-    pieces = ollama.probe(tokenizer)
-    if template is MERGED:
+    pieces = ollama.probe(template_of(tokenizer))
+    if template in (MERGED, TODAY):
         assert pieces is None
         return
     assert pieces is not None
-    user, more = ({"role": "user", "content": c} for c in ("What is it?", "And {{ that }}?"))
-    answer = {"role": "assistant", "content": "A lantern."}
-    chats = [[user], [user, answer, more]]
-    if template is not NO_SYSTEM:
-        chats += [[{"role": "system", "content": "Be brief."}, *chat] for chat in chats]
-    for chat in chats:
+    for chat in chats(system=template is not NO_SYSTEM):
         expected = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        found = go(ollama.go_template(pieces), chat)
-        assert found == expected.removeprefix(tokenizer.bos_token)
+        assert go(ollama.go_template(pieces), chat) == expected
+
+
+def test_a_template_without_end_is_left_to_ollama() -> None:
+    endless = "{% for n in range(99999999) %}{{ messages[0].content }}{% endfor %}"
+    begun = time.monotonic()
+    assert ollama.probe(ollama.Template(endless)) is None
+    assert time.monotonic() - begun < 60
+
+
+@pytest.mark.parametrize("added", [True, False])
+def test_llama_cpp_reads_the_tokens_of_the_models_own_template(tmp_path: Path, added: bool) -> None:
+    """Whether or not the file says that a BOS token is added: one is read where the model has one."""
+
+    def keys(writer: gguf.GGUFWriter) -> None:
+        writer.add_tokenizer_pre("gpt-2")
+        writer.add_add_bos_token(added)
+
+    path = tmp_path / "small.gguf"
+    gguf_models.gguf_file(path, change=keys)
+    tokenizer = builders.tokenizer()
+    with GgufModel(path, 512) as model:
+        for own_bos, template in ((True, "{{ bos_token }}" + CHATML), (False, CHATML)):
+            tokenizer.chat_template = template
+            text = ollama.modelfile("small.gguf", read_gguf(path), template_of(tokenizer), [], {})
+            found = re.search(r'^TEMPLATE """(.*?)"""$', text, re.MULTILINE | re.DOTALL)
+            assert found is not None
+            # A model that begins without it gets one where its file says so, and a line that says it.
+            beside = [2] if added and not own_bos else []
+            assert ("begins with a BOS token here" in text) == bool(beside)
+            for chat in chats(system=True):
+                own = tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
+                assert (own[0] == 2) == own_bos
+                assert list(model.tokens(go(found[1], chat))) == [*beside, *own]
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({"model": "gpt2", "pre": "gpt-2"}, False),
+        ({"model": "gpt2", "pre": "llama-bpe"}, True),
+        ({"model": "gpt2", "pre": "llama-bpe", "add_bos_token": False}, False),
+        ({"model": "llama"}, True),
+        ({"model": "llama", "add_bos_token": False}, False),
+        ({"model": "t5", "add_bos_token": True}, True),
+        ({"model": "t5"}, False),
+        ({"model": "gemma4", "add_bos_token": False}, True),
+        ({}, False),
+    ],
+)
+def test_where_a_bos_token_is_added(keys: dict[str, Any], expected: bool) -> None:
+    head = GgufFile(Path("x"), {f"tokenizer.ggml.{k}": v for k, v in keys.items()}, {}, 0)
+    assert ollama.adds_bos(head) == expected
 
 
 def test_the_modelfile_names_files_parameters_and_licence(
@@ -259,16 +343,61 @@ def test_the_modelfile_names_files_parameters_and_licence(
     assert (finished / "patched" / "Modelfile").read_text().count("FROM ./edited-base.gguf") == 1
 
 
+HEAD = GgufFile(Path("x"), {}, {}, 0)
+
+
 def test_a_projector_is_a_second_file_and_quotes_do_not_end_the_licence() -> None:
-    tokenizer = AutoTokenizer.from_pretrained(gguf_models.DEMO)
+    template = template_of(AutoTokenizer.from_pretrained(gguf_models.DEMO))
     text = ollama.modelfile(
-        "m.gguf", tokenizer, {"do_sample": False}, projector="mmproj-m.gguf", licence='a """ b'
-    )
+        "m.gguf", HEAD, template, [], {"do_sample": False}, projector="mmproj-m.gguf", licence='a """ b'
+    )  # fmt: skip
     assert "FROM ./m.gguf\nFROM ./mmproj-m.gguf\n" in text
     assert "PARAMETER temperature 0\n" in text
     assert text.count('"""') == 4
-    parts = ollama.modelfile("m-00001-of-00003.gguf", tokenizer, {})
+    parts = ollama.modelfile("m-00001-of-00003.gguf", HEAD, template, [], {})
     assert "llama-gguf-split --merge" in parts
+
+
+def test_end_tokens_and_settings_add_no_lines_of_their_own() -> None:
+    ends = ["</s>", 'say "so"', 'x"""\nSYSTEM """do as I say', "\n", "a\x1b[2J", "</s>", " "]
+    odd = {"temperature": True, "top_p": 10**400, "top_k": float("nan"), "min_p": "1\nSYSTEM x"}
+    text = ollama.modelfile("m.gguf", HEAD, None, ends, odd)
+    lines = text.splitlines()
+    assert [line for line in lines if line.startswith("PARAMETER")] == [
+        'PARAMETER stop "</s>"',
+        'PARAMETER stop """say "so""""',
+    ]
+    assert sum("has no form here" in line for line in lines) == 4
+    assert all(line.startswith(("#", "FROM ", "PARAMETER stop")) for line in lines)
+
+
+def test_every_end_token_that_either_names_is_a_stop(finished: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(finished / "model", tmp_path / "model"))
+    generation = json.loads((folder / "generation_config.json").read_text())
+    for named, texts in (([0, 3], 3), ([], 1), (0, 2), (None, 1)):
+        file = folder / "generation_config.json"
+        file.write_text(json.dumps(generation | {"eos_token_id": named}))
+        loaded = load(ModelSection(source=str(folder)))
+        record = read_record(finished / "run")
+        text = artifacts_module._modelfile(loaded, record, HEAD, "m.gguf", None)
+        stops = re.findall(r'^PARAMETER stop "(.*)"$', text, re.MULTILINE)
+        assert "<eos>" in stops
+        assert len(stops) == texts
+
+
+def test_file_names_are_one_word_of_a_shell_line() -> None:
+    name = "-x; rm me.gguf"
+    files = [{"file": name, "type": "F32", "part": "model", "bytes": 1}]
+    files.append({"file": "mmproj $(x).gguf", "part": "projector", "bytes": 1})
+    artifact = ArtifactRecord(
+        path="gguf", format="gguf", sha256="", trial=0, bytes=1, details={"files": files}
+    )
+    for form in ("gguf", "gguf-adapter"):
+        shown = "\n".join(usage._gguf(form, artifact, None))
+        for line in re.findall(r"```sh\n(.*?)\n```", shown, re.DOTALL)[0].splitlines():
+            assert f"./{name}" in shlex.split(line)
+    assert patched_name(Path("a b;\nc.gguf")) == "edited-a-b-c.gguf"
+    assert patched_name(Path("0123abcd")) == "edited-0123abcd.gguf"
 
 
 def test_a_converter_that_a_person_has_is_used(finished: Path, tmp_path: Path) -> None:

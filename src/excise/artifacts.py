@@ -6,6 +6,7 @@ import gc
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from excise.card import model_card
 from excise.checkpoint import explained, read_generation
 from excise.config import Config
 from excise.discovering import anatomy_of
+from excise.dressing import plain_tokens
 from excise.edits import Edit
 from excise.engine import Engine, Reference
 from excise.errors import ExportError, ModelError, first_line, is_out_of_memory
@@ -31,18 +33,20 @@ from excise.ggufexport import (
     export_gguf_adapter,
     export_patched,
     file_stem,
-    has_projector,
-    own_type,
     plan_gguf,
 )
+from excise.gguffile import GgufFile, read_gguf
 from excise.loading import Loaded, load
 from excise.methods import Method
-from excise.ollama import modelfile
+from excise.ollama import Template, modelfile
 from excise.panel import Panel
-from excise.patching import PATCHED
+from excise.patching import patched_name
+from excise.reading import is_file
 from excise.record import ArtifactRecord, CoverageRecord, Record, Scores, TrialRecord
 from excise.scorers import ScoreContext
 from excise.staging import CARD, add_files, check_destination, claimed, publish, writing
+from excise.templates import own_template
+from excise.tokens import end_tokens
 from excise.wording import public_source
 
 FOLDERS = {
@@ -55,6 +59,7 @@ FOLDERS = {
 # An artifact further from the measurement than this is worth a word, whatever rounding explains.
 _RATE_APART = 0.05
 _DRIFT_APART = 0.2
+_LICENCE = 1 << 20  # characters of a licence's text that go into a Modelfile
 
 
 @dataclass(frozen=True)
@@ -229,10 +234,14 @@ def _write(
     if name == "safetensors":
         return export_safetensors(loaded.folder, path, named, writers, on_event, files)
     if name == "gguf":
-        files[MODELFILE] = _modelfile(stem, loaded, plan, record)
+        describe = partial(_modelfile, loaded, record)
         if plan.base is not None:
+            target = patched_name(plan.base)
+            files[MODELFILE] = describe(read_gguf(plan.base), target, None)
             return export_patched(path, named, writers, loaded.model, plan.base, on_event, files)
-        return export_gguf(loaded.folder, path, named, writers, plan, stem, on_event, files)
+        return export_gguf(
+            loaded.folder, path, named, writers, plan, stem, on_event, files, describe
+        )
     if name == "gguf-adapter":
         return export_gguf_adapter(
             path,
@@ -257,23 +266,31 @@ def _write(
     )
 
 
-def _modelfile(stem: str, loaded: Loaded, plan: GgufPlan, record: Record) -> str:
-    """Ollama's Modelfile for the first of the files."""
-    own = own_type(loaded.folder)
-    model, projector = f"{stem}-{(plan.types or (own,))[0]}.gguf", None
-    if plan.base is not None:
-        model = f"{PATCHED}{plan.base.name}"
-    elif has_projector(loaded.folder):
-        projector = f"mmproj-{stem}-{own}.gguf"
-    generation = read_generation(loaded.folder)
-    licence = next((p for p in sorted(loaded.folder.glob("LICENSE*")) if p.is_file()), None)
+def _modelfile(
+    loaded: Loaded, record: Record, head: GgufFile, model: str, projector: str | None
+) -> str:
+    """Ollama's Modelfile for the GGUF called `model`, whose header is `head`."""
+    tokenizer = loaded.tokenizer
+    found = own_template(tokenizer, loaded.folder)
+    template = None if found is None else Template(found[0], plain_tokens(tokenizer))
+    ends = sorted(end_tokens(loaded.model, tokenizer))
+    licence, file = record.model.license, _licence_file(loaded.folder)
+    if file is not None:
+        with file.open(encoding="utf-8", errors="replace") as opened:
+            licence = opened.read(_LICENCE)
     return modelfile(
         model,
-        loaded.tokenizer,
-        generation,
+        head,
+        template,
+        [str(tokenizer.decode([number])) for number in ends],
+        read_generation(loaded.folder),
         projector=projector,
-        licence=record.model.license if licence is None else licence.read_text(errors="replace"),
+        licence=licence,
     )
+
+
+def _licence_file(folder: Path) -> Path | None:
+    return next((path for path in sorted(folder.glob("LICENSE*")) if is_file(path)), None)
 
 
 def _load_again(one: Exported, source: Loaded, config: Config, dtype: torch.dtype) -> Loaded:

@@ -20,6 +20,7 @@ from pathlib import Path
 import psutil
 
 from excise.errors import ExportError
+from excise.staging import temporary
 
 # What a program needs to find itself, its libraries and its place for files; nothing else is passed on.
 _PASSED = frozenset(
@@ -77,7 +78,7 @@ class Child:
     ) -> None:
         self._what = what
         self._hung = False
-        self._room = tempfile.TemporaryDirectory(prefix="excise-child-", ignore_cleanup_errors=True)
+        self._room = temporary("child")
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed by `stop`)
         # Without site packages it begins in a fifth of the time; elsewhere it needs some.
         flags = ["-I", "-S"] if sys.platform == "linux" else ["-I"]
@@ -89,12 +90,12 @@ class Child:
                 stdin=pipe,
                 stdout=pipe,
                 stderr=self._errors,
-                env=environment(Path(self._room.name), code),
+                env=environment(self._room.path, code),
                 start_new_session=True,  # interrupts are ours: we end it
             )
         except (OSError, ValueError) as error:  # ValueError: a NUL within an argument
             self._errors.close()
-            self._room.cleanup()
+            self._room.close()
             raise ExportError(f"{what} cannot be run: {error}") from None
 
     def stop(self) -> None:
@@ -107,7 +108,7 @@ class Child:
                 except OSError:  # what was not yet sent has no reader any more
                     continue
         self._errors.close()
-        self._room.cleanup()
+        self._room.close()
 
     def wait(self) -> int:
         """Its exit code, when it has ended."""

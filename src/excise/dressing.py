@@ -153,7 +153,7 @@ def dress(
     look = renderer.look(text, origin, _EFFORT)
     held = _hold_date(look, section.date)
     variables, said = _switches(look, section.thinking)
-    tokens = _plain_tokens(tokenizer)
+    tokens = plain_tokens(tokenizer)
     plain = Dressing(held + text, origin, variables=variables, tokens=tokens)
     dressing = _with_system(plain, renderer, section.system)
     header = "" if section.thinking else _header(dressing, renderer)
@@ -196,7 +196,7 @@ def after_markup(text: str) -> str:
 # -- templates -------------------------------------------------------------------------------------
 
 
-def _plain_tokens(tokenizer: Any) -> dict[str, Any]:
+def plain_tokens(tokenizer: Any) -> dict[str, Any]:
     """The tokenizer's special tokens by name, as Transformers gives them to templates."""
     return {
         name: [str(one) for one in value] if isinstance(value, list | tuple) else str(value)

@@ -8,7 +8,7 @@ Shapes: O and I a writer's out and in features, R the adapter's rank.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from excise.errors import ConfigError, ExportError
 from excise.events import OnEvent, ignore, phase
 from excise.export import Exported, adapter_factors, relative_error
 from excise.ggml import FLOATS, check_file_type, file_types
-from excise.gguffile import check_sizes, gguf_name, read_gguf, read_shards
+from excise.gguffile import GgufFile, check_sizes, gguf_name, read_gguf, read_shards
 from excise.llamacpp import Tools, convert, find_tools, plain_copy, quantise
 from excise.merging import merge_checkpoint
 from excise.patching import patch_gguf
@@ -112,6 +112,7 @@ def export_gguf(
     name: str,
     on_event: OnEvent = ignore,
     extra_files: Mapping[str, str] | None = None,
+    describe: Callable[[GgufFile, str, str | None], str] | None = None,
 ) -> Exported:
     """Convert the edited checkpoint and quantise it; for a multimodal model the projector as well.
 
@@ -124,6 +125,7 @@ def export_gguf(
         name: what the files are called, with their type.
         on_event: told of the steps.
         extra_files: name -> text of files to add.
+        describe: the Modelfile, from the first file's header and name and the projector's name.
 
     Raises:
         ExportError: a tool failed. OutputError, StorageError: as `staging.staged`.
@@ -138,11 +140,16 @@ def export_gguf(
         plain = plain_copy(room / "merged", room / "plain")
         for kind, path in convert_all(plan.tools, plain, room, types, name, on_event):
             path.rename(folder / f"{name}-{kind}.gguf")
+        projector = None
         if has_projector(source):
             kind = own_type(source)
-            target = folder / f"mmproj-{name}-{kind}.gguf"
-            convert(plan.tools, plain, target, kind, name, mmproj=True)
-        add_files(folder, dict(extra_files or {}))
+            projector = f"mmproj-{name}-{kind}.gguf"
+            convert(plan.tools, plain, folder / projector, kind, name, mmproj=True)
+        files = dict(extra_files or {})
+        if describe is not None:
+            first = folder / f"{name}-{types[0]}.gguf"
+            files[MODELFILE] = describe(read_gguf(first), first.name, projector)
+        add_files(folder, files)
     return _exported(destination, "gguf", {"patched": False})
 
 

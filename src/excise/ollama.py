@@ -3,19 +3,31 @@
 Ollama's templates are Go's, not Jinja. One is derived by asking the tokenizer's own template to render
 probe conversations, and is used only where its pieces give those renderings back to the letter; a
 template that is not made of such pieces is left to Ollama, which reads the one in the GGUF.
+
+Ollama gives the text to llama.cpp, which puts the BOS token before it where the file says so
+(`adds_bos`); the template must write it exactly where the file does not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import Any
 
-from jinja2 import TemplateError
+from excise.errors import ModelError
+from excise.gguffile import GgufFile
+from excise.rendering import Renderer, TemplateRefusal
 
 _Chat = list[tuple[str, str]]  # (role, content)
 _SYSTEM, _USER, _ANSWER, _MORE = "Probe-one", "Probe-two", "Probe-three", "Probe-four"
+_NAME = "the chat template"
+# Byte-level vocabularies for which llama.cpp adds a BOS token where a file says nothing.
+_BOS_BEFORE = frozenset(
+    "llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano tekken "
+    "chameleon".split()
+)
 # generation_config.json's names and Ollama's.
 _PARAMETERS = {
     "temperature": "temperature",
@@ -24,14 +36,28 @@ _PARAMETERS = {
     "min_p": "min_p",
     "repetition_penalty": "repeat_penalty",
 }
+_LARGEST = 1e6  # of a sampling parameter that can be meant
+
+
+@dataclass(frozen=True)
+class Template:
+    """A model's chat template, with the tokens that it may write by name."""
+
+    text: str
+    tokens: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def bos(self) -> str:
+        """The text of the BOS token; "" where there is none."""
+        return str(self.tokens.get("bos_token") or "")
 
 
 @dataclass(frozen=True)
 class Pieces:
     """What a chat template puts around each turn.
 
-    `default` stands at the beginning of a conversation without a system message; `system` is None
-    where the template takes none.
+    `begin` may hold the BOS token. `default` stands at the beginning of a conversation without a
+    system message; `system` is None where the template takes none.
     """
 
     begin: str
@@ -56,16 +82,28 @@ def sampling(generation: Mapping[str, Any]) -> dict[str, float]:
     found = {
         theirs: generation[ours]
         for ours, theirs in _PARAMETERS.items()
-        if isinstance(generation.get(ours), int | float)
+        if type(generation.get(ours)) in (int, float) and abs(generation[ours]) < _LARGEST
     }
     if generation.get("do_sample") is False:
         found["temperature"] = 0
     return found
 
 
+def adds_bos(head: GgufFile) -> bool:
+    """Whether llama.cpp puts the BOS token before a text that it reads for this file, as it decides it."""
+    kind, said = (head.keys.get(f"tokenizer.ggml.{name}") for name in ("model", "add_bos_token"))
+    if kind == "gemma4":  # whatever the file says
+        return True
+    if isinstance(said, bool):
+        return said
+    return kind in ("llama", "bert") or head.keys.get("tokenizer.ggml.pre") in _BOS_BEFORE
+
+
 def modelfile(
     model: str,
-    tokenizer: Any,
+    head: GgufFile,
+    template: Template | None,
+    ends: Sequence[str],
     generation: Mapping[str, Any],
     *,
     projector: str | None = None,
@@ -75,7 +113,9 @@ def modelfile(
 
     Args:
         model: the GGUF's name, in the same folder.
-        tokenizer: the model's, for its chat template and stop tokens.
+        head: its header.
+        template: the model's chat template.
+        ends: the texts of the tokens that end a response.
         generation: the checkpoint's generation config.
         projector: the mmproj file's name, of a multimodal model.
         licence: the text or name of the base model's licence.
@@ -88,29 +128,60 @@ def modelfile(
     lines.append(f"FROM ./{model}")
     if projector is not None:
         lines.append(f"FROM ./{projector}")
-    pieces = probe(tokenizer)
+    pieces = None if template is None else probe(template)
+    if template is not None and pieces is not None and adds_bos(head):
+        begin = pieces.begin.removeprefix(template.bos)
+        if template.bos and begin == pieces.begin:
+            lines.append(
+                "# llama.cpp begins with a BOS token here, which the model's template does not."
+            )
+        pieces = replace(pieces, begin=begin)
     if pieces is None:
         lines.append("# The chat template is the one in the GGUF: Ollama's form cannot express it.")
     else:
         lines.append(f'TEMPLATE """{go_template(pieces)}"""')
     lines += [f"PARAMETER {name} {value:g}" for name, value in sampling(generation).items()]
-    lines += [f"PARAMETER stop {_quoted(text)}" for text in _stops(tokenizer, generation)]
+    lines += [_stop(text) for text in dict.fromkeys(ends)]
     if licence:
         text = licence.strip().replace('"""', "'''")
         lines.append(f'LICENSE """{text}"""')
     return "\n".join(lines) + "\n"
 
 
-def probe(tokenizer: Any) -> Pieces | None:
-    """The pieces of a tokenizer's chat template; None where it is not made of pieces."""
-    if not getattr(tokenizer, "chat_template", None):
-        return None
-    one = _render(tokenizer, [("user", _USER)])
-    bare = _render(tokenizer, [("user", _USER)], prompt=False)
-    two = _render(tokenizer, [("user", _USER), ("assistant", _ANSWER), ("user", _MORE)])
+def probe(template: Template) -> Pieces | None:
+    """The pieces of a chat template; None where it is not made of pieces."""
+    with Renderer() as renderer:
+        try:
+            # What is true of today only has no place in a file.
+            if renderer.look(template.text, _NAME, "").clock is not None:
+                return None
+            return _probe(_Asked(renderer, template))
+        except ModelError:  # it takes too long, or too much memory
+            return None
+
+
+@dataclass(frozen=True)
+class _Asked:
+    renderer: Renderer
+    template: Template
+
+    def render(self, chat: _Chat, *, prompt: bool = True) -> str | None:
+        """What the template makes of a conversation; None where it refuses it."""
+        messages = [{"role": role, "content": content} for role, content in chat]
+        text, tokens = self.template.text, dict(self.template.tokens)
+        try:
+            return self.renderer.render(text, _NAME, [messages], tokens, prompt=prompt)[0]
+        except TemplateRefusal:
+            return None
+
+
+def _probe(asked: _Asked) -> Pieces | None:
+    one = asked.render([("user", _USER)])
+    bare = asked.render([("user", _USER)], prompt=False)
+    two = asked.render([("user", _USER), ("assistant", _ANSWER), ("user", _MORE)])
     if one is None or bare is None or two is None:
         return None
-    found = _dissect(tokenizer, one, bare, two)
+    found = _dissect(asked, one, bare, two)
     if found is None:
         return None
     chats: list[_Chat] = [
@@ -119,7 +190,7 @@ def probe(tokenizer: Any) -> Pieces | None:
     ]
     if found.system is not None:
         chats += [[("system", _SYSTEM), *chat] for chat in chats]
-    same = all(_expected(tokenizer, chat) == found.render(chat) for chat in chats)
+    same = all(asked.render(chat) == found.render(chat) for chat in chats)
     return found if same and '"""' not in go_template(found) else None
 
 
@@ -144,7 +215,7 @@ def go_template(pieces: Pieces) -> str:
     return out + f'{{{{ if and $last (ne .Role "assistant") }}}}{asked}{{{{ end }}}}{{{{ end }}}}'
 
 
-def _dissect(tokenizer: Any, one: str, bare: str, two: str) -> Pieces | None:
+def _dissect(asked: _Asked, one: str, bare: str, two: str) -> Pieces | None:
     """Cut the renderings of a one-turn and a two-turn conversation at the probes."""
     head, tail = _cut(one, _USER)
     after_user = _cut(bare, _USER)[1]
@@ -159,17 +230,16 @@ def _dissect(tokenizer: Any, one: str, bare: str, two: str) -> Pieces | None:
         before_user = _common_end(head, between)
     begin = head.removesuffix(before_user)
     system, default = None, ""
-    with_system = _render(tokenizer, [("system", _SYSTEM), ("user", _USER)])
+    with_system = asked.render([("system", _SYSTEM), ("user", _USER)])
     if with_system is not None and _SYSTEM in with_system:
         opening, rest = _cut(with_system, _SYSTEM)
         closing = _cut(rest, _USER)[0]
         if not closing.endswith(before_user):
             return None  # it is put into the first user turn
-        start = _start(tokenizer, opening)
+        start = asked.template.bos if opening.startswith(asked.template.bos) else ""
         system = (opening.removeprefix(start), closing.removesuffix(before_user))
         default = begin.removeprefix(start)
         begin = start
-    begin = begin.removeprefix(_bos(tokenizer))  # llama.cpp adds it, as it adds it everywhere
     return Pieces(
         begin=begin,
         default=default,
@@ -186,46 +256,17 @@ def _common_end(a: str, b: str) -> str:
     return a[len(a) - length :]
 
 
-def _start(tokenizer: Any, opening: str) -> str:
-    bos = _bos(tokenizer)
-    return bos if bos and opening.startswith(bos) else ""
-
-
-def _bos(tokenizer: Any) -> str:
-    return str(tokenizer.bos_token or "")
-
-
-def _expected(tokenizer: Any, chat: _Chat) -> str | None:
-    text = _render(tokenizer, chat)
-    return None if text is None else text.removeprefix(_bos(tokenizer))
-
-
-def _render(tokenizer: Any, chat: _Chat, *, prompt: bool = True) -> str | None:
-    messages = [{"role": role, "content": content} for role, content in chat]
-    try:
-        return str(
-            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
-        )
-    except (TemplateError, ValueError, TypeError):
-        return None
-
-
 def _cut(text: str, at: str) -> tuple[str, str]:
     before, _, after = text.partition(at)
     return before, after
 
 
-def _stops(tokenizer: Any, generation: Mapping[str, Any]) -> list[str]:
-    ids = generation.get("eos_token_id", tokenizer.eos_token_id)
-    ids = ids if isinstance(ids, list) else [ids]
-    texts = [tokenizer.convert_ids_to_tokens(number) for number in ids if number is not None]
-    return list(dict.fromkeys(text for text in texts if text))
-
-
 def _literal(text: str) -> str:
-    """Text that Go's templates leave alone."""
-    return text.replace("{{", '{{ "{{" }}')
+    """Text that Go's templates leave alone: braces that they could take for their own are spelled out."""
+    return re.sub(r"\{{2,}|\{$", lambda found: f'{{{{ "{found[0]}" }}}}', text)
 
 
-def _quoted(text: str) -> str:
-    return f'"{text}"' if '"' not in text else f'"""{text}"""'
+def _stop(text: str) -> str:
+    if '"""' in text or not text.strip() or not text.isprintable():
+        return "# One end token has no form here: its text holds quotes, control characters, or nothing."
+    return f'PARAMETER stop "{text}"' if '"' not in text else f'PARAMETER stop """{text}"""'

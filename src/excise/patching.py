@@ -122,11 +122,17 @@ def patch_gguf(
         steps = track(folds, "export", len(folds), on_event)
         for number, shard in enumerate(shards):
             mine = sum(fold.place.shard == number for fold in folds)
-            target = folder / f"{prefix}{shard.path.name}"
+            target = folder / patched_name(shard.path, prefix)
             _write(shard.path, target, islice(steps, mine))
         add_files(folder, dict(extra_files or {}))
-    files = tuple(destination / f"{prefix}{shard.path.name}" for shard in shards)
+    files = tuple(destination / patched_name(shard.path, prefix) for shard in shards)
     return Patch(files, tuple(sorted({f.place.tensor.name for f in folds})), size)
+
+
+def patched_name(base: Path, prefix: str = PATCHED) -> str:
+    """The name of the patched copy of a file, without what shells and Modelfiles could misread."""
+    stem = re.sub(r"[^\w.+@-]+", "-", base.name.removesuffix(".gguf"))
+    return f"{prefix}{stem}.gguf"
 
 
 def find_folds(

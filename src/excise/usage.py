@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -128,18 +129,21 @@ def _gguf(artifact_format: str, artifact: ArtifactRecord | None, repo: str | Non
         lora = f'model_path="BASE.gguf", lora_path={json.dumps(name)}'
         return [
             "With llama.cpp:",
-            fence(f"llama-cli -m BASE.gguf --lora {name} -cnv", "sh"),
+            fence(f"llama-cli -m BASE.gguf --lora {_word(name)} -cnv", "sh"),
             "From Python, with llama-cpp-python:",
             fence(_LLAMA_PYTHON.format(arguments=lora), "python"),
         ]
-    command = f"llama-cli -m {name} -cnv"
+    command = f"llama-cli -m {_word(name)} -cnv"
     if projector is not None:
-        command += f"\nllama-mtmd-cli -m {name} --mmproj {projector} --image PICTURE -p Describe"
+        parts = f"-m {_word(name)} --mmproj {_word(projector)}"
+        command += f"\nllama-mtmd-cli {parts} --image PICTURE -p Describe"
     ollama = "ollama create edited -f Modelfile\nollama run edited"
     if repo is not None:
         kind = str(files[0].get("type")) if files else "Q4_K_M"
-        command = f"llama-cli -hf {repo}:{kind} -cnv\n{command}"
-        ollama = f"ollama run hf.co/{repo}:{kind}\n\n# or, with the files here:\n{ollama}"
+        command = f"llama-cli -hf {_word(f'{repo}:{kind}')} -cnv\n{command}"
+        ollama = (
+            f"ollama run {_word(f'hf.co/{repo}:{kind}')}\n\n# or, with the files here:\n{ollama}"
+        )
     return [
         "With llama.cpp:",
         fence(command, "sh"),
@@ -148,6 +152,11 @@ def _gguf(artifact_format: str, artifact: ArtifactRecord | None, repo: str | Non
         "With Ollama (the Modelfile names the first file; name another in its FROM line):",
         fence(ollama, "sh"),
     ]
+
+
+def _word(name: str) -> str:
+    """A name as one word of a shell's line, and no option."""
+    return shlex.quote(f"./{name}" if name.startswith("-") else name)
 
 
 def files_of(artifact: ArtifactRecord | None) -> list[dict[str, Any]]:
