@@ -96,6 +96,22 @@ def test_a_run_writes_gguf_where_its_configuration_asks_for_it(
     assert "base.gguf" in card
 
 
+def test_a_base_is_found_by_a_link_of_the_hubs_cache(
+    finished: Path, artifacts: dict[str, ArtifactRecord], tmp_path: Path
+) -> None:
+    """A link to a blob without a suffix; every figure of it is the other base's."""
+    blob = Path(shutil.copy(finished / "base.gguf", tmp_path / "0123abcd"))
+    (tmp_path / "Base.F16.gguf").symlink_to(blob)
+    command = ["export", str(finished / "run"), "--quiet", "--format", "gguf", "--from-gguf"]
+    for base in (tmp_path / "Base.F16.gguf", blob):
+        to = tmp_path / "out" / base.name
+        assert main([*command, str(base), "--to", str(to)]) == 0
+        (made,) = to.glob("*.gguf")
+        assert made.name == patched_name(base)
+        assert made.read_bytes() == (finished / "patched" / "edited-base.gguf").read_bytes()
+        assert f"FROM ./{made.name}\n" in (to / "Modelfile").read_text()
+
+
 def test_nothing_is_left_on_the_way(finished: Path, artifacts: dict[str, ArtifactRecord]) -> None:
     assert not [p for p in finished.iterdir() if "partial" in p.name]
     assert {p.suffix for p in (finished / "big").iterdir()} == {".gguf", ".md", ""}

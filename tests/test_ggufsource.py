@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
+import subprocess
+import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -178,3 +182,54 @@ def test_the_stretched_angles_of_llama_3_are_kept(tmp_path: Path) -> None:
     odd = {"rope_freqs.weight": factors * 3}
     gguf_models.gguf_file(tmp_path / "odd.gguf", more=odd)
     assert "turns its positions by angles of its own" in refused(tmp_path / "odd.gguf")
+
+
+def test_a_split_file_is_downloaded_with_all_its_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the Hub's cache stores it: the names are links to blobs without names."""
+    gguf_models.gguf_file(tmp_path / "parts.gguf", split_max_tensors=20)
+    asked = []
+
+    def download(repo: str, name: str, revision: str | None) -> str:
+        asked.append((repo, name, revision))
+        blob = tmp_path / "blobs" / f"{len(asked):064x}"
+        link = tmp_path / "snapshots" / ("a" * 40) / name
+        for folder in (blob.parent, link.parent):
+            folder.mkdir(parents=True, exist_ok=True)
+        (tmp_path / Path(name).name).rename(blob)
+        link.symlink_to(blob)
+        return str(link)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    name = "Q8_0/parts-00002-of-00003.gguf"
+    section = ModelSection(source="owner/name", gguf_file=name, revision="b")
+    loaded = load(section)
+    assert loaded.model.config.num_hidden_layers == 6
+    assert asked == [("owner/name", f"Q8_0/parts-0000{n}-of-00003.gguf", "b") for n in (1, 2, 3)]
+
+
+def test_the_copy_of_a_killed_process_is_removed_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, place = tmp_path / "small.gguf", tmp_path / "tmp"
+    gguf_models.gguf_file(path)
+    place.mkdir()
+    code = "import sys, time; from pathlib import Path; from excise.ggufsource import unpack_gguf\n"
+    code += "copy = unpack_gguf(Path(sys.argv[1])); print(copy.folder, flush=True); time.sleep(600)"
+    command = [sys.executable, "-c", code, str(path)]
+    env = os.environ | {"TMPDIR": str(place)}
+    monkeypatch.setattr(tempfile, "tempdir", str(place))
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as other:
+        try:
+            assert other.stdout is not None
+            theirs = Path(other.stdout.readline().strip())
+            first = unpack_gguf(path)
+            assert theirs.parent == place
+            assert theirs.is_dir()  # it is in use
+        finally:
+            other.kill()
+    second = unpack_gguf(path)
+    assert not theirs.exists()
+    ours = {copy.folder.name for copy in (first, second)}
+    assert {path.name for path in place.iterdir()} == ours | {f"{name}.lock" for name in ours}

@@ -18,6 +18,7 @@ from excise.errors import (
     EXIT_INTERRUPTED,
     ExciseError,
 )
+from excise.reading import full_path
 from excise.stopping import Stoppable
 
 
@@ -187,7 +188,7 @@ def _export_options(arguments: argparse.Namespace) -> dict[str, Any]:
         "adapter_rank": arguments.rank,
         "adapter_error": arguments.error,
         "quantize": None if types is None else tuple(filter(None, types.split(","))),
-        "from_gguf": None if base is None else str(base.resolve()),
+        "from_gguf": None if base is None else str(full_path(base)),
         "llama_cpp": None if tools is None else str(tools.resolve()),
     }
 

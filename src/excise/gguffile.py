@@ -180,17 +180,6 @@ class _Cursor:
             )
 
 
-def is_gguf(path: Path) -> bool:
-    """Whether a regular file begins as a GGUF does, whatever it is called."""
-    if not is_file(path):
-        return False
-    try:
-        with path.open("rb") as file:
-            return file.read(len(_MAGIC)) == _MAGIC
-    except OSError:
-        return False
-
-
 def read_gguf(path: Path) -> GgufFile:
     """The header of a GGUF file, checked to be whole.
 

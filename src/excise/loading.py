@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib import resources
 from importlib.util import find_spec
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import psutil
@@ -29,6 +29,7 @@ from excise.config import ModelSection
 from excise.discovering import discover
 from excise.errors import ModelError, UnknownArchitecture, first_line
 from excise.fitting import check_fits
+from excise.gguffile import shard_names
 from excise.ggufsource import unpack_gguf
 from excise.packing import packing
 from excise.plain import Plain, unpack
@@ -197,8 +198,10 @@ def _download(section: ModelSection) -> Path:
 
     try:
         if section.gguf_file is not None:
-            name, revision = section.gguf_file, section.revision
-            return Path(hf_hub_download(section.source, name, revision=revision))
+            place = PurePosixPath(section.gguf_file)
+            parts = [str(place.parent / name) for name in shard_names(place.name)]
+            found = [hf_hub_download(section.source, p, revision=section.revision) for p in parts]
+            return Path(found[0])
         return Path(
             snapshot_download(
                 section.source, revision=section.revision, ignore_patterns=_NOT_WEIGHTS
