@@ -162,6 +162,12 @@ def check_export(truth: dict[str, Any], run: Path, to: Path, asked: int | None) 
         yield f"the record says that the export is of trial {record['artifacts'][-1]['trial']}"
 
 
+def check_rebuilt(truth: dict[str, Any], run: Path, to: Path) -> Iterator[str]:
+    """`reproduce`: the weights of the selected trial, from the record alone."""
+    record = json.loads((run / "record.json").read_text(encoding="utf-8"))
+    yield from check_weights(truth, to / "model", record["selected"])
+
+
 def check_resume(truth: dict[str, Any], run: Path) -> Iterator[str]:
     """`resume`: the same trials, and those that are new besides; the weights of the selected one."""
     record = json.loads((run / "record.json").read_text(encoding="utf-8"))

@@ -67,7 +67,7 @@ class Fuzz:
         found = run(lambda: command(case.arguments), folder, seconds=self.seconds, most=BYTES)
         faults = [*judge.faults_of_ending(found)]
         faults += judge.faults_of_files(found, before, case.absent, folder)
-        if found.code == 0 and not faults:
+        if found.code == 0 and not found.stopped:
             faults += self.results(case, found.out, folder)
         elif sound and not faults:
             faults.append(

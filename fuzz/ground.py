@@ -284,11 +284,14 @@ def _record(run: Path) -> Any:
 
 
 def weights(folder: Path) -> dict[str, str]:
-    """Each tensor of a checkpoint's safetensors files by its hash."""
+    """Each tensor of a checkpoint by its hash, from the files that Transformers loads."""
     from safetensors import safe_open
 
-    found = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    index, whole, found = folder / "model.safetensors.index.json", folder / "model.safetensors", {}
+    names = {whole.name}
+    if index.is_file() and not whole.is_file():
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    for path in sorted(folder / name for name in names):
         with safe_open(path, framework="np") as file:
             for name in file.keys():  # noqa: SIM118 (it is no dictionary)
                 tensor = file.get_tensor(name)

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 from fuzz import readers
 from fuzz.ground import NEW_TOKENS, SIDES, Setup
 
+DAY = date(2025, 1, 1)
 _TIE = 1e-4  # logits as near as this may be rounded either way
 
 
@@ -51,6 +53,7 @@ class Model:
             chat_template=self.template,
             tokenize=False,
             add_generation_prompt=True,
+            strftime_now=_date,
             **variables,
         )
         return list(self.tokenizer(rendered + header, add_special_tokens=False)["input_ids"])
@@ -137,6 +140,11 @@ def measure(setup: Setup, original: Model, edited: Model, record: dict[str, Any]
         count, drift_ties = count + len(tokens), drift_ties + tie
     n = len(search["target"])
     return Figures(shown["before"] / n, shown["after"] / n, total / count, ties, drift_ties)
+
+
+def _date(form: Any) -> str:
+    """The date as templates are given it: the default of prompts.date."""
+    return DAY.strftime(form) if isinstance(form, str) else str(DAY)
 
 
 def _found(phrases: list[str], text: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -15,10 +16,10 @@ from fuzz.ground import METHODS, TRIALS
 from fuzz.mutations import change_bytes, change_json, change_lines, change_toml
 from fuzz.values import odd, shown, to_json, to_toml
 
-_COMMANDS = ("export", "resume", "front", "geometry", "report")
+_OF_A_RECORD = "export resume front front geometry report report reproduce".split()
 
 
-def _command(place: Place, run: Path, method: str, names: tuple[str, ...]) -> Case:
+def _command(place: Place, run: Path, method: str, names: Sequence[str]) -> Case:
     """One of these commands on a run folder, judged by what is true of the run."""
     truth, name = place.ground.truth(method), place.draw.choice(names)
     if name == "export":
@@ -41,6 +42,12 @@ def _command(place: Place, run: Path, method: str, names: tuple[str, ...]) -> Ca
     if name == "geometry":
         arguments = ["geometry", str(run), "--json", "--quiet"]
         return Case(arguments, lambda out: checks.check_geometry(truth, out), kept=(run,))
+    if name == "reproduce":
+        to = place.folder / "to"
+        arguments = ["reproduce", str(run / "record.json"), "--out", str(to), "--quiet"]
+        return Case(
+            arguments, lambda _: checks.check_rebuilt(truth, run, to), kept=(run,), absent=(to,)
+        )
     return Case(["report", str(run)], lambda _: checks.check_page(run), kept=(run,))
 
 
@@ -53,9 +60,7 @@ def record(place: Place) -> Case:
     """The record."""
     run, method = _run(place)
     place.change(run / "record.json", change_json, _change_record, _change_record)
-    return _command(
-        place, run, method, ("export", "resume", "front", "front", "geometry", "report", "report")
-    )
+    return _command(place, run, method, _OF_A_RECORD)
 
 
 _RECORD_WAYS = (

@@ -133,7 +133,15 @@ def _settled(place: Place, more: tuple[str, ...], given: dict[str, Any]) -> Case
         "prompts.response_prefix",
     }
     file = more[:1] == ("--config",)
-    expected = {k: _plain(v) for k, v in given.items() if not (file and k in same)}
+    replaced = (
+        "prompts.target.",
+        "prompts.contrast.",
+    )  # a file that a flag names has its own columns
+    expected = {
+        k: _plain(v)
+        for k, v in given.items()
+        if not (file and (k in same or k.startswith(replaced)))
+    }
     setup = place.setup(more=more, expected=expected)
     deep = any(k.startswith(_DEEP) and k not in _SHALLOW for k in expected)
     return place.job(setup) if not deep else place.unmeasured(setup)

@@ -159,7 +159,7 @@ def _write_parquet(place: Place, path: Path) -> None:
         "dictionary": lambda: pyarrow.array(texts).dictionary_encode(),
         "large strings": lambda: pyarrow.array(texts, pyarrow.large_string()),
         "far times": lambda: pyarrow.array([2**60] * ROWS, pyarrow.timestamp("us")),
-        "decimals": lambda: pyarrow.array(range(ROWS)).cast(pyarrow.decimal128(20, 2)),
+        "decimals": lambda: pyarrow.array(range(ROWS)).cast(pyarrow.decimal128(25, 2)),
         "one long": lambda: pyarrow.array(
             ["v" * 10**6 if i == at else t for i, t in enumerate(texts)]
         ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -171,6 +172,22 @@ def test_missing_tensor(refused, model):
     del tensors["model.layers.1.mlp.down_proj.weight"]
     save_file(tensors, path, metadata={"format": "pt"})
     assert "down_proj" in refused(model=model)
+
+
+def test_a_librarys_own_report_of_it_is_not_shown(refused, model):
+    path = model / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.1.mlp.down_proj.weight"] = torch.zeros(2, 2)
+    save_file(tensors, path, metadata={"format": "pt"})
+    said: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = said.append
+    logging.getLogger("transformers").addHandler(handler)
+    try:
+        assert "down_proj" in refused(model=model)
+    finally:
+        logging.getLogger("transformers").removeHandler(handler)
+    assert not said
 
 
 def test_nan_weights(refused, model):

@@ -338,8 +338,13 @@ def explained(what: str, fault: str = "cannot be loaded") -> Iterator[None]:
     """Within this context a library reads what others made, and whatever it raises is one line.
 
     There is no narrower class: model classes raise what their code happens to, the tokenizers library
-    raises `Exception` itself, and its panics are not even that, so they are known by their name.
+    raises `Exception` itself, and its panics are not even that, so they are known by their name. What
+    Transformers logs meanwhile, tables of many lines, is of what our own checks name.
     """
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
     try:
         yield
     except (ExciseError, MemoryError):
@@ -350,6 +355,8 @@ def explained(what: str, fault: str = "cannot be loaded") -> Iterator[None]:
         if type(error).__name__ != "PanicException":
             raise
         raise ModelError(f"{what} {fault}: {_line(error)}") from error
+    finally:
+        logging.set_verbosity(level)
 
 
 def _line(error: BaseException) -> str:
