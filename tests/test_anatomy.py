@@ -5,6 +5,7 @@ from __future__ import annotations
 import builders
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import XGLMConfig, XGLMForCausalLM
 
 from excise import anatomy
@@ -140,10 +141,13 @@ def test_a_writer_that_is_not_optional_may_not():
 
 
 def test_a_writer_that_is_no_matrix():
+    """Named in full: an adapter's Linear is no Linear of torch's."""
     model = builders.model("llama")
-    model.model.layers[2].mlp.down_proj = torch.nn.Identity()
-    with pytest.raises(UnknownArchitecture, match=r"layer 2: mlp\.down_proj is a Identity"):
-        describe(model)
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["down_proj"])).base_model.model
+    with pytest.raises(
+        UnknownArchitecture, match=r"down_proj is a peft\.tuners\S+\.Linear, not a torch"
+    ):
+        describe(adapted)
 
 
 def test_an_unknown_model_type_says_where_the_known_ones_are():

@@ -13,8 +13,11 @@ from typing import Any
 import builders
 import pytest
 import torch
+from conftest import job
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
+from excise import cli
 from excise.checkpoint import explained, read_config, read_generation, read_tensors, weight_files
 from excise.config import ModelSection
 from excise.errors import ExciseError, ModelError
@@ -296,3 +299,50 @@ def test_whatever_a_library_raises_is_one_line(error):
 def test_what_is_not_the_files_fault_goes_on(error):
     with pytest.raises(type(error)), explained("it"):
         raise error
+
+
+# -- before the work -------------------------------------------------------------------------------
+
+
+def test_writers_that_could_not_be_edited_are_refused_before_the_work(
+    tiny, folder, tmp_path, capsys
+):
+    """An FP8 that is read as it is: Transformers loads it, and nothing could be folded into it."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    name = "model.layers.1.mlp.down_proj.weight"
+    tensors[name] = tensors[name].to(torch.float8_e4m3fnuz)
+    save_file(tensors, path, metadata={"format": "pt"})
+    arguments = job(tiny, tmp_path / "out")
+    arguments[1] = str(folder)
+    assert cli.main(arguments) == 2
+    line = capsys.readouterr().err
+    assert f"{name} (64, 96) in a form that can be edited" in line
+    assert "F8_E4M3FNUZ" in line
+    assert not (tmp_path / "out").exists()
+    assert cli.main([*arguments, "--set", "edit.components=['attn.o_proj']"]) == 0
+
+
+def test_tokens_that_were_added_without_an_embedding(tiny, folder, tmp_path, capsys):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([f"<{n}>" for n in range(40)] + ["velm"])
+    tokenizer.save_pretrained(folder)
+    arguments = job(tiny, tmp_path / "out")
+    arguments[1] = str(folder)
+    assert cli.main(arguments) == 2
+    line = capsys.readouterr().err
+    assert "'velm'" in line
+    assert "has 300 token ids" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_prompt_file_in_the_hubs_cache_keeps_its_suffix(tiny, tmp_path):
+    """There a file is a link to a blob that is named by its hash."""
+    blob = tmp_path / "blobs" / ("0" * 64)
+    blob.parent.mkdir()
+    shutil.copy(tiny / "target.jsonl", blob)
+    link = tmp_path / "snapshot" / "target.jsonl"
+    link.parent.mkdir()
+    link.symlink_to(blob)
+    arguments = job(tiny, tmp_path / "out", "--target", str(link), "--set", "export.formats=[]")
+    assert cli.main(arguments) == 0

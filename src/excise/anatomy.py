@@ -308,7 +308,10 @@ def _writers(
         ]
     conv = type(module).__name__ == "Conv1D"
     if not isinstance(module, nn.Linear) and not conv:
-        raise UnknownArchitecture(f"{where} is a {type(module).__name__}, not a Linear")
+        kind = f"{type(module).__module__}.{type(module).__qualname__}"
+        raise UnknownArchitecture(
+            f"{where} is a {kind}, not a torch.nn.Linear: merge what wraps it"
+        )
     return [Writer(spec.component, index, name, module, gain, transposed=conv)]
 
 

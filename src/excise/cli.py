@@ -18,7 +18,7 @@ from excise.errors import (
     EXIT_INTERRUPTED,
     ExciseError,
 )
-from excise.reading import full_path
+from excise.reading import full_path, is_file, is_folder
 from excise.stopping import Stoppable
 
 
@@ -102,7 +102,9 @@ def _config(arguments: argparse.Namespace, model: str) -> Any:
 
 def _absolute(name: str) -> str:
     """A file or folder by its full path, so that a run can be resumed from anywhere; else an id."""
-    return str(Path(name).resolve()) if Path(name).exists() and name != "demo" else name
+    path = Path(name)
+    local = name != "demo" and (is_file(path) or is_folder(path))
+    return str(full_path(path)) if local else name
 
 
 def _demo(arguments: argparse.Namespace) -> int:

@@ -17,6 +17,7 @@ import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
 from excise.errors import ConfigError
+from excise.reading import full_path, is_file
 
 RowNorms = Literal["none", "pre", "full"]
 MethodName = Literal["directional", "subspace", "ridge", "ara"]
@@ -322,8 +323,8 @@ def _anchor(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _beside(name: str, folder: Path) -> str:
-    candidate = (folder / name).resolve()
-    return str(candidate) if candidate.is_file() else name
+    candidate = folder / name
+    return str(full_path(candidate)) if is_file(candidate) else name
 
 
 def _nest(key: str, value: Any) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from excise.anatomy import Writer
+from excise.config import ExportSection
 from excise.edits import Edit
 from excise.errors import ConfigError, ExportError, StorageError
 from excise.events import Notice, OnEvent, ignore, track
@@ -179,6 +180,11 @@ def check_formats(
             f"format {unfit[0]}: an adapter cannot carry edits of fused experts: export "
             f"safetensors, or leave {', '.join(fused)} out of edit.components"
         )
+
+
+def writes_checkpoint(section: ExportSection, formats: Sequence[str]) -> bool:
+    """Whether one of these formats holds the source's own tensors, with edits folded in."""
+    return "safetensors" in formats or ("gguf" in formats and section.from_gguf is None)
 
 
 def adapter_factors(

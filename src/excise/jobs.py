@@ -11,7 +11,7 @@ from excise.artifacts import Checker, export
 from excise.config import Config, load_config, validate
 from excise.errors import ConfigError, OutputError, RunStateError
 from excise.events import Notice, OnEvent, ignore, phase
-from excise.export import check_formats
+from excise.export import check_formats, writes_checkpoint
 from excise.finish import write_pages
 from excise.front import Objective, Point, choose
 from excise.geometry import Projection, check_projection, describe_layers, embed, project
@@ -19,6 +19,7 @@ from excise.geometry_page import projection_page
 from excise.ggufexport import plan_gguf
 from excise.identity import fingerprint
 from excise.loading import Loaded, load
+from excise.matching import check_stored
 from excise.panel import Panel
 from excise.planning import from_dict, size, usual_length
 from excise.prompts import PromptSet, load_prompt_sets
@@ -77,6 +78,8 @@ def export_run(
             sets, loaded = load_prompt_sets(config.prompts), load(config.model)
         writers = loaded.anatomy.select(config.edit.components)
         check_formats([format_name], writers, offloaded=any_offloaded(loaded.model))
+        if writes_checkpoint(config.export, [format_name]):
+            check_stored(loaded.folder, writers)
         _check_unchanged(record, loaded, sets.all())
         sizing = from_dict(record.engine)
         tokens = stage.stored_tokens(loaded, sets, config, scoring.markers, folder)

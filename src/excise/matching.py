@@ -3,7 +3,7 @@
 Loaders rename, fuse and transpose, so names only say where to look first. A tensor is a writer's
 when it has its shape and, cast to the loaded dtype, equals it in every element; so is a slice of a
 3-D tensor that holds all experts of a layer; so is either one stored transposed. Quantised sources
-are not known here: no tensor holds their writers' values, and that is an `ExportError`.
+are not known here: no tensor holds their writers' values, and that is an error.
 
 Shapes: O and I a writer's out and in features, E experts.
 """
@@ -21,9 +21,10 @@ from torch import Tensor
 
 from excise.anatomy import Writer
 from excise.checkpoint import read_tensors, weight_files
-from excise.errors import ExportError
+from excise.errors import ExportError, ModelError
 from excise.shards import Stored
 from excise.swapping import threads
+from excise.weights import is_packed
 
 # What can be edited where it stands; 8 bit and packed formats would need a reading of their own.
 _DTYPES = {
@@ -123,6 +124,24 @@ def find_tensors(source: Path, writers: Sequence[Writer]) -> dict[str, WriterPla
     return found
 
 
+def check_stored(source: Path, writers: Sequence[Writer]) -> None:
+    """Refuse writers that an export could not edit: of each its first values are looked up.
+
+    Those that are offloaded or packed are not looked at.
+
+    Raises:
+        ModelError: no tensor that can be edited begins with the values of one of them.
+    """
+    shelf = _Shelf(source)
+    for writer in writers:
+        held = getattr(writer.module, "weight" if writer.expert is None else "down_proj")
+        if held.is_meta or is_packed(writer.module):
+            continue
+        for kind, values in (("weight", writer.weight), ("bias", writer.bias)):
+            if values is not None and not shelf.like(values):
+                raise ModelError(_not_found(shelf, f"{writer.name}.{kind}", values))
+
+
 def list_tensors(source: Path) -> list[TensorPlace]:
     """Every tensor of the checkpoint in the folder `source`.
 
@@ -159,7 +178,7 @@ class _Shelf:
                         first = _begin(self._rows(part, 0, _PRINT), part).to(values.dtype)
                         known.setdefault(tuple(first.tolist()), []).append(part)
         begin = values[0] if values.ndim > 1 else values
-        return known.get(tuple(begin[:_PRINT].tolist()), [])
+        return known.get(tuple(begin[:_PRINT].detach().cpu().tolist()), [])
 
     def holds(self, place: TensorPlace, values: Tensor) -> bool:
         """Whether the stored values, cast to the dtype of `values`, equal them everywhere."""
@@ -208,7 +227,7 @@ def _find(shelf: _Shelf, writer: Writer, kind: str, values: Tensor) -> TensorPla
         raise ExportError(f"{name} is offloaded: its values must be in memory to be recognised")
     names = {name, writer.name if kind == "weight" else f"{writer.name}_bias"}
     by_likeness: dict[int, list[TensorPlace]] = {}
-    for place in shelf.like(values.detach().cpu()):
+    for place in shelf.like(values):
         likeness = max(_common_end(place.named_as_module(), one) for one in names)
         by_likeness.setdefault(likeness, []).append(place)
     for likeness in sorted(by_likeness, reverse=True):
@@ -220,11 +239,15 @@ def _find(shelf: _Shelf, writer: Writer, kind: str, values: Tensor) -> TensorPla
             )
         if equal:
             return equal[0]
+    raise ExportError(_not_found(shelf, name, values))
+
+
+def _not_found(shelf: _Shelf, name: str, values: Tensor) -> str:
     near = max(shelf.tensors, key=lambda place: _common_end(place.key, name))
-    raise ExportError(
-        f"no tensor of {shelf.source} holds the values of {name} {tuple(values.shape)} (nearest "
-        f"name: {near.key}, {near.dtype} {near.shape}): export from the unquantised checkpoint "
-        "that the model was loaded from, or leave this component out of edit.components"
+    return (
+        f"no tensor of {shelf.source} holds the values of {name} {tuple(values.shape)} in a form that can "
+        f"be edited (nearest name: {near.key}, {near.dtype} {near.shape}): use the unquantised checkpoint "
+        "that the model was made from, or leave this component out of edit.components"
     )
 
 

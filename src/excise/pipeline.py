@@ -16,13 +16,14 @@ from excise.config import Config, to_toml
 from excise.edits import Edit
 from excise.errors import MeasurementError, OutputError, RunStateError, StorageError
 from excise.events import OnEvent
-from excise.export import check_formats
+from excise.export import check_formats, writes_checkpoint
 from excise.finish import final_figures, summary, write_pages
 from excise.front import Objective, Point, choose, pareto, parse_rule
 from excise.ggufexport import plan_gguf
 from excise.identity import identity
 from excise.keeping import CAPTURED, DIRECTIONS, read_directions, read_opening, save_directions
 from excise.loading import Loaded, load
+from excise.matching import check_stored
 from excise.methods import Method, check_method, named
 from excise.panel import Panel
 from excise.planning import Sizing, from_dict, size, usual_length
@@ -193,6 +194,8 @@ def _load(
         config = stage.settled(named(config, loaded.anatomy), loaded)
         chosen = loaded.anatomy.select(config.edit.components)
         check_formats(config.export.formats, chosen, offloaded=any_offloaded(loaded.model))
+        if writes_checkpoint(config.export, config.export.formats):
+            check_stored(loaded.folder, chosen)
         tokens = stage.tokenise(loaded, sets, config)
         scoring.check(sets)
         check_method(loaded.anatomy, sets, config)

@@ -45,7 +45,7 @@ from excise.scorers import (
     needs_of,
     read_markers,
 )
-from excise.tokens import batches, encode, end_tokens, pad_token
+from excise.tokens import batches, check_known, encode, end_tokens, pad_token
 
 _CAPTURE_ROWS = 64
 
@@ -169,8 +169,14 @@ def tokenise(loaded: Loaded, sets: PromptSets, config: Config) -> Tokens:
         rows = {
             s.role: encode(tokenizer, s, section, dressing, renderer) for s in sets.all() if len(s)
         }
+    for ids in rows.values():
+        check_known(tokenizer, ids, _token_ids(loaded))
     _check_positions(loaded, rows, config)
     return Tokens(rows, dressing)
+
+
+def _token_ids(loaded: Loaded) -> int:
+    return int(loaded.model.config.get_text_config().vocab_size)
 
 
 def _check_positions(loaded: Loaded, rows: dict[str, list[list[int]]], config: Config) -> None:
@@ -194,6 +200,7 @@ def open_responses(
     given, opening = config.prompts.response_prefix, known
     if opening is None and given is not None:
         opening = given_opening(loaded.tokenizer, given)
+        check_known(loaded.tokenizer, [opening.ids], _token_ids(loaded))
     if opening is None:
         prompts = {side: tokens[side] for side in ("target", "contrast")}
         thinking = config.prompts.thinking

@@ -83,6 +83,20 @@ def encode(
     return [list(map(int, row)) for row in ids]
 
 
+def check_known(tokenizer: Any, rows: Sequence[Sequence[int]], size: int) -> None:
+    """Refuse tokens that the model has no embedding for, as where tokens were added to its tokenizer alone.
+
+    Raises:
+        ModelError: an id is `size`, the number of its token ids, or more.
+    """
+    highest = max((token for row in rows for token in row), default=0)
+    if highest >= size:
+        raise ModelError(
+            f"the tokenizer gives token {highest} ({tokenizer.convert_ids_to_tokens(highest)!r:.60}), and "
+            f"the model has {size} token ids: its embedding was not resized when tokens were added"
+        )
+
+
 def _unended(tokenizer: Any, text: str, row: list[int]) -> list[int]:
     """A prompt's tokens without the end that some tokenizers add: nothing would be left to say."""
     end = tokenizer.eos_token_id
