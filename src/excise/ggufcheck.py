@@ -11,6 +11,7 @@ from excise.events import Notice, OnEvent, phase
 from excise.export import Exported
 from excise.ggml import GET_LLAMA_CPP
 from excise.ggufexport import GgufPlan, convert_all, own_type
+from excise.gguffile import shard_names
 from excise.llamacpp import plain_copy
 from excise.llamarun import GgufEngine, GgufModel
 from excise.loading import Loaded
@@ -113,4 +114,4 @@ def _engine(
 
 def _later_shard(name: str) -> bool:
     """A split file is loaded by its first part."""
-    return "-of-" in name and "-00001-of-" not in name
+    return name != shard_names(name)[0]

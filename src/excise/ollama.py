@@ -17,7 +17,7 @@ from itertools import takewhile
 from typing import Any
 
 from excise.errors import ModelError
-from excise.gguffile import GgufFile
+from excise.gguffile import GgufFile, shard_names
 from excise.rendering import Renderer, TemplateRefusal
 
 _Chat = list[tuple[str, str]]  # (role, content)
@@ -121,7 +121,7 @@ def modelfile(
         licence: the text or name of the base model's licence.
     """
     lines = ["# ollama create NAME -f Modelfile"]
-    if "-00001-of-" in model:
+    if len(shard_names(model)) > 1:
         lines.append(
             "# Ollama takes one file: merge the parts with llama-gguf-split --merge first."
         )
