@@ -430,7 +430,7 @@ def test_a_run_of_a_model_that_has_changed_is_not_exported(tiny, tmp_path, capsy
         ("chat.jsonl", '{"text": [{"role": "user", "content": "q"}]}\n', "holds list, not text"),
         ("flag.jsonl", '{"text": true}\n', "holds bool, not text"),
         ("comma.csv", "id,text\n3,question 3, with a comma?\n", "more fields than the header"),
-        ("quote.csv", 'id,text\n3,"question 3?\n4,question 4?\n', "cannot be read"),
+        ("quote.csv", 'id,text\n3,"question 3?\n4,question 4?\n', "line 3: unexpected end"),
     ],
 )
 def test_prompts_that_are_not_text(refused, tmp_path, name, content, words):

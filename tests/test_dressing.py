@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 
 import builders
 import pytest
@@ -227,6 +228,20 @@ def test_a_template_from_a_file_and_from_other_models(renderer, tmp_path):
                 if other.suffix != ".jinja":
                     other.unlink()
         assert read_template(str(folder)) == (R1, f"chat template of {name}")
+
+
+def test_a_models_own_template_is_read_however_it_is_kept(renderer, tmp_path):
+    bare, section = builders.tokenizer(), PromptSection()
+    bare.chat_template = None
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": R1}))
+    dressing = dress(bare, section, renderer, tmp_path)
+    assert dressing.template == R1
+    assert dressing.origin == "the model's chat_template.json"
+    for kept in ("\ufeff" + R1, json.dumps({"chat_template": R1})):
+        tokenizer = builders.tokenizer()
+        tokenizer.chat_template = kept
+        (text,) = dress(tokenizer, section, renderer, tmp_path).render(renderer, ["orb"])
+        assert text == "<bos><|User|>orb<|Assistant|><think>\n\n</think>\n\n"
 
 
 def test_a_base_model_can_be_given_a_template(renderer):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import builders
@@ -12,11 +14,12 @@ from hypothesis import strategies as st
 from tokenizers import Regex, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from excise.config import PromptSection
+from excise.config import Config, PromptSection
 from excise.dressing import PLAIN_FORMAT, dress
 from excise.errors import ModelError, PromptError
-from excise.prompts import Prompt, PromptSet
+from excise.prompts import Prompt, PromptSet, PromptSets
 from excise.rendering import Renderer
+from excise.stage import tokenise
 from excise.tokens import Batch, batches, beginning, encode, end_tokens, left_pad, pad_token
 
 CPU = torch.device("cpu")
@@ -140,6 +143,19 @@ def test_a_prompt_without_tokens_is_an_error():
     tokenizer._tokenizer.normalizer = normalizers.Replace(Regex(".|\n"), "")
     with pytest.raises(PromptError, match=r"p\.txt has no tokens"):
         ids_of(tokenizer, "orb")
+
+
+def test_a_run_reads_the_template_that_stands_beside_the_tokenizer(tmp_path):
+    loaded = builders.loaded("llama")
+    loaded.tokenizer.chat_template = None
+    template = json.dumps({"chat_template": "[{{ messages[0].content }}]"})
+    (tmp_path / "chat_template.json").write_text(template)
+    one = PromptSet("target", "p.txt", (Prompt("orb"),))
+    other = PromptSet("contrast", "q.txt", (Prompt("kettle"),))
+    found = tokenise(
+        replace(loaded, folder=tmp_path), PromptSets(one, other, one, other, one, other), Config()
+    )
+    assert spoken(loaded.tokenizer, found["target"][0]) == "[orb]"
 
 
 # -- end and padding tokens ------------------------------------------------------------------------
