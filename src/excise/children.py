@@ -68,6 +68,7 @@ class Child:
 
     Attributes:
         process: it, with pipes for standard input and output where it `talks`, else with neither.
+        late: whether it was ended because a line of its output took too long.
 
     Raises:
         ExportError: it cannot be run.
@@ -77,7 +78,7 @@ class Child:
         self, command: Sequence[str], what: str, *, talks: bool = False, code: Sequence[Path] = ()
     ) -> None:
         self._what = what
-        self._hung = False
+        self._hung = self.late = False
         self._room = temporary("child")
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed by `stop`)
         # Without site packages it begins in a fifth of the time; elsewhere it needs some.
@@ -137,6 +138,24 @@ class Child:
                 self._hung = True
                 _kill(self.process)
                 return
+
+    def line(self, seconds: float, longest: int) -> bytes:
+        """The next line of its output, with the newline.
+
+        Without one where it ended before, or was ended after so many seconds.
+        """
+        assert self.process.stdout is not None
+        timer = threading.Timer(seconds, self._end_late)
+        timer.daemon = True
+        timer.start()
+        try:
+            return self.process.stdout.readline(longest)
+        finally:
+            timer.cancel()
+
+    def _end_late(self) -> None:
+        self.late = True
+        _kill(self.process)
 
     def complaints(self) -> str:
         """What it wrote to standard error; the end of it, where that is long."""

@@ -6,11 +6,13 @@ Every row comes with where it stands, for messages. Knows formats and their libr
 from __future__ import annotations
 
 import csv
+import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from excise.children import Child, python
 from excise.config import PromptSource
 from excise.errors import PromptError, first_line
 from excise.reading import check_regular, is_file, is_whole, parse_json
@@ -19,8 +21,9 @@ SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet")
 LONGEST = 1 << 17  # characters of one text: what Python's csv module allows
 _LONGEST_LINE = 1 << 24  # characters: a row may hold much besides
 _MOST = 1_000_000  # rows that are looked at
-_BATCH = 64  # rows of a parquet file that are decoded together
-_LARGEST = 1 << 28  # bytes that the columns of a parquet file may say that they take
+_WORKER = Path(__file__).with_name("parquetworker.py")
+_SECONDS = 30.0  # in which some rows of a parquet file must have been read
+_LONGEST_ANSWER = 1 << 28  # bytes
 
 Row = tuple[str, dict[str, Any]]  # where it stands, its columns
 
@@ -158,73 +161,31 @@ def _cell(text: str | None) -> str | None:
 
 
 def _parquet_rows(path: Path, source: PromptSource) -> Iterator[Row]:
-    import pyarrow
-    import pyarrow.parquet
-
+    what = f"prompt file {path}"
     check_regular(path, "prompt file", PromptError)
-    wanted, where = columns_of(source), f"prompt file {path}"
+    child = Child([*python(_WORKER), str(path), *columns_of(source)], f"reading {path}", talks=True)
+    number = 0
     try:
-        schema = pyarrow.parquet.read_schema(path)
-        check_columns(source, schema.names, where)
-        # As they stand in the file: one long text may stand for very many rows.
-        texts = [name for name in wanted if _is_text(schema.field(name).type)]
-        with pyarrow.parquet.ParquetFile(path, read_dictionary=texts) as file:
-            _check_size(file, wanted, where)
-            number = 0
-            for batch in file.iter_batches(_BATCH, columns=wanted):
-                for column in batch.columns:
-                    _check_values(column, where)
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{where}, row {number}", row
-    except pyarrow.ArrowException as error:
-        raise _unreadable(path, error) from None
-    except (OSError, ValueError, TypeError, LookupError, OverflowError) as error:
-        if isinstance(error, PromptError):
-            raise
-        raise _unreadable(path, error) from None
+        answer = _answer(child, what)
+        check_columns(source, answer["columns"], what)
+        while answer := _answer(child, what):
+            for row in answer["rows"]:
+                number += 1
+                yield f"{what}, row {number}", row
+    finally:
+        child.stop()
 
 
-def _unreadable(path: Path, error: BaseException) -> PromptError:
-    reason = first_line(error)
-    return PromptError(f"prompt file {path} is not a readable parquet file: {reason:.200}")
-
-
-def _check_size(file: Any, columns: Sequence[str], where: str) -> None:
-    """Refuse columns that take much more memory than a prompt set has."""
-    meta = file.metadata
-    size = 0
-    for group in range(meta.num_row_groups):
-        chunks = [meta.row_group(group).column(n) for n in range(meta.num_columns)]
-        parts = [c for c in chunks if c.path_in_schema.split(".")[0] in columns]
-        size += sum(max(c.total_uncompressed_size, c.total_compressed_size) for c in parts)
-    if size > _LARGEST:
-        raise PromptError(
-            f"{where}: its columns {', '.join(columns):.100} take {size / 1e6:,.0f} MB, where at most "
-            f"{_LARGEST / 1e6:.0f} are read: give a part of it"
-        )
-
-
-def _check_values(column: Any, where: str) -> None:
-    """Refuse texts that are too long before they become objects; a dictionary's stand for many rows."""
-    import pyarrow
-    import pyarrow.compute
-
-    values = column.dictionary if pyarrow.types.is_dictionary(column.type) else column
-    longest = values.nbytes // max(1, len(values))
-    if _is_text(values.type):
-        longest = pyarrow.compute.max(pyarrow.compute.binary_length(values)).as_py() or 0
-    if longest > 4 * LONGEST:
-        raise PromptError(
-            f"{where}: a value of {longest:,} bytes, where at most {LONGEST:,} are read"
-        )
-
-
-def _is_text(kind: Any) -> bool:
-    from pyarrow import types
-
-    named = (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary)
-    return any(is_kind(kind) for is_kind in named)
+def _answer(child: Child, what: str) -> dict[str, Any]:
+    line = child.line(_SECONDS, _LONGEST_ANSWER)
+    if not line.endswith(b"\n"):
+        reason = (child.complaints().split("\n") if not child.late else [])[-2:]
+        said = " ".join(reason).strip() or f"nothing of it could be read in {_SECONDS:g} seconds"
+        raise PromptError(f"{what} is not a readable parquet file: {said:.200}")
+    answer = dict(json.loads(line))
+    if "failed" in answer:
+        raise PromptError(f"{what} {answer['failed']}")
+    return answer
 
 
 def _dataset_rows(source: PromptSource) -> Iterator[Row]:

@@ -7,7 +7,6 @@ without end, or recurses; nothing of a template is computed in this process.
 from __future__ import annotations
 
 import json
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -120,22 +119,10 @@ class Renderer:
         return self._child
 
     def _answer(self, child: Child, what: str, seconds: float) -> dict[str, Any]:
-        pipe, late = child.process.stdout, threading.Event()
-        assert pipe is not None
-
-        def end() -> None:
-            late.set()
-            child.process.kill()
-
-        timer = threading.Timer(seconds, end)
-        timer.start()
-        try:
-            line = pipe.readline(_LONGEST)
-        finally:
-            timer.cancel()
+        line = child.line(seconds, _LONGEST)
         if line.endswith(b"\n"):
             return dict(json.loads(line))
-        if late.is_set():
+        if child.late:
             self._stop()
             raise ModelError(
                 f"{what} does not come to an end within {seconds:.0f} seconds: give another one with "

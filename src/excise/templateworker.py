@@ -1,17 +1,15 @@
 """The process in which chat templates are read and rendered for `rendering`.
 
 A template is a program that others wrote: it may loop for ever, ask for all memory, or end its
-process, so it gets one of its own. Run as a file: it imports nothing of the package. Requests are JSON
-lines on standard input, answers are JSON lines on standard output.
+process, so it gets one of its own. Requests are JSON lines on standard input, answers are JSON lines
+on standard output.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, BinaryIO
 
 from jinja2 import TemplateError, meta, nodes
@@ -20,6 +18,8 @@ from jinja2.ext import Extension, LoopControlExtension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
+
+from excise.limits import limit_memory
 
 _MEMORY = 1 << 29  # bytes: more than what the process has when it begins
 _LONGEST = (
@@ -155,7 +155,7 @@ def render(template: str, chats: list[Any], variables: dict[str, Any], prompt: b
 
 def serve(requests: BinaryIO, answers: BinaryIO) -> None:
     """Answer requests until there are no more."""
-    _limit_memory()
+    limit_memory(_MEMORY)
     _answer(answers, {})
     for line in requests:
         asked = json.loads(line)
@@ -175,15 +175,6 @@ def _reason(error: Exception) -> str:
     lines = str(error).strip().splitlines() or [""]
     line = lines[0] or type(error).__name__
     return line[:_REASON].encode(errors="replace").decode()
-
-
-def _limit_memory() -> None:
-    if sys.platform == "linux":  # elsewhere the limit is not kept, or there is none
-        import resource
-
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
-        limit = pages * os.sysconf("SC_PAGE_SIZE") + _MEMORY
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
 def _answer(answers: BinaryIO, found: dict[str, Any]) -> None:
