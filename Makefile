@@ -66,8 +66,8 @@ families: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/test_families.py -k "not page and not row_is" --families docs/families.md
 
 # Faults put into copies of the source, one at a time: each must be noticed by its tests.
-mutants: venv
-	$(BIN)/python tests/mutations.py
+mutants: venv llama
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutations.py
 
 bench: venv
 	$(BIN)/python bench/run.py

@@ -9,9 +9,10 @@ one still applies. A fault that nothing notices is a seam that no test holds: wr
 from __future__ import annotations
 
 import argparse
+import importlib
+import multiprocessing
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -19,9 +20,23 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "excise"
 SECONDS = 900  # for the tests of one mutant
+# Imported once for all mutants: they take longer than most of the tests.
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "transformers.models.gemma4.modeling_gemma4",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.qwen3.modeling_qwen3",
+    "optuna",
+    "peft",
+    "pydantic",
+    "plotly",
+)
 FAILED = 1  # what pytest returns where tests failed, and for nothing else
 
 RUN = "tests/test_recomputed.py"
@@ -167,6 +182,13 @@ MUTANTS = (
         'tokens[f"{side}_{part}"] for side',
         'tokens[f"{side}_eval"] for side',
         f"{RUN} -k holdout",
+    ),
+    Mutant(
+        "rows of the search are left in the holdout",
+        "prompts",
+        "holdout = _without(holdout, direction + rest[:m])",
+        "holdout = _without(holdout, direction)",
+        "tests/test_prompts.py -k search_sees",
     ),
     Mutant(
         "the search is measured on the holdout",
@@ -552,38 +574,47 @@ class Outcome:
 
 
 def outcomes(mutants: tuple[Mutant, ...]) -> Iterator[Outcome]:
-    """Each mutant in a copy of the source of its own, by its tests."""
+    """Each mutant in a copy of the source of its own, by its tests, in a process of its own."""
+    for name in LIBRARIES:
+        importlib.import_module(name)
     for mutant in mutants:
         begun = time.monotonic()
         with tempfile.TemporaryDirectory() as name:
             copy = Path(name) / "src"
             shutil.copytree(ROOT / "src", copy)
             (copy / "excise" / f"{mutant.module}.py").write_text(mutant.applied(), encoding="utf-8")
-            code, by = _tested(copy, mutant.tests)
+            code, by = _tested(copy, mutant.tests, Path(name) / "said")
         said = {0: "survived", FAILED: "noticed"}.get(code, "broken")
         yield Outcome(mutant, said, time.monotonic() - begun, by)
 
 
-def _tested(source: Path, tests: str) -> tuple[int, str]:
+def _tested(source: Path, tests: str, said: Path) -> tuple[int, str]:
     """Pytest's exit code with the package at `source`, and the first test that failed."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider"]
-    files, _, words = tests.partition(" -k ")
-    if words:
-        command += ["-k", words]
-    environment = {**os.environ, "PYTHONPATH": str(source), "OMP_NUM_THREADS": "1"}
-    try:
-        done = subprocess.run(
-            [*command, *files.split()],
-            cwd=ROOT,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=SECONDS,
-        )
-    except subprocess.TimeoutExpired:
+    assert "excise" not in sys.modules, "the package must be imported where it is mutated"
+    forked = multiprocessing.get_context("fork").Process(target=_test, args=(source, tests, said))
+    forked.start()
+    forked.join(SECONDS)
+    if forked.exitcode is None:
+        forked.kill()
         return FAILED, "it does not end"
-    failed = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("FAILED")]
-    return done.returncode, failed[0].partition("::")[2] if failed else ""
+    text = said.read_text(encoding="utf-8", errors="replace")
+    failed = [line.split()[1] for line in text.splitlines() if line.startswith("FAILED ")]
+    return forked.exitcode, failed[0].partition("::")[2] if failed else ""
+
+
+def _test(source: Path, tests: str, said: Path) -> None:
+    """Run tests on the package at `source`, and end with pytest's exit code."""
+    with said.open("wb") as out:
+        os.dup2(out.fileno(), 1)
+        os.dup2(out.fileno(), 2)
+    os.chdir(ROOT)
+    os.environ["PYTHONPATH"] = str(source)  # for what tests start themselves
+    sys.path.insert(0, str(source))
+    files, _, words = tests.partition(" -k ")
+    options = ["-q", "-x", "-p", "no:cacheprovider", *(["-k", words] if words else [])]
+    code = int(pytest.main([*options, *files.split()]))
+    sys.stdout.flush()
+    os._exit(code)
 
 
 def main() -> int:
