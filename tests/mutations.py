@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from hypothesis import Phase, settings
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "excise"
@@ -209,14 +210,14 @@ MUTANTS = (
         "artifacts",
         "spoken=self.engine.spoken,",
         "spoken=(),",
-        "tests/test_opening.py -k export",
+        f"{RUN} -k exported",
     ),
     Mutant(
         "an export is measured against itself",
         "artifacts",
         "reference=reference,",
         "reference=None,",
-        "tests/test_recomputed.py -k export",
+        f"{RUN} -k exported",
     ),
     Mutant(
         "answers and groups are the holdout's",
@@ -242,8 +243,8 @@ MUTANTS = (
     Mutant(
         "samples before and after are swapped",
         "finish",
-        "texts = (before.responses[side][number].text, after.responses[side][number].text)",
-        "texts = (after.responses[side][number].text, before.responses[side][number].text)",
+        "before, after = engine.measure([bare, edits], request, {side: count})",
+        "after, before = engine.measure([bare, edits], request, {side: count})",
         f"{RUN} -k samples",
     ),
     Mutant(
@@ -452,6 +453,20 @@ MUTANTS = (
         "return -((scale * left) @ right)",
         "tests/test_export.py -k difference",
     ),
+    Mutant(
+        "transposed experts are folded with the first block's columns in every block",
+        "merging",
+        "edited = _columns(whole, first, last).apply_to_weight(rows.mT).mT",
+        "edited = _columns(whole, 0, last - first).apply_to_weight(rows.mT).mT",
+        "tests/test_merging.py -k experts_in_blocks",
+    ),
+    Mutant(
+        "an export is loaded in whatever dtype fits",
+        "artifacts",
+        '"gguf_file": None, "dtype": name}\n        )',
+        '"gguf_file": None, "dtype": "auto"}\n        )',
+        "tests/test_artifacts.py -k dtype",
+    ),
     # -- captures of the methods
     Mutant(
         "writers are captured at the first token",
@@ -608,6 +623,9 @@ def _test(source: Path, tests: str, said: Path) -> None:
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)
     os.chdir(ROOT)
+    first = [Phase.explicit, Phase.generate]  # that an example fails is enough, however large it is
+    settings.register_profile("mutants", settings.default, phases=first)
+    settings.load_profile("mutants")
     os.environ["PYTHONPATH"] = str(source)  # for what tests start themselves
     sys.path.insert(0, str(source))
     files, _, words = tests.partition(" -k ")

@@ -6,12 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import job
 
 from excise import artifacts, staging
 from excise.cli import main
+from excise.config import load_config
 from excise.errors import ExportError, ModelError
+from excise.export import Exported
 from excise.ggufexport import GgufPlan
+from excise.loading import load
 from excise.record import read_record
 from excise.staging import CARD, hashes_of, sha256_of
 
@@ -152,3 +156,15 @@ def test_a_folder_that_appears_meanwhile_is_not_replaced(
     assert "cannot write" in capsys.readouterr().err
     assert names(tmp_path) == ["out"]
     assert names(to) == ["mine"]
+
+
+def test_an_export_is_loaded_in_the_dtype_that_the_search_measured_in(run: Path) -> None:
+    """Which need not be the one that "auto" comes to at the time."""
+    config = load_config(file=run / "config.toml")
+    source = load(config.model)
+    for dtype in (torch.float32, torch.bfloat16):
+        for artifact in read_record(run).artifacts:
+            made = Exported(run / artifact.path, artifact.format, artifact.sha256, 0, {}, {})
+            again = artifacts._load_again(made, source, config, dtype)
+            assert again.dtype == dtype
+            assert {parameter.dtype for parameter in again.model.parameters()} == {dtype}

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import families
 import pytest
 import torch
 from safetensors import safe_open
@@ -215,6 +216,30 @@ def test_blocks_do_not_change_the_result(
     monkeypatch.setattr(merging, "_BLOCK", 7 * 32)  # O = 32 is no multiple of 7
     merge_checkpoint(source, tmp_path / "blocks", edits, writers)
     assert sha256_of(tmp_path / "blocks") == sha256_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("kind", ["gpt_oss", "qwen3_moe"])
+def test_experts_in_blocks_are_the_edited_experts(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stored (E, I, O), as in gpt-oss, a block holds some of the inputs; else, some of the outputs."""
+    monkeypatch.setattr(merging, "_BLOCK", 7 * families.WIDTH)
+    model = families.model(kind)
+    model.save_pretrained(tmp_path / "source")
+    writers = [writer for writer in describe(model).writers if writer.expert is not None]
+    assert {writer.transposed for writer in writers} == {kind == "gpt_oss"}
+    assert min(min(writer.shape) for writer in writers) > 2 * 7
+    draw = torch.Generator().manual_seed(0)
+    edits = [
+        Edit(torch.randn(o, 1, generator=draw), torch.randn(1, i, generator=draw))
+        for o, i in (writer.shape for writer in writers)
+    ]
+    named = {writer.name: edit for writer, edit in zip(writers, edits, strict=True)}
+    merge_checkpoint(tmp_path / "source", tmp_path / "out", named, writers)
+    expected = families.merged(model, writers, edits)
+    found = load(tmp_path / "out", torch.float32)
+    for (name, ours), theirs in zip(found.named_parameters(), expected.parameters(), strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-5), name
 
 
 def test_prefixed_keys_and_tensors_that_no_class_loads(tmp_path: Path, source: Path) -> None:

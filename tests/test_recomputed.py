@@ -23,6 +23,8 @@ from excise import cli
 
 SIZE, NEW_TOKENS, LAYERS = 10, 4, 6  # SIZE rows of each file for each part, in their order
 PREFIX, WINSOR = "now ", 0.9
+# What the random model says most; one of the two is found only where it goes on from the prefix.
+MARKERS = [f"{PREFIX}oro", "yyy"]
 WRITERS = {"attn.o_proj": "self_attn.o_proj", "mlp.down_proj": "mlp.down_proj"}
 Z = 1.959963984540054
 
@@ -78,8 +80,8 @@ class Run:
         return PREFIX + self.tokenizer.decode(said, skip_special_tokens=True)
 
     def rate(self, model, texts: list[str]) -> float:
-        shown = ["e" in self.words(self.response(model, text)).lower() for text in texts]
-        return sum(shown) / len(shown)
+        said = [self.words(self.response(model, text)).lower() for text in texts]
+        return sum(any(marker in text for marker in MARKERS) for text in said) / len(said)
 
     def rates(self, model, rows: list[dict]) -> dict[str, float]:
         """The same by group."""
@@ -146,6 +148,7 @@ def run(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     shutil.copytree(tiny, place, dirs_exist_ok=True)
     made, out = Run(place), place / "run"
     made.label(place)
+    (place / "markers.txt").write_text("\n".join(MARKERS))
     more = ["--method", "directional", "--set", f"prompts.response_prefix={PREFIX!r}"]
     more += ["--set", f"directions.winsor={WINSOR}", "--set", 'scores.final=["restored", "kept"]']
     for side in ("target", "contrast"):
@@ -204,7 +207,10 @@ def test_scores_are_those_of_the_edited_weights_on_the_search_prompts(run: Run):
     baseline = run.record["baseline"]
     assert baseline["behaviour_rate"]["value"] == run.rate(run.model, run.part("target", 1))
     assert baseline["drift"]["value"] < 1e-9
-    assert rates | {baseline["behaviour_rate"]["value"]} != {1.0}
+    assert len(rates | {baseline["behaviour_rate"]["value"]}) > 1
+    said = [run.response(run.model, text) for text in run.part("target", 1)]
+    alone = [MARKERS[1] in run.tokenizer.decode(one).lower() for one in said]
+    assert 1 > baseline["behaviour_rate"]["value"] > sum(alone) / len(alone) > 0
 
 
 def check_drift(scores: dict, rows: list[torch.Tensor]) -> None:
