@@ -26,6 +26,8 @@ CPU = torch.device("cpu")
 
 STEADY = settings(derandomize=True, deadline=None)
 RENDERER = Renderer()
+SIDES = PromptSet("target", "p", (Prompt("orb"),)), PromptSet("contrast", "q", (Prompt("kettle"),))
+TWO = PromptSets(*SIDES, *SIDES, *SIDES)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -145,16 +147,34 @@ def test_a_prompt_without_tokens_is_an_error():
         ids_of(tokenizer, "orb")
 
 
+CLOSED = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}END{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("end", "said"),
+    [
+        ("<|system|>", "closes a response with '<|system|>'"),
+        ("<eos>\n", ""),
+        ("\nthat", ""),
+        ("", ""),
+    ],
+)
+def test_a_template_that_ends_a_turn_with_a_token_that_nobody_names_is_told_of(end, said):
+    """Elsewhere the response runs on as well, so the figures do not hide it."""
+    loaded = builders.loaded("llama")
+    loaded.tokenizer.add_special_tokens({"additional_special_tokens": ["<|system|>"]})
+    loaded.tokenizer.chat_template = CLOSED.replace("END", end)
+    notes = " ".join(tokenise(loaded, TWO, Config()).dressing.notes)
+    assert said in notes
+    assert ("closes a response" in notes) == bool(said)
+
+
 def test_a_run_reads_the_template_that_stands_beside_the_tokenizer(tmp_path):
     loaded = builders.loaded("llama")
     loaded.tokenizer.chat_template = None
     template = json.dumps({"chat_template": "[{{ messages[0].content }}]"})
     (tmp_path / "chat_template.json").write_text(template)
-    one = PromptSet("target", "p.txt", (Prompt("orb"),))
-    other = PromptSet("contrast", "q.txt", (Prompt("kettle"),))
-    found = tokenise(
-        replace(loaded, folder=tmp_path), PromptSets(one, other, one, other, one, other), Config()
-    )
+    found = tokenise(replace(loaded, folder=tmp_path), TWO, Config())
     assert spoken(loaded.tokenizer, found["target"][0]) == "[orb]"
 
 

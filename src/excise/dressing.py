@@ -167,6 +167,18 @@ def dress(
     return replace(dressing, header=header, notes=tuple(notes))
 
 
+def after_answer(dressing: Dressing, renderer: Renderer) -> str:
+    """What the template writes after a response; "" where it cannot render one."""
+    if dressing.template is None:
+        return ""
+    try:
+        (answered,) = dressing.turns(renderer, [_QUESTION], _ANSWER)
+    except TemplateRefusal:
+        return ""
+    _, found, after = answered.rpartition(_ANSWER)
+    return after.strip() if found else ""
+
+
 def stands_whole(text: str, rendered: str) -> bool:
     """Whether a text stands in what a template made of it: white space aside, as it is or escaped.
 

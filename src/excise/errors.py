@@ -24,6 +24,8 @@ EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 
+_LONGEST = 300  # characters of another library's message
+
 
 class ExciseError(Exception):
     """Root of the tree; `exit_code` is what the command line returns for it."""
@@ -93,7 +95,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 def first_line(error: BaseException) -> str:
     """A library's error in one line, for a message of ours: its first line, else its type.
 
-    With the line after it where the first only leads up to that.
+    With the line after it where the first only leads up to that; no longer than can be read.
     """
     lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
-    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    line = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return line if len(line) <= _LONGEST else f"{line[:_LONGEST]}..."

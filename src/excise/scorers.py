@@ -155,7 +155,7 @@ def _load_file(path: Path) -> None:
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        raise ConfigError(f"scores.files: {path} cannot be loaded: {error}") from error
+        raise ConfigError(f"scores.files: {path} cannot be loaded: {_named(error)}") from error
 
 
 def needs_of(one: Scorer, context: ScoreContext) -> list[Request]:
@@ -178,7 +178,7 @@ def needs_of(one: Scorer, context: ScoreContext) -> list[Request]:
         sides = " or ".join(context.prompts)
         raise ConfigError(
             f"scorer {one.name}: its needs must be a list of Responses and Divergence of {sides}, and "
-            f"are {found!r}"
+            f"are {found!r:.200}"
         )
     return list(found)
 
@@ -195,7 +195,7 @@ def score_of(one: Scorer, evidence: Evidence, context: ScoreContext) -> Score:
         raise MeasurementError(f"scorer {one.name} raises {_named(error)}") from error
     if not isinstance(found, Score) or not isinstance(found.value, int | float):
         raise MeasurementError(
-            f"scorer {one.name} must return a Score with a number, and returned {found!r}"
+            f"scorer {one.name} must return a Score with a number, and returned {found!r:.200}"
         )
     return found
 

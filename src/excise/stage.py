@@ -15,7 +15,7 @@ from excise.anatomy import Writer
 from excise.capture import Pass, geometric_median, mean, projections, residual_pass
 from excise.config import Config, DirectionSection
 from excise.directions import Directions, auc, from_means
-from excise.dressing import Dressing, dress
+from excise.dressing import Dressing, after_answer, dress
 from excise.edits import Edit
 from excise.engine import Engine, Plan, Reference
 from excise.errors import ConfigError, MeasurementError, PromptError, RunStateError
@@ -45,7 +45,7 @@ from excise.scorers import (
     needs_of,
     read_markers,
 )
-from excise.tokens import batches, check_known, encode, end_tokens, pad_token
+from excise.tokens import batches, check_known, encode, end_tokens, pad_token, unnamed_end
 
 _CAPTURE_ROWS = 64
 
@@ -162,17 +162,18 @@ def tokenise(loaded: Loaded, sets: PromptSets, config: Config) -> Tokens:
         PromptError: prompts and responses are longer than the model has positions.
     """
     section = config.prompts
-    end_tokens(loaded.model, loaded.tokenizer)
-    tokenizer = loaded.tokenizer
+    ends, tokenizer = end_tokens(loaded.model, loaded.tokenizer), loaded.tokenizer
     with Renderer() as renderer:
         dressing = dress(tokenizer, section, renderer, loaded.folder)
+        note = unnamed_end(tokenizer, after_answer(dressing, renderer), ends)
         rows = {
             s.role: encode(tokenizer, s, section, dressing, renderer) for s in sets.all() if len(s)
         }
     for ids in rows.values():
         check_known(tokenizer, ids, _token_ids(loaded))
     _check_positions(loaded, rows, config)
-    return Tokens(rows, dressing)
+    notes = (*dressing.notes, *filter(None, (note,)))
+    return Tokens(rows, replace(dressing, notes=notes))
 
 
 def _token_ids(loaded: Loaded) -> int:

@@ -106,7 +106,7 @@ def _unpack(value: Any, what: str) -> str:
         value = {str(one.get("name")): one.get("template") for one in value}
     if isinstance(value, dict):
         if "default" not in value:
-            names = ", ".join(map(str, value))
+            names = " ".join(", ".join(map(str, value)).split())
             raise ModelError(
                 f"{what}: there are multiple chat templates, and none is the default: write one of "
                 f"{names:.100} to a file, and give that with --chat-template"

@@ -146,6 +146,21 @@ def _ids(value: Any, whose: str) -> list[int]:
     return list(ids)
 
 
+def unnamed_end(tokenizer: Any, after: str, ends: frozenset[int]) -> str:
+    """What to say where the special token that a template writes after a response ends none.
+
+    Such responses are measured as they are generated elsewhere: up to an end token that is named.
+    """
+    first = tokenizer(after, add_special_tokens=False)["input_ids"][:1]
+    if not first or first[0] in ends or first[0] not in tokenizer.all_special_ids:
+        return ""
+    text = tokenizer.convert_ids_to_tokens(first[0])
+    return (
+        f"The template closes a response with {text!r}, which neither the generation config nor the "
+        "tokenizer names as an end token: responses may run on past it."
+    )
+
+
 def pad_token(model: Any, tokenizer: Any) -> int:
     """The id that fills rows; masked, so any will do that the model has."""
     pad = tokenizer.pad_token_id
