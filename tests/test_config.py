@@ -155,7 +155,7 @@ def test_sections_cannot_be_changed():
 
 @pytest.mark.parametrize(
     ("content", "text"),
-    [(b"[search\n", "not valid TOML"), (b"a = '\xff'", "cannot be read"), (None, "does not exist")],
+    [(b"[search\n", "not valid TOML"), (b"a = '\xff'", "not UTF-8"), (None, "does not exist")],
 )
 def test_a_configuration_file_that_cannot_be_used(tmp_path, content, text):
     path = tmp_path / "c.toml"

@@ -20,17 +20,17 @@ MODULES = sorted(SOURCE.glob("*.py"))
 
 # Bottom to top, as ARCHITECTURE.md lists them: a module imports only from those before it.
 ORDER = (
-    "errors visible reading folders shards checkpoint staging limits launcher children config "
-    "events parquetworker promptfiles prompts intervals evidence weights swapping anatomy "
-    "directions edits experts kvcache blueprints lean forward probing discovering fitting gguffile "
-    "packing plain ggufsource tokenizing loading templates templateworker rendering dressing tokens "
-    "geometry capture profiles subspace ridge lbfgs ara space directional moments subspace_method "
-    "ridge_method ara_method methods stacking passes decoding drafts answering divergence engine "
-    "opening planning refining folding scorers front record wording digest markdown caveats usage "
-    "recipe journal search panel keeping stage identity figures geometry_page card report matching "
-    "merging export ggml patching llamaquant llamacpp ggufexport llamaworker llamarun ggufcheck "
-    "ollama artifacts finish pipeline jobs reproduce hub inspecting terminal stopping reporter "
-    "console arguments cli"
+    "errors visible reading folders trees shards checkpoint staging limits launcher children "
+    "config events parquetworker promptfiles prompts intervals evidence weights swapping anatomy "
+    "directions edits experts kvcache blueprints lean forward probing discovering fitting "
+    "gguffile packing plain ggufsource tokenizing loading templates templateworker rendering "
+    "dressing tokens geometry capture profiles subspace ridge lbfgs ara space directional moments "
+    "subspace_method ridge_method ara_method methods stacking passes decoding drafts answering "
+    "divergence engine opening planning refining folding scorers front record wording digest "
+    "markdown caveats usage recipe journal search ledger panel keeping stage identity terms "
+    "figures geometry_page card report matching merging export ggml patching llamaquant llamacpp "
+    "ggufexport llamaworker llamarun ggufcheck ollama artifacts finish pipeline jobs reproduce "
+    "hub inspecting terminal stopping reporter console arguments cli"
 ).split()
 
 PURE = "directions geometry profiles edits subspace ridge lbfgs ara space front intervals".split()

@@ -8,20 +8,49 @@ from __future__ import annotations
 
 import datetime
 import difflib
-import tomllib
+import unicodedata
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from excise.errors import ConfigError
-from excise.reading import full_path, is_file
+from excise.reading import DEEPEST, check_depth, is_file, is_whole, read_toml
+from excise.trees import anchor, merge, nest, parse_value, texts
 
 RowNorms = Literal["none", "pre", "full"]
 MethodName = Literal["directional", "subspace", "ridge", "ara"]
 Format = Literal["safetensors", "adapter", "gguf", "gguf-adapter"]
+
+
+_MOST = 10**9  # of anything that is counted
+_NAME_BYTES, _PATH_BYTES = 255, 4096  # what file systems take
+_SHOWN = 3  # errors of one configuration that a message names
+T = TypeVar("T")
+
+
+def _check_name(text: str) -> str:
+    if any(unicodedata.category(c) == "Cc" for c in text):
+        raise ValueError("holds control characters, which no file name or id has")
+    sizes = [len(part.encode("utf-8", "surrogatepass")) for part in text.split("/")]
+    if max(sizes) > _NAME_BYTES or sum(sizes) + len(sizes) > _PATH_BYTES:
+        raise ValueError("is longer than a file name or id can be")
+    return text
+
+
+def _check_distinct(items: tuple[T, ...]) -> tuple[T, ...]:
+    twice = [item for n, item in enumerate(items) if item in items[:n]]
+    if twice:
+        raise ValueError(f"names {twice[0]!r:.60} twice")
+    return items
+
+
+Count = Annotated[int, Field(ge=1, le=_MOST)]
+CountOrNone = Annotated[int, Field(ge=0, le=_MOST)]  # 0: chosen for you
+Name = Annotated[str, AfterValidator(_check_name)]  # of a file, a folder, or on the Hub
+Distinct = AfterValidator(_check_distinct)
 
 
 class Section(BaseModel):
@@ -33,19 +62,19 @@ class Section(BaseModel):
 class ModelSection(Section):
     """Which model, and how it is loaded."""
 
-    source: str = ""
-    revision: str | None = None
+    source: Name = ""
+    revision: Name | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device_map: str | None = None
     quantize: Literal["bnb-4bit", "bnb-8bit"] | None = None
-    gguf_file: str | None = None
+    gguf_file: Name | None = None
     trust_remote_code: bool = False
 
 
 class PromptSource(Section):
     """One prompt set: a .txt, .jsonl, .csv or .parquet file, or a dataset id."""
 
-    source: str
+    source: Name
     column: str = "text"
     answer_column: str | None = None
     group_column: str | None = None
@@ -66,13 +95,13 @@ class PromptSection(Section):
     contrast_eval: PromptSource | None = None
     target_holdout: PromptSource | None = None
     contrast_holdout: PromptSource | None = None
-    direction_size: int = Field(400, ge=1)
-    eval_size: int = Field(100, ge=1)
-    holdout_size: int | None = Field(None, ge=1)
+    direction_size: Count = 400
+    eval_size: Count = 100
+    holdout_size: Count | None = None
     system: str | None = None
     prefix: str = ""
     suffix: str = ""
-    chat_template: str | None = None
+    chat_template: Name | None = None
     thinking: bool = False
     response_prefix: str | None = None
     date: datetime.date = datetime.date(2025, 1, 1)
@@ -89,7 +118,7 @@ class DirectionSection(Section):
 class EditSection(Section):
     """Which writers are edited, and how. No components named: the family's own choice."""
 
-    components: tuple[str, ...] = ()
+    components: Annotated[tuple[str, ...], Distinct] = ()
     row_norms: RowNorms = "full"
     post_norms: bool = True
 
@@ -107,16 +136,16 @@ class RidgeSection(Section):
     `basis` bounds the dimensions it works in, `rank` and `neighbours` what the search tries of each.
     """
 
-    basis: int = Field(512, ge=16)
-    rank: int = Field(8, ge=1)
-    neighbours: int | None = Field(None, ge=1)
+    basis: int = Field(512, ge=16, le=_MOST)
+    rank: Count = 8
+    neighbours: Count | None = None
 
 
 class AraSection(Section):
     """Arbitrary-rank ablation. `neighbours` bounds the k that is searched."""
 
-    iterations: int = Field(40, ge=1)
-    neighbours: int | None = Field(None, ge=1)
+    iterations: Count = 40
+    neighbours: Count | None = None
 
 
 class ScoreSection(Section):
@@ -125,13 +154,13 @@ class ScoreSection(Section):
     `show` names the sides of which a few prompts and responses may stand in the record and report.
     """
 
-    objectives: tuple[str, ...] = ("behaviour_rate", "drift")
-    report: tuple[str, ...] = ("drift_first",)
-    final: tuple[str, ...] = ()
-    files: tuple[str, ...] = ()
+    objectives: Annotated[tuple[str, ...], Distinct] = ("behaviour_rate", "drift")
+    report: Annotated[tuple[str, ...], Distinct] = ("drift_first",)
+    final: Annotated[tuple[str, ...], Distinct] = ()
+    files: Annotated[tuple[Name, ...], Distinct] = ()
     markers: tuple[str, ...] = ()
-    markers_file: str | None = None
-    max_new_tokens: int = Field(100, ge=1)
+    markers_file: Name | None = None
+    max_new_tokens: Count = 100
     show: tuple[Literal["target", "contrast"], ...] = ("target", "contrast")
 
 
@@ -141,19 +170,19 @@ class SearchSection(Section):
     `refine` trials more start from the front and descend by gradient.
     """
 
-    trials: int = Field(200, ge=1)
-    startup_trials: int = Field(60, ge=1)
-    batch: int = Field(0, ge=0)
-    ei_candidates: int = Field(128, ge=1)
+    trials: int = Field(200, ge=1, le=10**6)
+    startup_trials: Count = 60
+    batch: int = Field(0, ge=0, le=10**4)
+    ei_candidates: int = Field(128, ge=1, le=10**6)
     screen: bool = True
-    refine: int = Field(0, ge=0)
+    refine: int = Field(0, ge=0, le=10**6)
     select: str = "knee"
 
 
 class EngineSection(Section):
     """Limits of one batched pass; 0 measures them. `rows` are candidates x prompts."""
 
-    rows: int = Field(0, ge=0)
+    rows: CountOrNone = 0
     reuse: bool = True
     memory_fraction: float = Field(0.8, gt=0, le=1)
 
@@ -165,12 +194,12 @@ class ExportSection(Section):
     `from_gguf` a GGUF of the same model to patch in place of converting.
     """
 
-    formats: tuple[Format, ...] = ("safetensors",)
-    adapter_rank: int | None = Field(None, ge=1)
+    formats: Annotated[tuple[Format, ...], Distinct] = ("safetensors",)
+    adapter_rank: Count | None = None
     adapter_error: float = Field(0.2, gt=0, lt=1)
     quantize: tuple[str, ...] = ()
-    llama_cpp: str | None = None
-    from_gguf: str | None = None
+    llama_cpp: Name | None = None
+    from_gguf: Name | None = None
 
 
 class Config(Section):
@@ -180,7 +209,7 @@ class Config(Section):
     description: str = ""
     method: MethodName | None = None  # None: `methods.named` says which
     goal: Literal["remove", "strengthen"] = "remove"
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=1 << 63)
     model: ModelSection = ModelSection()
     prompts: PromptSection = PromptSection()
     directions: DirectionSection = DirectionSection()
@@ -214,31 +243,50 @@ def load_config(
     """
     tree: dict[str, Any] = {}
     if behaviour is not None:
-        tree = _merge(tree, read_behaviour(behaviour))
+        tree = merge(tree, read_behaviour(behaviour))
     if file is not None:
-        tree = _merge(tree, _anchor(_read_toml(file), file.parent))
+        tree = merge(tree, anchor(read_toml(file, "configuration file", ConfigError), file.parent))
     for key, value in (flags or {}).items():
         if isinstance(value, dict):  # a prompt source: the behaviour's columns are not this file's
-            tree = _merge(tree, _nest(key, None))
-        tree = _merge(tree, _nest(key, value))
+            tree = merge(tree, nest(key, None))
+        tree = merge(tree, nest(key, value))
     for expression in sets:
         key, equals, text = expression.partition("=")
-        if not equals or not key.strip():
-            raise ConfigError(f"--set {expression!r}: write it as section.key=value")
-        tree = _merge(tree, _nest(key.strip(), _parse_value(text.strip())))
+        if not equals or not key.strip() or key.count(".") > DEEPEST // 2:
+            raise ConfigError(f"--set {expression!r:.60}: write it as section.key=value")
+        tree = merge(tree, anchor(nest(key.strip(), parse_value(text.strip())), Path()))
     return validate(tree)
 
 
 def validate(tree: dict[str, Any]) -> Config:
-    """A `Config` from plain data; errors are one line each and name the key.
+    """A `Config` from plain data; errors are in one line and name their keys.
 
     Raises:
         ConfigError: as `load_config`.
     """
+    check_depth(tree, "the configuration", ConfigError)
+    broken = next((key for key, text in texts(tree) if not is_whole(text)), None)
+    if broken is not None:
+        raise ConfigError(
+            f"configuration key {_short(broken)}: holds bytes that are not UTF-8 text"
+        )
     try:
         return Config.model_validate(tree)
     except pydantic.ValidationError as error:
-        raise ConfigError("; ".join(_explain(item) for item in error.errors())) from None
+        found = error.errors(include_url=False, include_context=False)
+        lines = [_explain(item) for item in found[:_SHOWN]]
+        more = [f"and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
+        raise ConfigError("; ".join([*lines, *more])) from None
+
+
+def misfit(tree: dict[str, Any]) -> str | None:
+    """What a stored configuration says that none can; None where only keys of other versions differ."""
+    try:
+        Config.model_validate(tree)
+    except pydantic.ValidationError as error:
+        found = error.errors(include_url=False, include_context=False)
+        return next((_explain(e) for e in found if e["type"] != "extra_forbidden"), None)
+    return None
 
 
 def behaviours() -> dict[str, Path]:
@@ -252,12 +300,12 @@ def read_behaviour(name: str) -> dict[str, Any]:
     path = behaviours().get(name)
     if path is None:
         path = Path(name)
-        if path.suffix != ".toml" or not path.is_file():
+        if path.suffix != ".toml" or not is_file(path):
             known = ", ".join(behaviours())
             raise ConfigError(
-                f"behaviour {name!r}: neither a built-in one ({known}) nor a TOML file that exists"
+                f"behaviour {name!r:.100}: neither a built-in one ({known}) nor a TOML file that exists"
             )
-    tree = _anchor(_read_toml(path), path.parent)
+    tree = anchor(read_toml(path, "behaviour file", ConfigError), path.parent)
     tree.setdefault("behaviour", path.stem)
     return tree
 
@@ -294,68 +342,17 @@ def _toml_value(value: Any) -> str:
     return repr(value)
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"configuration file {path} does not exist") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"configuration file {path} cannot be read: {error}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"configuration file {path} is not valid TOML: {error}") from None
-
-
-def _anchor(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Make the file names in a TOML file relative to that file, not to the working directory."""
-    prompts = tree.get("prompts")
-    for value in prompts.values() if isinstance(prompts, dict) else ():
-        if isinstance(value, dict) and isinstance(value.get("source"), str):
-            value["source"] = _beside(value["source"], folder)
-    if isinstance(prompts, dict) and isinstance(prompts.get("chat_template"), str):
-        prompts["chat_template"] = _beside(prompts["chat_template"], folder)
-    scores = tree.get("scores")
-    if isinstance(scores, dict):
-        if isinstance(scores.get("markers_file"), str):
-            scores["markers_file"] = _beside(scores["markers_file"], folder)
-        if isinstance(scores.get("files"), list):
-            scores["files"] = [_beside(str(name), folder) for name in scores["files"]]
-    return tree
-
-
-def _beside(name: str, folder: Path) -> str:
-    candidate = folder / name
-    return str(full_path(candidate)) if is_file(candidate) else name
-
-
-def _nest(key: str, value: Any) -> dict[str, Any]:
-    for part in reversed(key.split(".")):
-        value = {part: value}
-    return dict(value)
-
-
-def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(below)
-    for key, value in above.items():
-        old = merged.get(key)
-        merged[key] = (
-            _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
-        )
-    return merged
-
-
-def _parse_value(text: str) -> Any:
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
+def _short(key: str) -> str:
+    return key if len(key) <= 60 and key.isprintable() else f"{key!r:.60}..."
 
 
 def _explain(error: Any) -> str:
     """One pydantic error in the user's words."""
     path = [str(part) for part in error["loc"]]
-    key = ".".join(path)
+    key = _short(".".join(path))
     if error["type"] != "extra_forbidden":
-        return f"configuration key {key}: {error['msg']}"
+        message = error["msg"].removeprefix("Value error, ")
+        return f"configuration key {key}: {message:.200}"
     section: Any = Config
     for part in path[:-1]:
         annotation = section.model_fields[part].annotation

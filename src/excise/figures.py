@@ -23,6 +23,8 @@ _HEIGHT = 340
 _ORIGINAL = -1  # stands for the original model's number among the trials
 # A drift this far below the largest one is numerical noise: it must not stretch the axis.
 _DECADES = 5
+_HIGHEST = 308  # power of ten that a float has
+_NOTHING = 1e-300  # no logarithm can be taken of half of less
 
 
 def front_figure(record: Record) -> go.Figure | None:
@@ -71,7 +73,7 @@ class _CostAxis:
         self.name = name
         values = [s[name].value for s in scores]
         top = max(values)
-        self.log = name in wording.NATS and top > 0
+        self.log = name in wording.NATS and top > _NOTHING
         self.least = min(v for v in values if v > top * 10**-_DECADES) if self.log else 0.0
         self.most = top
 
@@ -104,7 +106,9 @@ def _round_numbers(low: float, high: float) -> list[float]:
     """1, 2, 5 times powers of ten from low to high; powers alone where there would be many."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     steps = (1, 2, 5) if last - first <= 3 else (1,)
-    numbers = [step * 10.0**power for power in range(first, last + 1) for step in steps]
+    numbers = [
+        step * 10.0**power for power in range(first, min(last, _HIGHEST) + 1) for step in steps
+    ]
     return [n for n in numbers if low * 0.8 <= n <= high * 1.2]
 
 

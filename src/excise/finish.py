@@ -36,6 +36,7 @@ from excise.search import Search, importance
 
 REPORT = "report.html"
 _SAMPLES = 3
+_MOST_SAMPLING = 1e9  # a setting of sampling that is larger, or no number, says nothing
 _PACKAGES = ("excise", "torch", "transformers", "optuna", "peft", "safetensors", "tokenizers")
 
 
@@ -187,7 +188,10 @@ def _sampling(folder: Path) -> dict[str, Any]:
     """What the generation config says of sampling."""
     config = read_generation(folder)
     names = ("do_sample", "temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-    return {name: config[name] for name in names if isinstance(config.get(name), int | float)}
+    found = {name: config.get(name) for name in names}
+    return {
+        k: v for k, v in found.items() if isinstance(v, int | float) and abs(v) < _MOST_SAMPLING
+    }
 
 
 def _license(folder: Path) -> str | None:

@@ -9,9 +9,12 @@ from typing import Any
 
 from excise.checkpoint import read_config, weight_files
 from excise.config import Config
+from excise.errors import ConfigError
 from excise.loading import Loaded
 from excise.prompts import PromptSets
-from excise.stage import Scoring, Tokens
+from excise.reading import read_bytes
+from excise.scorers import Markers
+from excise.stage import Tokens
 
 # Where a weight file is looked at, beside its beginning: models that were trained from one another
 # have the same names, sizes and, often, the same embeddings.
@@ -19,7 +22,7 @@ _SAMPLES, _SAMPLE_BYTES = 64, 4096
 
 
 def identity(
-    loaded: Loaded, sets: PromptSets, tokens: Tokens, config: Config, scoring: Scoring, batch: int
+    loaded: Loaded, sets: PromptSets, tokens: Tokens, config: Config, markers: Markers, batch: int
 ) -> dict[str, Any]:
     """What a study's trials belong to; two runs may share trials only if all of it is equal."""
     method = str(config.method)
@@ -38,15 +41,24 @@ def identity(
         "scores": config.scores.model_dump(
             mode="json", exclude={"final", "show", "files", "markers", "markers_file"}
         ),
-        "markers": list(scoring.markers.phrases),
+        "markers": list(markers.phrases),
         "scorer files": [
-            hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in config.scores.files
+            hashlib.sha256(read_bytes(Path(file), "scores.files:", ConfigError)).hexdigest()
+            for file in config.scores.files
         ],
         "template": {
             **config.prompts.model_dump(mode="json", include={"system", "prefix", "suffix"}),
             **tokens.as_dict(),
         },
         "batch": batch,
+    }
+
+
+def digests(found: dict[str, Any]) -> dict[str, str]:
+    """Each part of an identity by its hash, for the record."""
+    return {
+        name: hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest()
+        for name, part in found.items()
     }
 
 

@@ -1,13 +1,18 @@
-"""The study on disk: an Optuna journal that survives kill -9 and power loss.
+"""The study on disk: an Optuna journal that survives kill -9 and power loss, and shows when it was changed.
 
 One process at a time holds a run folder (an operating-system lock that dies with it), so the
 journal needs no lock file of its own, and a stale one can never block a resume.
+
+Every line carries a sum over itself and all lines before it, in a key that Optuna does not read. A
+journal may end early, as a kill ends it; a line that is changed, lost, doubled or moved is seen.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -19,7 +24,8 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.storages.journal._file import BaseJournalFileLock
 
-from excise.errors import RunStateError, StorageError
+from excise.errors import ExciseError, RunStateError, StorageError
+from excise.reading import check_regular, parse_json
 from excise.staging import sweep_held
 
 Goal = Literal["minimize", "maximize"]
@@ -27,7 +33,11 @@ Goal = Literal["minimize", "maximize"]
 FILE = "study.journal"
 STUDY = "excise"
 LOCK = ".lock"
-_STUB_BYTES = 4096  # a journal that was stopped while it was made is shorter
+_FIRST = b'{"op_code":0,'  # what Optuna's line that makes a study begins with
+_FIRST_BYTES = 4096  # more than that line has
+_MOST_BYTES = 1 << 30
+_BACK = "put it back as it was, or choose a new --out"
+_SUM = re.compile(rb'^(\{.*),"sum":"([0-9a-f]{16})"\}\n$', re.DOTALL)
 
 
 @contextmanager
@@ -72,8 +82,7 @@ class Journal(JournalFileBackend):
 
     def __init__(self, path: Path) -> None:
         super().__init__(str(path), lock_obj=_HeldAlready())
-        with path.open("rb") as file:
-            self._written = sum(1 for _ in file)  # lines: Optuna reads what they say
+        self._written, self._sum = check_lines(path)  # lines: Optuna reads what they say
         self._waiting: list[dict[str, Any]] | None = None  # None: nothing has to wait
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
@@ -81,8 +90,12 @@ class Journal(JournalFileBackend):
         if self._waiting is not None:
             self._waiting += json.loads(json.dumps(logs))  # as they come back from the file
             return
-        super().append_logs(logs)
-        self._written += len(logs)
+        total, signed = self._sum, []
+        for log in logs:
+            total = _add(total, json.dumps(log, separators=(",", ":")).encode())
+            signed.append({**log, "sum": total})
+        super().append_logs(signed)
+        self._written, self._sum = self._written + len(logs), total
 
     def read_logs(self, log_number_from: int) -> Generator[dict[str, Any], None, None]:
         """All logs from this number on, those that wait included."""
@@ -115,11 +128,16 @@ def together(study: optuna.Study) -> Iterator[None]:
 
 
 def create_study(
-    folder: Path, goals: Sequence[Goal], identity: dict[str, Any], sizing: dict[str, Any]
+    folder: Path,
+    goals: Sequence[Goal],
+    identity: dict[str, Any],
+    sizing: dict[str, Any],
+    **facts: Any,
 ) -> optuna.Study:
-    """A new study in a run folder.
+    """A new study in a run folder, in place of one that was stopped while it was made.
 
-    `identity` says what its trials belong to, `sizing` what a resume must repeat.
+    `identity` says what its trials belong to, `sizing` what a resume must repeat; `facts` are further
+    attributes.
 
     Raises:
         StorageError: it cannot be written.
@@ -127,8 +145,10 @@ def create_study(
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     path = folder / FILE
     try:
+        path.unlink(missing_ok=True)
         study = optuna.create_study(storage=_storage(path), study_name=STUDY, directions=goals)
-        study.set_user_attr("sizing", sizing)
+        for name, value in {**facts, "sizing": sizing}.items():
+            study.set_user_attr(name, value)
         study.set_user_attr("identity", identity)  # last: with it the study is whole
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error.strerror or error}") from None
@@ -139,27 +159,77 @@ def open_study(folder: Path) -> optuna.Study | None:
     """The study of a run folder; a line that a power cut left half-written is dropped.
 
     None when the run was stopped before its study was there and whole: nothing is lost by a new one.
+    Nothing is changed in a file that is not a study of ours.
 
     Raises:
-        RunStateError: not an Excise journal.
+        RunStateError: not an Excise journal, or not as it was written.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     path = folder / FILE
-    if not path.exists():
+    if not os.path.lexists(path) or not _begins(path):
         return None
+    check_lines(path)
     _drop_torn_line(path)
     try:
         study = optuna.load_study(study_name=STUDY, storage=_storage(path))
-    except KeyError:
-        if path.stat().st_size > _STUB_BYTES:
-            raise RunStateError(f"{path} is not an Excise journal: choose a new --out") from None
-        study = None
-    except (ValueError, AssertionError, TypeError) as error:
-        raise RunStateError(f"{path} is not a readable Excise journal: {error}") from None
-    if study is None or "identity" not in study.user_attrs:
-        path.unlink()
-        return None
-    return study
+        attributes, trials = study.user_attrs, len(study.get_trials(deepcopy=False))
+    except ExciseError:
+        raise
+    except (LookupError, ValueError, AssertionError, TypeError, AttributeError, RuntimeError):
+        raise RunStateError(f"{path} is not a readable Excise journal: {_BACK}") from None
+    if "identity" in attributes and "sizing" in attributes:
+        return study
+    if trials:
+        raise RunStateError(f"{path} does not say what its trials belong to: {_BACK}")
+    return None
+
+
+def _begins(path: Path) -> bool:
+    """Whether a study begins here; no where a stop left less than its first line.
+
+    Raises:
+        RunStateError: something else does.
+    """
+    if check_regular(path, "journal", RunStateError) > _MOST_BYTES:
+        raise RunStateError(f"{path} is larger than any study of Excise: {_BACK}")
+    with path.open("rb") as file:
+        first = file.readline(_FIRST_BYTES)
+    if not first.endswith(b"\n") and first[: len(_FIRST)] == _FIRST[: len(first)]:
+        if len(first) < _FIRST_BYTES:
+            return False
+    elif first.startswith(_FIRST):
+        log = parse_json(first, str(path), RunStateError)
+        if log.get("study_name") == STUDY:
+            return True
+    raise RunStateError(f"{path} is not a readable Excise journal: choose a new --out")
+
+
+def check_lines(path: Path) -> tuple[int, str]:
+    """The number of whole lines of a journal, and the sum after the last.
+
+    Lines at its beginning may have none: earlier versions wrote them.
+
+    Raises:
+        RunStateError: a line is not the one that was written there.
+    """
+    number, total, signed = 0, "", False
+    with path.open("rb") as file:
+        for line in file:
+            if not line.endswith(b"\n"):  # the last, torn
+                break
+            number += 1
+            match = _SUM.match(line)
+            total = _add(total, line[:-1] if match is None else match[1] + b"}")
+            if (signed and match is None) or (match is not None and match[2] != total.encode()):
+                raise RunStateError(
+                    f"{path}, line {number}: changed since it was written, or not where it was: {_BACK}"
+                )
+            signed = match is not None
+    return number, total
+
+
+def _add(total: str, line: bytes) -> str:
+    return hashlib.sha256(total.encode() + line).hexdigest()[:16]
 
 
 def check_identity(folder: Path, study: optuna.Study, identity: dict[str, Any]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -13,12 +15,41 @@ from torch import Tensor
 from excise.directions import Directions
 from excise.errors import RunStateError, StorageError
 from excise.opening import Opening, from_dict
+from excise.reading import is_file
 from excise.record import Separation
 from excise.staging import replacing
 
 DIRECTIONS = "directions.safetensors"
 CAPTURED = "method.safetensors"
 LAYOUT = "layout"  # in its metadata: which things were captured, and how
+
+
+def hash_files(folder: Path) -> dict[str, str]:
+    """SHA-256 of each of these files that a run folder has, by name."""
+    found = {}
+    for name in (DIRECTIONS, CAPTURED):
+        if is_file(folder / name):
+            with (folder / name).open("rb") as file:
+                found[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+def check_files(folder: Path, known: Mapping[str, str]) -> None:
+    """Refuse to go on from other files than those that the trials were measured with.
+
+    Raises:
+        RunStateError: one is gone, new, or not as it was.
+    """
+    try:
+        now = hash_files(folder)
+    except OSError as error:
+        raise RunStateError(f"{error.filename} cannot be read: {error.strerror}") from None
+    for name in (DIRECTIONS, CAPTURED):
+        if known and known.get(name) != now.get(name):
+            how = "gone" if name not in now else "not the one that its trials were measured with"
+            raise RunStateError(
+                f"{folder / name} is {how}: put it back as it was, or start again with a new --out"
+            )
 
 
 def save_directions(
@@ -71,14 +102,18 @@ def read_tensors(path: Path, layout: str) -> dict[str, Tensor] | None:
 
 
 def read_directions(path: Path) -> tuple[Directions, Separation] | None:
-    """The directions of a run that was interrupted; None when there are none to trust."""
+    """The directions of a run; None when there are none to trust."""
     try:
         with safe_open(path, framework="pt") as file:
             projected = (file.metadata() or {}).get("projected") == "true"
-            found = Directions(file.get_tensor("unit"), file.get_tensor("contrast"), projected)
-            return found, Separation(auc=file.get_tensor("auc").tolist())
+            unit, contrast, auc = (file.get_tensor(name) for name in ("unit", "contrast", "auc"))
     except (OSError, SafetensorError):
         return None
+    if unit.dim() != 2 or unit.shape != contrast.shape or auc.shape != unit.shape[:1]:
+        return None
+    if not all(bool(torch.isfinite(one).all()) for one in (unit, contrast, auc)):
+        return None
+    return Directions(unit, contrast, projected), Separation(auc=auc.tolist())
 
 
 def read_opening(path: Path) -> Opening | None:

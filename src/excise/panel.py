@@ -6,6 +6,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+import pydantic
+
+from excise.errors import MeasurementError
 from excise.evidence import Divergence, Evidence, Request
 from excise.front import Objective, Point, hopeless
 from excise.record import ScoreRecord, Scores
@@ -96,7 +99,17 @@ class Panel:
         return [request for s in scorers for request in self._requests[s.name]]
 
     def _scores(self, scorers: Sequence[Scorer], evidence: Evidence) -> Scores:
-        return {s.name: to_record(score_of(s, evidence, self._context)) for s in scorers}
+        return {s.name: _recorded(s, score_of(s, evidence, self._context)) for s in scorers}
+
+
+def _recorded(one: Scorer, score: Score) -> ScoreRecord:
+    try:
+        return to_record(score)
+    except (pydantic.ValidationError, AttributeError):
+        raise MeasurementError(
+            f"scorer {one.name} must return a Score with a count, an interval of two numbers or None, and "
+            f"parts that are scores, and returned {score!r:.200}"
+        ) from None
 
 
 def to_record(score: Score) -> ScoreRecord:

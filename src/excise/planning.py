@@ -17,7 +17,7 @@ import torch
 
 from excise.config import Config
 from excise.engine import Plan
-from excise.errors import is_out_of_memory
+from excise.errors import RunStateError, is_out_of_memory
 from excise.events import OnEvent, Progress, ignore
 from excise.forward import Forward
 from excise.loading import Loaded
@@ -112,13 +112,21 @@ def size(
 
 
 def from_dict(known: dict[str, Any]) -> Sizing:
-    """The sizing that a study was started with; of versions before, without bounds on tokens."""
-    plan = Plan(int(known["rows"]), int(known["stack"]), int(known["decode"]), bool(known["reuse"]))
-    if known.get("tokens") is not None:
-        plan = replace(plan, tokens=int(known["tokens"]))
-    if known.get("pairs") is not None:
-        plan = replace(plan, pairs=int(known["pairs"]))
-    return Sizing(plan, int(known["batch"]))
+    """The sizing that a study was started with; of versions before, without bounds on tokens.
+
+    Raises:
+        RunStateError: it is not one.
+    """
+    numbers = [known.get(name) for name in ("rows", "stack", "decode", "batch")]
+    bounds = {n: known[n] for n in ("tokens", "pairs") if known.get(n) is not None}
+    good = all(isinstance(n, int) and n >= 1 for n in (*numbers, *bounds.values()))
+    if not good or not isinstance(known.get("reuse"), bool):
+        raise RunStateError(
+            "the sizes of passes that this run was measured with (rows, stack, decode, batch, reuse) are "
+            "not all there: put its record and journal back as they were, or choose a new --out"
+        )
+    rows, stack, decode, batch = map(int, filter(None, numbers))
+    return Sizing(replace(Plan(rows, stack, decode, known["reuse"]), **bounds), batch)
 
 
 def usual_length(lengths: Sequence[int]) -> int:

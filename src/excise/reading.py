@@ -33,6 +33,11 @@ def is_folder(path: Path) -> bool:
     return _mode(path, stat.S_ISDIR)
 
 
+def whole_path(path: Path) -> Path:
+    """The path from the root, its last link not followed: in the Hub's cache that has the suffix."""
+    return path.resolve() if path.name in ("", "..") else path.parent.resolve() / path.name
+
+
 def _mode(path: Path, test: Any) -> bool:
     try:
         return bool(test(path.stat().st_mode))

@@ -1,22 +1,59 @@
 """What was done, in a versioned file: `record.json`. Cards, reports and exports read nothing else.
 
-The shape is a contract: keys may be added, never renamed or removed.
+The shape is a contract: keys may be added, never renamed or removed. What `read_record` gives is typed
+and consistent, so that no code behind it looks again.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from excise.config import misfit
 from excise.errors import RunStateError
+from excise.reading import is_file, is_folder, read_json
+from excise.space import from_params, hill_of, shares_of
 from excise.staging import replacing
 
 SCHEMA = 1
 FILE = "record.json"
+# What was measured and chosen, of which the record holds a hash.
+_FIGURES = (
+    *("method", "objectives", "goals", "baseline", "trials", "front", "selected"),
+    *("holdout", "holdout_baseline", "final", "final_baseline"),
+)
+_PATH_CHARS = 4096
+_LARGEST = 1e100  # of what has a meaning; figures can still be drawn
+
+Size = Annotated[int, Field(ge=0, lt=1 << 63)]
+Seconds = Annotated[float, Field(ge=0, le=1e12)]
+Finite = Annotated[float, Field(ge=-_LARGEST, le=_LARGEST)]
+
+
+def _check_params(params: dict[str, Any]) -> dict[str, Any]:
+    for name, value in params.items():
+        if not isinstance(value, str | int | float) or not _is_bounded(value):
+            raise ValueError(
+                f"parameter {name!r:.60} is neither text nor a number of reasonable size"
+            )
+    return params
+
+
+def _is_bounded(value: Any) -> bool:
+    return isinstance(value, str) or abs(value) <= _LARGEST
+
+
+def _check_path(path: str) -> str:
+    if not path or len(path) > _PATH_CHARS or "\0" in path:
+        raise ValueError("is not the path of a folder")
+    return path
 
 
 class Part(BaseModel):
@@ -29,7 +66,7 @@ class ScoreRecord(Part):
     """A measurement. `parts` holds the same by group of prompts, where they are grouped."""
 
     value: float
-    n: int
+    n: Size
     interval: tuple[float, float] | None = None
     parts: dict[str, ScoreRecord] | None = None
 
@@ -45,13 +82,15 @@ class ModelRecord(Part):
     model_type: str
     dtype: str
     device: str
-    layers: int
-    width: int
-    parameters: int
+    layers: int = Field(ge=1, le=10_000)
+    width: Size
+    parameters: Size
     config_sha256: str
     license: str | None = None
     multimodal: bool = False  # it has towers for images or sounds beside its language model
-    sampling: dict[str, Any] = {}  # of the generation config: temperature, top_p and the like
+    sampling: dict[
+        str, bool | int | Finite
+    ] = {}  # of the generation config: temperature, top_p and the like
     fingerprint: str | None = None  # `identity.fingerprint` of its checkpoint
     notes: list[str] = []  # what the measured weights are, where they are not simply the source's
 
@@ -61,7 +100,8 @@ class PromptRecord(Part):
 
     source: str
     sha256: str
-    n: int
+    n: Size
+    labels_sha256: str | None = None  # of their answers and groups
 
 
 class TrialRecord(Part):
@@ -69,9 +109,9 @@ class TrialRecord(Part):
 
     number: int
     state: Literal["complete", "screened", "failed", "running"]
-    params: dict[str, Any]
+    params: Annotated[dict[str, Any], AfterValidator(_check_params)]
     scores: Scores
-    seconds: dict[str, float]
+    seconds: dict[str, Seconds]
     screened: bool = False
     reason: str | None = None
 
@@ -99,6 +139,36 @@ class Separation(Part):
     auc: list[float]
 
 
+class FileRecord(Part):
+    """One file of a GGUF export, with its figures beside those of its unedited counterpart."""
+
+    file: str = ""
+    type: str = ""
+    part: str = "model"
+    bytes: Size = 0
+    original: Scores | None = None
+    edited: Scores | None = None
+
+
+def _check_details(details: dict[str, Any]) -> dict[str, Any]:
+    pydantic.TypeAdapter(list[FileRecord]).validate_python(details.get("files", []))
+    pydantic.TypeAdapter(list[str]).validate_python(details.get("not_carried", []))
+    pydantic.TypeAdapter(Size).validate_python(details.get("rank", 1))
+    return details
+
+
+class Formatting(Part):
+    """What pages read of how prompts are put to the model."""
+
+    notes: list[str] = []
+    opening: dict[str, Any] | None = None
+
+
+def _check_formatting(formatting: dict[str, Any]) -> dict[str, Any]:
+    Formatting.model_validate(formatting)
+    return formatting
+
+
 class ArtifactRecord(Part):
     """An exported model: loaded again, and measured again beside what the search measured.
 
@@ -108,16 +178,16 @@ class ArtifactRecord(Part):
     what this trial's edit touches, which may be less than what the search could have edited.
     """
 
-    path: str
+    path: Annotated[str, AfterValidator(_check_path)]
     format: str
     sha256: str
     files: dict[str, str] = {}
-    trial: int
-    bytes: int
+    trial: Size
+    bytes: Size
     expected: Scores = {}
     measured: Scores = {}
     coverage: CoverageRecord | None = None
-    details: dict[str, Any] = {}
+    details: Annotated[dict[str, Any], AfterValidator(_check_details)] = {}
 
 
 class Record(Part):
@@ -132,7 +202,8 @@ class Record(Part):
     seed: int
     config: dict[str, Any]
     prompts: dict[str, PromptRecord]
-    formatting: dict[str, Any] = {}  # how prompts are put to the model: `stage.Tokens.as_dict`
+    # How prompts are put to the model: `stage.Tokens.as_dict`.
+    formatting: Annotated[dict[str, Any], AfterValidator(_check_formatting)] = {}
     objectives: list[str]
     goals: list[Literal["minimize", "maximize"]]
     baseline: Scores
@@ -150,8 +221,11 @@ class Record(Part):
     geometry: list[dict[str, float]] = []
     importance: dict[str, dict[str, float]] = {}
     samples: list[Sample] = []
-    timing: dict[str, float]
+    timing: dict[str, Seconds]
     artifacts: list[ArtifactRecord] = []
+    files: dict[str, str] = {}  # SHA-256 of what the run folder keeps of the model, by name
+    identity: dict[str, str] = {}  # hashes of what the trials belong to: `identity.digests`
+    figures_sha256: str | None = None  # of what was measured and chosen
 
     model_config = ConfigDict(frozen=True, extra="allow", populate_by_name=True)
 
@@ -181,31 +255,90 @@ def read_record(folder: Path) -> Record:
     """The record of a run folder, or of a record's own path.
 
     Raises:
-        RunStateError: there is none, or it is not a record of this schema.
+        RunStateError: there is none, or it is not a whole and consistent record of this schema.
     """
-    path = folder if folder.is_file() else folder / FILE
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        if data.get("schema") != SCHEMA:
-            raise RunStateError(
-                f"{path} has schema {data.get('schema')!r}; this version reads {SCHEMA}"
-            )
-        return Record.model_validate(data)
-    except FileNotFoundError:
+    path = folder / FILE if is_folder(folder) else folder
+    if not is_file(path) and not path.is_symlink():
         raise RunStateError(
             f"{folder} holds no {FILE}: the run has not finished (`excise resume {folder}`), "
             "or this is not a run folder"
-        ) from None
-    except (OSError, ValueError, AttributeError) as error:
-        if isinstance(error, RunStateError):
-            raise
-        raise RunStateError(f"{path} is not a readable record: {error}") from None
+        )
+    data = read_json(path, "record", RunStateError)
+    if data.get("schema") != SCHEMA:
+        raise RunStateError(
+            f"{path} has schema {data.get('schema')!r:.60}; this version reads {SCHEMA}"
+        )
+    try:
+        record = Record.model_validate(data)
+    except pydantic.ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        key = ".".join(map(str, first["loc"]))
+        words = f"{key!r:.80}: {first['msg'].removeprefix('Value error, '):.160}"
+        raise RunStateError(f"{path} is not a readable record: {words}") from None
+    wrong = _contradiction(record)
+    if wrong is None and record.figures_sha256 not in (None, _figures_sha256(data)):
+        wrong = "its trials or figures are not those that were written"
+    if wrong is not None:
+        raise RunStateError(f"{path} is not a record that a run wrote: {wrong}")
+    return record
+
+
+def _figures_sha256(data: Mapping[str, Any]) -> str:
+    parts = {name: data.get(name) for name in _FIGURES}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _contradiction(record: Record) -> str | None:
+    """What in a record cannot be, in words; None in one that a run wrote."""
+    names = record.objectives
+    if not names or len(set(names)) < len(names) or len(record.goals) != len(names):
+        return "its objectives and their goals do not fit"
+    for number, trial in enumerate(record.trials):
+        if trial.number != number:
+            return f"trial {trial.number} stands where trial {number} belongs"
+        if not all(math.isfinite(score.value) for score in trial.scores.values()):
+            return f"trial {number} has a score that is not a number"
+        if trial.params and not _fits(record.method, trial.params):
+            return f"trial {number} has not the parameters of method {record.method!r:.60}"
+    full = {
+        t.number for t in record.trials if t.state == "complete" and set(names) <= t.scores.keys()
+    }
+    if len(set(record.front)) < len(record.front) or not set(record.front) <= full:
+        return "its front names trials that are not there, or were not measured in full"
+    if record.selected is not None and record.selected not in full:
+        return f"the selected trial {record.selected} is not there, or was not measured in full"
+    if any(artifact.trial >= len(record.trials) for artifact in record.artifacts):
+        return "an export is of a trial that is not there"
+    if not all(row.keys() >= _GEOMETRY for row in record.geometry):
+        return "its geometry lacks columns"
+    unfit = misfit(record.config)
+    return None if unfit is None else f"of what it was told, {unfit}"
+
+
+_GEOMETRY = set(
+    "layer target_norm contrast_norm difference_norm cosine silhouette auc effective_rank".split()
+)
+
+
+def _fits(method: str, params: Mapping[str, Any]) -> bool:
+    """Whether parameters can be those of a method, as far as pages read them."""
+    try:
+        if method == "directional":
+            from_params(params)
+        elif method == "ridge":
+            hill_of(params)
+            shares_of(params)
+            float(params["overshoot"])
+    except (KeyError, ValueError, TypeError, OverflowError):
+        return False
+    return True
 
 
 def write_record(folder: Path, record: Record) -> Path:
     """Write the record in one step: readers see the old file or the new one, never half of one."""
-    text = record.model_dump_json(by_alias=True, indent=1) + "\n"
-    return write_text(folder / FILE, text)
+    data = json.loads(record.model_dump_json(by_alias=True))
+    data["figures_sha256"] = _figures_sha256(data)
+    return write_text(folder / FILE, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> Path:

@@ -151,7 +151,7 @@ class Search:
 
     def records(self) -> list[TrialRecord]:
         """Every trial so far, as the record states it."""
-        return [_record(trial) for trial in self._trials()]
+        return [record_of(trial) for trial in self._trials()]
 
     def points(self, before: int | None = None) -> list[Point]:
         """The trials measured in full with a number below `before`, as points."""
@@ -283,7 +283,8 @@ def points(records: Sequence[TrialRecord], objectives: Sequence[Objective]) -> l
     ]
 
 
-def _record(trial: FrozenTrial) -> TrialRecord:
+def record_of(trial: FrozenTrial) -> TrialRecord:
+    """A trial of the study as the record states it."""
     measured = trial.user_attrs.get("measured", {})
     screened = bool(measured.get("screened", False))
     if trial.state == TrialState.COMPLETE:

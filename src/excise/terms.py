@@ -1,0 +1,105 @@
+"""The terms of a run: what its folder may say when something goes on with it later.
+
+A run folder may come from others, and its config.toml may have been edited. Code that it names runs
+only where the caller trusts it, and settings that decide a run's figures must be those of its trials.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from excise.config import Config, load_config, validate
+from excise.errors import RunStateError
+
+CONFIG = "config.toml"
+# Settings that may be others when a run goes on: they decide no figure, or what they lead to (a model,
+# prompts, markers, a template, scorers) is part of the study's identity and is compared as it is found.
+_FREE = (
+    *("behaviour", "description", "export.", "engine.memory_fraction"),
+    *("search.trials", "search.refine", "search.select", "scores.final", "scores.show"),
+    *("model.source", "model.revision", "model.gguf_file", "model.device_map"),
+    *("scores.files", "scores.markers", "prompts.chat_template"),
+    *(
+        f"prompts.{side}{part}."
+        for side in ("target", "contrast")
+        for part in ("", "_eval", "_holdout")
+    ),
+)
+# Settings that name code, and what runs it.
+_CODE = {
+    "scores.files": "scorers of your own",
+    "model.trust_remote_code": "the code beside the model",
+    "export.llama_cpp": "that checkout's converter",
+}
+
+
+def read_terms(
+    folder: Path, *, trust: bool = False, unused: Collection[str] = (), trials: int | None = None
+) -> Config:
+    """The configuration of a run folder, for a command that goes on with it.
+
+    Args:
+        folder: the run's.
+        trust: whether the caller lets code run that the folder names.
+        unused: settings of `_CODE` that the command has no use for, or was given by the caller.
+        trials: how many in all, in place of what the folder says.
+
+    Raises:
+        RunStateError: it names code, and is not trusted.
+        ConfigError: it cannot be read.
+    """
+    flags = {} if trials is None else {"search.trials": trials}
+    config = load_config(file=folder / CONFIG, flags=flags)
+    settings = _flat(config)
+    named = [key for key in _CODE if key not in unused and settings[key]]
+    if named and not trust:
+        words = "; ".join(f"{_CODE[key]} ({key} = {_shown(settings[key])})" for key in named)
+        raise RunStateError(
+            f"{folder / CONFIG} names code that would run: {words}. Where it is yours, or you have read "
+            "it, add --trust-run"
+        )
+    return config
+
+
+def check_terms(folder: Path, config: Config, known: Mapping[str, Any]) -> None:
+    """Refuse settings that are not those the trials were measured with.
+
+    Args:
+        folder: the run's.
+        config: its configuration now.
+        known: the one of its record or study.
+
+    Raises:
+        RunStateError: one that decides figures differs.
+    """
+    then, now = _flat(validate(dict(known))), _flat(config)
+    changed = [k for k in then if then[k] != now[k] and not k.startswith(_FREE)]
+    if changed:
+        words = "; ".join(
+            f"{key} is {_shown(now[key])} now and was {_shown(then[key])}" for key in changed[:3]
+        )
+        raise RunStateError(
+            f"{folder / CONFIG} belongs to another run than the trials in its folder: {words}. Set it "
+            "back, or start a run of its own with a new --out"
+        )
+
+
+def _flat(config: Config) -> dict[str, Any]:
+    """Every setting by its dotted key."""
+    flat: dict[str, Any] = {}
+    level = [("", config.model_dump(mode="json"))]
+    while level:
+        path, table = level.pop()
+        for key, value in table.items():
+            if isinstance(value, dict):
+                level.append((f"{path}{key}.", value))
+            else:
+                flat[f"{path}{key}"] = value
+    return flat
+
+
+def _shown(value: Any) -> str:
+    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return text if len(text) <= 200 and text.isprintable() else f"{text!r:.200}..."
