@@ -56,7 +56,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     builders.checkpoint(folder / "model", "qwen3")
     for side in ("target", "contrast"):
         write_prompts(folder, side)
-    (folder / "markers.txt").write_text("# letters stand in for phrases\ne\n", encoding="utf-8")
+    (folder / "markers.txt").write_text(
+        "# letters stand in for phrases\ny\n6\ns\n", encoding="utf-8"
+    )
     return folder
 
 
@@ -76,6 +78,7 @@ def job(tiny: Path, out: Path, *more: str) -> list[str]:
         *("--direction-size", "10", "--eval-size", "10", "--max-new-tokens", "4"),
         *("--trials", "12", "--startup-trials", "6", "--quiet"),
         *("--set", "engine.rows=64", "--set", "search.batch=4"),
+        "--anyway",  # random models say what they say
         *more,
     ]
 

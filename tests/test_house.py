@@ -27,10 +27,11 @@ ORDER = (
     "dressing tokens geometry capture profiles subspace ridge lbfgs ara space directional moments "
     "subspace_method ridge_method ara_method methods stacking passes decoding drafts answering "
     "divergence engine opening planning refining folding scorers front record wording digest "
-    "markdown caveats usage recipe journal search ledger panel keeping stage identity terms "
-    "figures geometry_page card report matching merging export ggml patching llamaquant llamacpp "
-    "ggufexport llamaworker llamarun ggufcheck ollama artifacts finish pipeline jobs reproduce "
-    "hub inspecting terminal stopping reporter console arguments cli"
+    "markdown caveats usage recipe journal search ledger panel keeping stage baseline licence "
+    "identity terms placing figures geometry_page card report matching merging export ggml "
+    "patching llamaquant llamacpp ggufexport llamaworker llamarun ggufcheck ollama artifacts "
+    "finish pipeline jobs reproduce hub inspecting terminal stopping reporter console arguments "
+    "cli"
 ).split()
 
 PURE = "directions geometry profiles edits subspace ridge lbfgs ara space front intervals".split()
@@ -124,6 +125,7 @@ def test_the_command_line_is_what_the_contract_says():
         "demo": ["--out", "--seed", "--trials", *progress],
         "run": [
             *prompts.split(),
+            "--anyway",
             "--out",
             "--refine",
             "--seed",
@@ -131,18 +133,19 @@ def test_the_command_line_is_what_the_contract_says():
             "--trials",
             *progress,
         ],
-        "resume": ["--trials", *progress],
+        "resume": ["--anyway", "--trials", "--trust-run", *progress],
         "front": ["--json"],
         "export": [
             *("--error", "--format", "--rank", "--select", "--to", "--trial"),
             *("--from-gguf", "--llama-cpp", "--quantize"),
+            "--trust-run",
             *progress,
         ],
         "reproduce": ["--out", "--set", "--trial", *progress],
         "push": ["--format", "--from", "--public", "--trial", *progress],
         "evaluate": [*prompts.split(), "--json", *progress],
         "inspect": ["--json"],
-        "geometry": ["--json", "--projection", *progress],
+        "geometry": ["--json", "--projection", "--trust-run", *progress],
         "report": [],
     }
     assert flags == {k: sorted([*v, "--debug", "--help"]) for k, v in expected.items()}

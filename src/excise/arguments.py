@@ -59,12 +59,15 @@ def _run(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("model", metavar="MODEL", help="folder or Hub id")
     sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new run folder")
     _job(sub)
+    _anyway(sub)
     _progress(sub)
 
 
 def _resume(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("folder", type=Path, metavar="DIR")
     sub.add_argument("--trials", type=int, metavar="N", help="trials in all")
+    _anyway(sub)
+    _trust(sub)
     _progress(sub)
 
 
@@ -85,6 +88,7 @@ def _export(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--quantize", metavar="A,B", help="GGUF file types, such as Q4_K_M,Q8_0")
     sub.add_argument("--from-gguf", type=Path, metavar="FILE", help="patch this GGUF instead")
     sub.add_argument("--llama-cpp", type=Path, metavar="DIR", help="a checkout of llama.cpp")
+    _trust(sub)
     _progress(sub)
 
 
@@ -125,6 +129,7 @@ def _geometry(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--json", action="store_true", help="for programs")
     text = "how the page draws residuals; umap needs the extra of that name"
     sub.add_argument("--projection", choices=PROJECTIONS, default=PROJECTIONS[0], help=text)
+    _trust(sub)
     _progress(sub)
 
 
@@ -155,6 +160,16 @@ def _job(sub: argparse.ArgumentParser, *, search: bool = True) -> None:
         sub.add_argument("--seed", type=int, metavar="N")
     sub.add_argument("--config", type=Path, metavar="FILE", help="TOML with any setting")
     sub.add_argument("--set", action="append", default=[], metavar="a.b=c", dest="sets")
+
+
+def _anyway(sub: argparse.ArgumentParser) -> None:
+    text = "search even where the original leaves nothing to find"
+    sub.add_argument("--anyway", action="store_true", help=text)
+
+
+def _trust(sub: argparse.ArgumentParser) -> None:
+    text = "let code run that the run folder names"
+    sub.add_argument("--trust-run", action="store_true", help=text)
 
 
 def _progress(sub: argparse.ArgumentParser) -> None:

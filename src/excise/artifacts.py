@@ -14,7 +14,7 @@ import torch
 
 from excise import stage
 from excise.anatomy import Writer, spans
-from excise.card import model_card
+from excise.card import finished_card, interim_card
 from excise.checkpoint import explained, read_generation
 from excise.config import Config
 from excise.discovering import anatomy_of
@@ -23,7 +23,14 @@ from excise.edits import Edit
 from excise.engine import Engine, Reference
 from excise.errors import ExportError, ModelError, first_line, is_out_of_memory
 from excise.events import Notice, OnEvent, phase
-from excise.export import Exported, export_adapter, export_safetensors, rank_for
+from excise.export import (
+    Exported,
+    check_formats,
+    export_adapter,
+    export_safetensors,
+    rank_for,
+    writes_checkpoint,
+)
 from excise.ggufcheck import GgufJob, measure_gguf
 from excise.ggufexport import (
     MODELFILE,
@@ -37,6 +44,7 @@ from excise.ggufexport import (
 )
 from excise.gguffile import GgufFile, read_gguf
 from excise.loading import Loaded, load
+from excise.matching import check_stored
 from excise.methods import Method
 from excise.ollama import Template, modelfile
 from excise.panel import Panel
@@ -47,6 +55,7 @@ from excise.scorers import ScoreContext
 from excise.staging import CARD, add_files, check_destination, claimed, publish, writing
 from excise.templates import own_template
 from excise.tokens import end_tokens
+from excise.weights import any_offloaded
 from excise.wording import public_source
 
 FOLDERS = {
@@ -85,6 +94,21 @@ class Checker:
         )
         panel = Panel(engine, self.scoring.every_trial, self.context, screen=False)
         return panel.measure([[]])[0].scores
+
+
+def check_exports(formats: Sequence[str], loaded: Loaded, config: Config) -> None:
+    """Whether edits of this model can be written in these formats: all that is known before the work.
+
+    Raises:
+        ConfigError: a format cannot carry them. ModelError: the checkpoint stores what cannot be edited.
+    """
+    writers = loaded.anatomy.select(config.edit.components)
+    rank, offloaded = config.export.adapter_rank, any_offloaded(loaded.model)
+    check_formats(formats, writers, offloaded=offloaded, rank=rank)
+    if writes_checkpoint(config.export, formats):
+        check_stored(loaded.folder, writers)
+    if "gguf-adapter" in formats and config.export.from_gguf is None:
+        architecture_of(loaded.anatomy.model_type, None)
 
 
 def export_chosen(
@@ -142,7 +166,7 @@ def export(
         made = []
         for name, path in places:
             place = rooms.enter_context(claimed(path)) / path.name
-            parts = (record, trial, source, writers, edits, checker, plan, on_event)
+            parts = (record, source, writers, edits, checker, plan, on_event)
             made.append(_write(name, place, *parts))
         touched = touched_by(writers, edits, record.coverage)
         del source, writers, edits, parts
@@ -154,9 +178,7 @@ def export(
             artifact = _artifact(one, _relative(path, out), trial, scores, touched)
             artifacts.pop(artifact.path, None)  # the newest is the last
             artifacts[artifact.path] = artifact
-            card = model_card(
-                record, artifact_format=one.format, trial=trial.number, artifact=artifact
-            )
+            card = finished_card(record, artifact, on_event)
             with writing(path):
                 add_files(one.path, {CARD: card})
         for one, (_, path) in zip(made, places, strict=True):
@@ -218,7 +240,6 @@ def _write(
     name: str,
     path: Path,
     record: Record,
-    trial: TrialRecord,
     loaded: Loaded,
     writers: Sequence[Writer],
     edits: Sequence[Edit | None],
@@ -228,7 +249,7 @@ def _write(
 ) -> Exported:
     named = {w.name: e for w, e in zip(writers, edits, strict=True) if e is not None}
     # The source's own card must not pass for the edited model's, not even for a moment.
-    files = {CARD: model_card(record, artifact_format=name, trial=trial.number)}
+    files = {CARD: interim_card(record)}
     section = checker.config.export
     stem = f"{file_stem(public_source(record.model.source).rpartition('/')[2])}-edited"
     if name == "safetensors":

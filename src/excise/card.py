@@ -27,7 +27,8 @@ from excise.digest import (
     strengthened,
     trial_counts,
 )
-from excise.errors import InputError
+from excise.errors import InputError, first_line
+from excise.events import Notice, OnEvent
 from excise.markdown import bullets, code, fence, plain, table
 from excise.recipe import command, withheld
 from excise.record import ArtifactRecord, Record, ScoreRecord, TrialRecord
@@ -93,6 +94,32 @@ def model_card(
     ]
     body = "\n\n".join(section for section in sections if section)
     return f"---\n{_metadata(record, artifact_format)}\n---\n\n{body}\n"
+
+
+def interim_card(record: Record) -> str:
+    """What stands in an export until it has been loaded again and measured; then its card does."""
+    return (
+        f"# {plain(_short_name(record))}, edited\n\n"
+        "An edited model, written with Excise and not measured yet: this is not its model card.\n"
+    )
+
+
+def card_of(record: Record, artifact: ArtifactRecord) -> str:
+    """The card of an export on the record."""
+    return model_card(
+        record, artifact_format=artifact.format, trial=artifact.trial, artifact=artifact
+    )
+
+
+def finished_card(record: Record, artifact: ArtifactRecord, on_event: OnEvent) -> str:
+    """The card of an export that was measured; what is wrong with it takes no model with it."""
+    try:
+        return card_of(record, artifact)
+    except Exception as error:  # noqa: BLE001 (said here, and as an error once all is written)
+        on_event(
+            Notice(f"the card of {artifact.format} could not be made: {first_line(error):.200}")
+        )
+        return interim_card(record)
 
 
 def _metadata(record: Record, artifact_format: str) -> str:

@@ -122,14 +122,13 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _resume(arguments: argparse.Namespace) -> int:
-    from excise.config import load_config
     from excise.errors import RunStateError
+    from excise.reading import is_file
+    from excise.terms import CONFIG, read_terms
 
-    file = arguments.folder / "config.toml"
-    if not file.is_file():
+    if not is_file(arguments.folder / CONFIG):
         raise RunStateError(f"{arguments.folder} holds no config.toml: it is not a run folder")
-    flags = {} if arguments.trials is None else {"search.trials": arguments.trials}
-    config = load_config(file=file, flags=flags)
+    config = read_terms(arguments.folder, trust=arguments.trust_run, trials=arguments.trials)
     return _do_run(config, arguments.folder, arguments, resume=True)
 
 
@@ -139,8 +138,9 @@ def _do_run(config: Any, out: Path, arguments: argparse.Namespace, *, resume: bo
     from excise.reporter import Reporter
 
     arguments.run = out
+    anyway = getattr(arguments, "anyway", False)
     with Reporter(quiet=arguments.quiet, json_events=arguments.json_events) as on_event:
-        record = run(config, out, on_event, resume=resume)
+        record = run(config, out, on_event, resume=resume, anyway=anyway)
     if not arguments.json_events:
         with terminal.beside_the_work():
             show_result(record, out)
@@ -174,6 +174,7 @@ def _export(arguments: argparse.Namespace) -> int:
             trial=arguments.trial,
             select=arguments.select,
             options=_export_options(arguments),
+            trust_run=arguments.trust_run,
             on_event=on_event,
         )
     if not arguments.json_events:
@@ -275,7 +276,9 @@ def _geometry(arguments: argparse.Namespace) -> int:
     from excise.reporter import Reporter
 
     with Reporter(quiet=arguments.quiet, json_events=arguments.json_events) as on_event:
-        layers = survey(arguments.folder, on_event, arguments.projection)
+        layers = survey(
+            arguments.folder, on_event, arguments.projection, trust_run=arguments.trust_run
+        )
     if arguments.json:
         terminal.show_json({"layers": layers})
     elif not arguments.json_events:

@@ -11,6 +11,7 @@
     |-- MeasurementError            a measurement is not a number, or cannot be made
     |-- MemoryExhausted             one row at a time does not fit
     |-- StorageError                disk full, or a write that failed
+    |-- PageError                   a report or card could not be written; record and exports are there
     |-- ExportError                 the written model is not the measured one
     `-- HubError                    the Hub cannot be reached, or an upload broke off
 
@@ -77,6 +78,10 @@ class StorageError(ExciseError):
 
 class ExportError(ExciseError):
     """An exported model does not reproduce what was measured."""
+
+
+class PageError(ExciseError):
+    """A report or a card could not be written; the record and the exports are there."""
 
 
 class HubError(ExciseError):

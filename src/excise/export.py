@@ -160,18 +160,29 @@ class AdapterFactors:
 
 
 def check_formats(
-    formats: Sequence[str], writers: Sequence[Writer], *, offloaded: bool = False
+    formats: Sequence[str],
+    writers: Sequence[Writer],
+    *,
+    offloaded: bool = False,
+    rank: int | None = None,
 ) -> None:
     """Whether these writers' edits can be written in these formats: before the work, not after it.
 
     Raises:
         ConfigError: an adapter of fused experts, whose matrices share a module, or of a model of
-            which weights are `offloaded`, where PEFT cannot merge it to be measured.
+            which weights are `offloaded`, where PEFT cannot merge it to be measured; a `rank` of it
+            that no matrix has.
     """
     if offloaded and "adapter" in formats:
         raise ConfigError(
             "format adapter: it cannot be merged, and so not measured, where weights are offloaded: "
             "export safetensors, or give the model enough memory to stay in"
+        )
+    most = max((min(w.shape[-2:]) for w in writers), default=0)
+    if rank is not None and rank > most and any(name.endswith("adapter") for name in formats):
+        raise ConfigError(
+            f"export.adapter_rank is {rank}, and no edited matrix has a rank above {most}: lower it, or "
+            "leave it out"
         )
     fused = dict.fromkeys(w.component for w in writers if w.expert is not None)
     unfit = [name for name in formats if name.endswith("adapter")]

@@ -5,24 +5,28 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from excise import stage
-from excise.card import model_card
+from excise.card import card_of
 from excise.checkpoint import read_config, read_generation
 from excise.config import Config
 from excise.edits import Edit
 from excise.engine import Engine
+from excise.errors import PageError, first_line
 from excise.evidence import Responses
 from excise.folders import commit_of
-from excise.identity import fingerprint
+from excise.identity import digests, fingerprint
+from excise.licence import licence_of
 from excise.loading import DEMO, Loaded
 from excise.panel import Panel
 from excise.planning import Sizing
 from excise.prompts import PromptSet, PromptSets
+from excise.reading import is_folder, whole_text
 from excise.record import (
     CoverageRecord,
     ModelRecord,
@@ -33,6 +37,7 @@ from excise.record import (
 )
 from excise.report import html_report
 from excise.search import Search, importance
+from excise.staging import CARD
 
 REPORT = "report.html"
 _SAMPLES = 3
@@ -85,7 +90,7 @@ def _samples(
         before, after = engine.measure([bare, edits], request, {side: count})
         for number in range(min(count, len(prompts))):
             prompt = prompts.prompts[number]
-            texts = (before.responses[side][number].text, after.responses[side][number].text)
+            texts = [whole_text(one.responses[side][number].text) for one in (before, after)]
             out.append(
                 Sample.model_validate(
                     {
@@ -102,6 +107,7 @@ def _samples(
 
 def summary(
     config: Config,
+    source: ModelRecord,
     loaded: Loaded,
     sets: PromptSets,
     sizing: Sizing,
@@ -114,19 +120,27 @@ def summary(
     `notes` say what the method leaves alone beside what no component names.
     """
     coverage = loaded.anatomy.coverage(config.edit.components)
-    goals = search.objectives
+    goals, facts = search.objectives, search.study.user_attrs
+    # A total below one that was asked for before takes no trials away.
+    asked = config.search.model_copy(update={"trials": search.asked})
+    config = config.model_copy(update={"search": asked})
     return Record.model_validate(
         {
             "schema": 1,
             "behaviour": config.behaviour,
             "description": config.description,
             "method": config.method,
-            "model": model_record(loaded),
+            "model": source,
             "versions": versions(),
             "seed": config.seed,
             "config": config.model_dump(mode="json", exclude_none=True),
             "prompts": {
-                s.role: PromptRecord(source=_shown(s.source), sha256=s.sha256, n=len(s))
+                s.role: PromptRecord(
+                    source=_shown(s.source),
+                    sha256=s.sha256,
+                    n=len(s),
+                    labels_sha256=s.labels_sha256,
+                )
                 for s in sets.all()
                 if len(s)
             },
@@ -143,6 +157,8 @@ def summary(
             "engine": sizing.as_dict(),
             "importance": importance(search.study, goals),
             "timing": dict(seconds),
+            "files": facts.get("files", {}),
+            "identity": digests(facts["identity"]),
         }
     )
 
@@ -171,7 +187,7 @@ def model_record(loaded: Loaded) -> ModelRecord:
         width=loaded.anatomy.width,
         parameters=int(loaded.model.num_parameters()),
         config_sha256=hashlib.sha256(config.encode()).hexdigest(),
-        license=_license(loaded.folder),
+        license=licence_of(loaded.folder),
         multimodal=loaded.anatomy.tower,
         sampling=_sampling(loaded.folder),
         fingerprint=fingerprint(loaded.folder),
@@ -194,35 +210,44 @@ def _sampling(folder: Path) -> dict[str, Any]:
     }
 
 
-def _license(folder: Path) -> str | None:
-    """The licence that the source's own card states."""
-    from huggingface_hub import ModelCard
-
-    card = folder / "README.md"
-    if not card.is_file():
-        return None
-    try:
-        name = ModelCard.load(card).data.license
-    except (ValueError, OSError, TypeError):  # a card without valid metadata states none
-        return None
-    return None if name is None else str(name)
-
-
-def write_pages(out: Path, record: Record) -> None:
+def write_pages(out: Path, record: Record, made: Collection[str] = ()) -> None:
     """The report beside the record, and a card in the folder of every artifact within the run's.
 
+    Args:
+        out: the run folder.
+        record: its record.
+        made: paths of exports elsewhere that were written just now.
+
     Others have the one that they were written with: what a record says of places elsewhere may be
-    old, or not be ours.
+    old, or not be ours. The record must be on the disk; each page that can be written is written.
+
+    Raises:
+        PageError: one could not be made or written.
     """
-    write_text(out / REPORT, html_report(record))
+    failed = [_page(out / REPORT, partial(html_report, record))]
     for artifact in record.artifacts:
         folder = (out / artifact.path).resolve()
         inside = folder.is_relative_to(out.resolve()) and folder != out.resolve()
-        if folder.is_dir() and inside:
-            card = model_card(
-                record,
-                artifact_format=artifact.format,
-                trial=artifact.trial,
-                artifact=artifact,
-            )
-            write_text(folder / "README.md", card)
+        if is_folder(folder) and inside:
+            failed.append(_page(folder / CARD, partial(card_of, record, artifact)))
+        elif artifact.path in made:  # a second look at one that could not be made
+            failed.append(_fault(CARD, partial(card_of, record, artifact)))
+    reasons = [reason for reason in failed if reason is not None]
+    if reasons:
+        raise PageError(
+            f"record and exports in {out} are there, and pages are not: {'; '.join(reasons)}. `excise "
+            f"report {out}` writes them again"
+        )
+
+
+def _page(path: Path, make: Callable[[], str]) -> str | None:
+    """Write a page; why it could not be, if so."""
+    return _fault(path.name, lambda: write_text(path, make()))
+
+
+def _fault(name: str, act: Callable[[], object]) -> str | None:
+    try:
+        act()
+    except Exception as error:  # noqa: BLE001 (a fault of a page takes nothing measured with it)
+        return f"{name} ({type(error).__name__}: {first_line(error):.200})"
+    return None

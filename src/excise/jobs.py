@@ -7,29 +7,32 @@ from pathlib import Path
 from typing import Any, Literal
 
 from excise import journal, stage
-from excise.artifacts import Checker, export
-from excise.config import Config, load_config, validate
+from excise.artifacts import Checker, check_exports, export
+from excise.config import Config, validate
 from excise.errors import ConfigError, OutputError, RunStateError
 from excise.events import Notice, OnEvent, ignore, phase
-from excise.export import check_formats, writes_checkpoint
 from excise.finish import write_pages
 from excise.front import Objective, Point, choose
 from excise.geometry import Projection, check_projection, describe_layers, embed, project
 from excise.geometry_page import projection_page
 from excise.ggufexport import plan_gguf
-from excise.identity import fingerprint
+from excise.identity import digests, fingerprint, identity
+from excise.keeping import check_files
 from excise.loading import Loaded, load
-from excise.matching import check_stored
 from excise.panel import Panel
-from excise.planning import from_dict, size, usual_length
-from excise.prompts import PromptSet, load_prompt_sets
+from excise.planning import Sizing, from_dict, size, usual_length
+from excise.prompts import PromptSet, PromptSets, load_prompt_sets
+from excise.reading import is_whole
+from excise.record import FILE as RECORD
 from excise.record import ArtifactRecord, Record, Scores, read_record, write_record, write_text
+from excise.scorers import Markers, read_markers
 from excise.search import points
 from excise.staging import check_destination
-from excise.weights import any_offloaded
+from excise.terms import check_terms, read_terms
 
 Part = Literal["eval", "holdout"]
 GEOMETRY = "geometry.html"
+_NO_GGUF = {"quantize": (), "llama_cpp": None, "from_gguf": None}  # of a run that also wrote GGUF
 # How residuals come to two dimensions, and what these are called.
 _PROJECTIONS = {
     "pca": (project, ("First principal axis", "Second principal axis")),
@@ -45,6 +48,7 @@ def export_run(
     trial: int | None = None,
     select: str | None = None,
     options: Mapping[str, Any] | None = None,
+    trust_run: bool = False,
     on_event: OnEvent = ignore,
 ) -> ArtifactRecord:
     """Write one trial of a finished run in `to`, measured again; the run's record is added to.
@@ -56,33 +60,36 @@ def export_run(
         trial: which trial; by default the selected one.
         select: a rule instead of a number: knee, drift<=X, rate<=X.
         options: settings of `config.ExportSection` that are not the run's own.
+        trust_run: let code run that the run folder names: scorers, a model's own, llama.cpp's.
         on_event: told of progress.
 
     Raises:
         ConfigError: an option is out of its range.
-        RunStateError: no such run or trial, or its model or prompts have changed.
+        RunStateError: no such run or trial, its settings, files, model or prompts have changed, or it
+            names code and is not trusted.
         OutputError: `to` exists.
     """
     read_record(folder)  # where there is none, this is no run: not even a lock is left there
     check_destination(to)
+    if not is_whole(str(to)):
+        raise OutputError(f"{str(to)!r} is not UTF-8 text: give --to another name")
     if to.exists():
         raise OutputError(f"{to} exists: give --to a new folder")
-    config = _with_options(load_config(file=folder / "config.toml"), options or {})
+    given = {k: v for k, v in (options or {}).items() if v is not None}
+    gguf = format_name.startswith("gguf")
+    unused = ("export.llama_cpp",) if not gguf or "llama_cpp" in given else ()
+    config = read_terms(folder, trust=trust_run, unused=unused)
+    config = _with_options(config, {**({} if gguf else _NO_GGUF), **given})
     plan_gguf(config.export, [format_name])
     scoring = stage.scoring(config)
     with journal.hold(folder):
-        record = read_record(folder)  # as others left it, who held the folder until now
+        record, config = _reopen(folder, config)  # as others left it, who held it until now
         number = trial if trial is not None else _selected(record, select, scoring.goals())
         chosen = record.trial(number)
         with phase("load", on_event):
             sets, loaded = load_prompt_sets(config.prompts), load(config.model)
-        writers = loaded.anatomy.select(config.edit.components)
-        check_formats([format_name], writers, offloaded=any_offloaded(loaded.model))
-        if writes_checkpoint(config.export, [format_name]):
-            check_stored(loaded.folder, writers)
-        _check_unchanged(record, loaded, sets.all())
-        sizing = from_dict(record.engine)
-        tokens = stage.stored_tokens(loaded, sets, config, scoring.markers, folder)
+        check_exports([format_name], loaded, config)
+        tokens, sizing = _same(record, loaded, sets, config, scoring.markers, folder)
         method = stage.stored_method(loaded, tokens, config, folder, on_event)
         both = (sets.target_eval, sets.contrast_eval)
         engine = stage.engine_for(loaded, method.writers, tokens, "eval", config, sizing.plan)
@@ -94,9 +101,43 @@ def export_run(
     return record.artifacts[-1]
 
 
+def _reopen(folder: Path, config: Config) -> tuple[Record, Config]:
+    """The record of a run folder, which is held, and the configuration that it was measured with.
+
+    Raises:
+        RunStateError: settings or files are not those of the record.
+    """
+    record = read_record(folder)
+    config = check_terms(folder, config, record.config)
+    check_files(folder, record.files)
+    return record, config
+
+
+def _same(
+    record: Record,
+    loaded: Loaded,
+    sets: PromptSets,
+    config: Config,
+    markers: Markers,
+    folder: Path,
+) -> tuple[stage.Tokens, Sizing]:
+    """The prompts' tokens and the sizes of passes, of what is proven to be what was measured.
+
+    Raises:
+        RunStateError: model, prompts, markers, template or scorers are others.
+    """
+    _check_unchanged(record, loaded, sets.all())
+    sizing = from_dict(record.engine)
+    tokens = stage.stored_tokens(loaded, sets, config, markers, folder)
+    if record.identity:  # earlier versions did not record it
+        now = digests(identity(loaded, sets, tokens, config, markers, sizing.batch))
+        journal.check_same(folder / RECORD, record.identity, now)
+    return tokens, sizing
+
+
 def _with_options(config: Config, options: Mapping[str, Any]) -> Config:
-    """The configuration with settings of its export section replaced; None leaves one as it is."""
-    fields = {k: v for k, v in options.items() if v is not None}
+    """The configuration with settings of its export section replaced."""
+    fields = dict(options)
     if "adapter_error" in fields:  # asked for here, it wins over a rank that the run was given
         fields = {"adapter_rank": None, **fields}
     tree = config.model_dump()
@@ -104,7 +145,11 @@ def _with_options(config: Config, options: Mapping[str, Any]) -> Config:
 
 
 def survey(
-    folder: Path, on_event: OnEvent = ignore, projection: Projection = "pca"
+    folder: Path,
+    on_event: OnEvent = ignore,
+    projection: Projection = "pca",
+    *,
+    trust_run: bool = False,
 ) -> list[dict[str, float]]:
     """The geometry of a run's residuals by layer, put into its record and report.
 
@@ -112,19 +157,19 @@ def survey(
 
     Raises:
         ConfigError: the projection needs a package that is not there.
-        RunStateError: no such run, or its prompts have changed.
+        RunStateError: no such run, or it has changed, or names code and is not trusted.
         MeasurementError: residuals are not finite.
     """
     check_projection(projection)
     read_record(folder)
-    config = load_config(file=folder / "config.toml")
+    unused = ("export.llama_cpp", "scores.files")  # nothing is exported or scored here
+    config = read_terms(folder, trust=trust_run, unused=unused)
+    markers = read_markers(config.scores.markers, config.scores.markers_file)
     with journal.hold(folder):
-        record = read_record(folder)
+        record, config = _reopen(folder, config)
         with phase("load", on_event):
             sets, loaded = load_prompt_sets(config.prompts), load(config.model)
-        _check_unchanged(record, loaded, sets.all())
-        markers = stage.scoring(config).markers
-        tokens = stage.stored_tokens(loaded, sets, config, markers, folder)
+        tokens, _ = _same(record, loaded, sets, config, markers, folder)
         target, contrast = (
             stage.residuals(loaded, side, tokens[side], config.directions.winsor, on_event)
             for side in ("target", "contrast")
@@ -214,7 +259,10 @@ def _check_unchanged(record: Record, loaded: Loaded, sets: tuple[PromptSet, ...]
         )
     for prompts in sets:
         known = record.prompts.get(prompts.role)
-        if known is not None and known.sha256 != prompts.sha256:
+        labels = None if known is None else known.labels_sha256
+        if known is not None and (
+            known.sha256 != prompts.sha256 or labels not in (None, prompts.labels_sha256)
+        ):
             raise RunStateError(
                 f"the {prompts.role} prompts ({prompts.source}) have changed since the run: "
                 "its figures would not be comparable"

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -177,9 +177,10 @@ def open_study(folder: Path) -> optuna.Study | None:
         raise
     except (LookupError, ValueError, AssertionError, TypeError, AttributeError, RuntimeError):
         raise RunStateError(f"{path} is not a readable Excise journal: {_BACK}") from None
-    if "identity" in attributes and "sizing" in attributes:
+    facts = [attributes.get(name) for name in ("identity", "sizing")]
+    if all(isinstance(one, dict) for one in facts):
         return study
-    if trials:
+    if trials or any(one is not None for one in facts):
         raise RunStateError(f"{path} does not say what its trials belong to: {_BACK}")
     return None
 
@@ -238,12 +239,20 @@ def check_identity(folder: Path, study: optuna.Study, identity: dict[str, Any]) 
     Raises:
         RunStateError: the study was started with another model, prompt set or setting.
     """
-    known = study.user_attrs["identity"]
-    changed = sorted(k for k in {*known, *identity} if known.get(k) != identity.get(k))
+    check_same(folder / FILE, study.user_attrs["identity"], identity)
+
+
+def check_same(path: Path, known: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuse what does not belong to the trials of `path`.
+
+    Raises:
+        RunStateError: some of what they belong to is not the same now.
+    """
+    changed = sorted(k for k in {*known, *now} if known.get(k) != now.get(k))
     if changed:
         raise RunStateError(
-            f"{folder / FILE} belongs to another run: {', '.join(changed)} differ. "
-            "Resume with what it was started with, or choose a new --out"
+            f"{path} belongs to another run: {', '.join(changed)} differ. "
+            "Go on with what it was started with, or choose a new --out"
         )
 
 

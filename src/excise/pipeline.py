@@ -5,31 +5,44 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import optuna
+
 from excise import events, journal, stage
-from excise.artifacts import FOLDERS, Checker, export_chosen
+from excise.artifacts import FOLDERS, Checker, check_exports, export_chosen
+from excise.baseline import SHOWN, check_baseline
 from excise.config import Config, to_toml
 from excise.edits import Edit
-from excise.errors import MeasurementError, OutputError, RunStateError, StorageError
+from excise.engine import Engine
+from excise.errors import MeasurementError, RunStateError
 from excise.events import OnEvent
-from excise.export import check_formats, writes_checkpoint
-from excise.finish import final_figures, summary, write_pages
+from excise.finish import final_figures, model_record, summary, write_pages
 from excise.front import Objective, Point, choose, pareto, parse_rule
 from excise.ggufexport import plan_gguf
 from excise.identity import identity
-from excise.keeping import CAPTURED, DIRECTIONS, read_directions, read_opening, save_directions
+from excise.keeping import (
+    CAPTURED,
+    DIRECTIONS,
+    check_files,
+    hash_files,
+    read_directions,
+    read_opening,
+    save_directions,
+)
+from excise.ledger import check_study
 from excise.loading import Loaded, load
-from excise.matching import check_stored
 from excise.methods import Method, check_method, named
 from excise.panel import Panel
+from excise.placing import check_apart, check_output, held_anew
 from excise.planning import Sizing, from_dict, size, usual_length
 from excise.prompts import PromptSets, load_prompt_sets
 from excise.record import FILE as RECORD
 from excise.record import (
+    ModelRecord,
     Record,
     Separation,
     TrialRecord,
@@ -39,10 +52,7 @@ from excise.record import (
 )
 from excise.refining import NothingToRefine, refined, refiner_for
 from excise.search import Measure, Measured, Search
-from excise.staging import check_writable
-from excise.weights import any_offloaded
-
-CONFIG = "config.toml"
+from excise.terms import CONFIG, check_terms
 
 
 @dataclass
@@ -72,10 +82,16 @@ class _Job:
     loaded: Loaded
     tokens: stage.Tokens
     method: Method
+    source: ModelRecord
 
 
 def run(
-    config: Config, out: Path, on_event: OnEvent = events.ignore, *, resume: bool = False
+    config: Config,
+    out: Path,
+    on_event: OnEvent = events.ignore,
+    *,
+    resume: bool = False,
+    anyway: bool = False,
 ) -> Record:
     """Find, edit, measure, choose, export; everything lands in the folder `out`.
 
@@ -84,51 +100,107 @@ def run(
         out: a new or empty folder; with `resume`, the folder of an interrupted or finished run.
         on_event: told of progress.
         resume: go on with the study in `out`, up to `config.search.trials` in all.
+        anyway: search also where the original leaves nothing to find.
 
     Raises:
         InputError: something the user gave cannot be used; nothing was written.
         ExciseError: it failed while running; the study in `out` can be resumed.
+        PageError: record and exports are there, and a page is not.
     """
     clock = Clock(on_event)
     scoring = stage.scoring(config)
     parse_rule(config.search.select, scoring.goals())
     plan_gguf(config.export, config.export.formats)
     check_output(out, resume)
-    sets, loaded, tokens, config = _load(config, scoring, clock)
-    check_apart(out, loaded)
-    with _held(out):
+    with ExitStack() as held:
+        known = None
+        if resume:
+            held.enter_context(journal.hold(out))
+            known, config = _reopen(out, config)
+        sets, loaded, tokens, config = _load(config, scoring, clock)
+        source = model_record(loaded)
+        check_apart(out, loaded)
         if not resume:
+            held.enter_context(held_anew(out))  # others may have begun while the model was loaded
             write_text(out / CONFIG, to_toml(config))
         with clock.phase("capture"):
-            opening = read_opening(out / DIRECTIONS) if resume else None
+            opening = None if known is None else read_opening(out / DIRECTIONS)
             tokens = stage.open_responses(loaded, tokens, config, scoring.markers, opening)
-            method, separation = _prepare(loaded, tokens, config, out, resume, on_event)
-        job = _Job(config, scoring, sets, loaded, tokens, method)
+            method, separation = _prepare(loaded, tokens, config, out, known is not None, on_event)
+        job = _Job(config, scoring, sets, loaded, tokens, method, source)
         with clock.phase("plan"):
-            sizing, search = _open_search(job, out, resume, on_event)
-        engine = stage.engine_for(loaded, method.writers, tokens, "eval", config, sizing.plan)
-        context = scoring.context(sets.target_eval, sets.contrast_eval)
-        panel = Panel(engine, scoring.every_trial, context, screen=config.search.screen)
-        with clock.phase("baseline"):
-            baseline = panel.measure([[None] * len(method.writers)])[0].scores
-        _search(job, search, measurer(method, panel, scoring.goals(), engine.learning), clock)
-        front, chosen = _choose(job, search, out)
-        with clock.phase("holdout"):
-            edits = method.edits(method.candidate(chosen.params))
-            figures = final_figures(engine, loaded, edits, sets, tokens, config, scoring)
-        record = summary(config, loaded, sets, sizing, search, clock.seconds, method.notes)
-        found = {"baseline": baseline, "front": front, "selected": chosen.number, **figures}
-        found |= {"separation": separation, "formatting": tokens.as_dict(), **_kept(out)}
-        record = record.model_copy(update=found)
-        write_record(out, record)  # before the export: what was measured is never lost
-        with clock.phase("export"):
-            checker = Checker(engine, scoring, context, config, tokens)
-            record = export_chosen(record, chosen, loaded, method, checker, out, on_event)
-        record = record.model_copy(update={"timing": dict(clock.seconds)})
-        write_record(out, record)
-        write_pages(out, record)
+            sizing, search = _open_search(job, out, known, on_event)
+        record = _measure(job, search, sizing, separation, out, clock, anyway=anyway)
     on_event(events.Finished(str(out)))
     return record
+
+
+def _measure(
+    job: _Job,
+    search: Search,
+    sizing: Sizing,
+    separation: Separation,
+    out: Path,
+    clock: Clock,
+    *,
+    anyway: bool,
+) -> Record:
+    """Baseline, search, choice, holdout, record, export, pages."""
+    config, scoring, sets, loaded = job.config, job.scoring, job.sets, job.loaded
+    tokens, method = job.tokens, job.method
+    engine = stage.engine_for(loaded, method.writers, tokens, "eval", config, sizing.plan)
+    context = scoring.context(sets.target_eval, sets.contrast_eval)
+    panel = Panel(engine, scoring.every_trial, context, screen=config.search.screen)
+    with clock.phase("baseline"):
+        baseline = panel.measure([[None] * len(method.writers)])[0].scores
+        if not anyway and not search.records():  # with trials, that was decided before
+            check_baseline(baseline, _said(engine, config), config, out)
+    _search(job, search, measurer(method, panel, scoring.goals(), engine.learning), clock)
+    front, chosen = _choose(job, search, out)
+    with clock.phase("holdout"):
+        edits = method.edits(method.candidate(chosen.params))
+        figures = final_figures(engine, loaded, edits, sets, tokens, config, scoring)
+    record = summary(config, job.source, loaded, sets, sizing, search, clock.seconds, method.notes)
+    found = {"baseline": baseline, "front": front, "selected": chosen.number, **figures}
+    found |= {"separation": separation, "formatting": tokens.as_dict(), **_kept(out)}
+    record = record.model_copy(update=found)
+    write_record(out, record)  # before the export: what was measured is never lost
+    with clock.phase("export"):
+        checker = Checker(engine, scoring, context, config, tokens)
+        record = export_chosen(record, chosen, loaded, method, checker, out, clock.on_event)
+    record = record.model_copy(update={"timing": dict(clock.seconds)})
+    write_record(out, record)
+    write_pages(out, record)
+    return record
+
+
+def _said(engine: Engine, config: Config) -> list[str]:
+    """Some of the original's responses to target prompts, where these may be shown."""
+    if "target" not in config.scores.show:
+        return []
+    return [response.text for response in engine.original("target").responses[:SHOWN]]
+
+
+def _reopen(out: Path, config: Config) -> tuple[optuna.Study | None, Config]:
+    """The study of a run folder, which is held, and the configuration that it goes on with.
+
+    Raises:
+        RunStateError: there is none where one must be, or settings or files are not those that its
+            trials were measured with.
+    """
+    known = journal.open_study(out)
+    if known is None:
+        if (out / RECORD).exists():
+            raise RunStateError(
+                f"{out} has a record of finished trials and no {journal.FILE} that holds them: put the "
+                "journal back, or choose a new --out"
+            )
+        return None, config
+    attributes = known.user_attrs
+    if "config" in attributes:  # earlier versions did not keep it
+        config = check_terms(out, config, attributes["config"])
+    check_files(out, attributes.get("files", {}))
+    return known, config
 
 
 def _kept(out: Path) -> dict[str, Any]:
@@ -141,48 +213,6 @@ def _kept(out: Path) -> dict[str, Any]:
     return {"artifacts": elsewhere, "geometry": known.geometry}
 
 
-def check_output(out: Path, resume: bool) -> None:
-    """Refuse a folder that holds something else.
-
-    Raises:
-        OutputError: it is a file, or a folder with another run or other files.
-    """
-    if resume:
-        return
-    check_writable(out)
-    if (out / journal.FILE).exists() or (out / CONFIG).exists():
-        raise OutputError(
-            f"{out} already holds a run: go on with `excise resume {out}`, or choose a new --out"
-        )
-    # A run that was killed as it began leaves its lock alone.
-    if out.is_dir() and any(path.name != journal.LOCK for path in out.iterdir()):
-        raise OutputError(f"{out} is not empty: give --out a new folder")
-
-
-def check_apart(out: Path, loaded: Loaded) -> None:
-    """Refuse a run inside the model's own folder, which exports are copies of.
-
-    Raises:
-        OutputError: it is there.
-    """
-    for folder in {loaded.folder, Path(loaded.place) if loaded.is_local else loaded.folder}:
-        if out.resolve().is_relative_to(folder.resolve()):
-            raise OutputError(
-                f"{out} is inside the model's folder {folder}, whose files every export copies: "
-                "choose another --out"
-            )
-
-
-@contextmanager
-def _held(out: Path) -> Iterator[None]:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(f"cannot make the folder {out}: {error.strerror}") from None
-    with journal.hold(out):
-        yield
-
-
 def _load(
     config: Config, scoring: stage.Scoring, clock: Clock
 ) -> tuple[PromptSets, Loaded, stage.Tokens, Config]:
@@ -192,10 +222,7 @@ def _load(
     with clock.phase("load"):
         loaded = load(config.model)
         config = stage.settled(named(config, loaded.anatomy), loaded)
-        chosen = loaded.anatomy.select(config.edit.components)
-        check_formats(config.export.formats, chosen, offloaded=any_offloaded(loaded.model))
-        if writes_checkpoint(config.export, config.export.formats):
-            check_stored(loaded.folder, chosen)
+        check_exports(config.export.formats, loaded, config)
         tokens = stage.tokenise(loaded, sets, config)
         scoring.check(sets)
         check_method(loaded.anatomy, sets, config)
@@ -207,45 +234,45 @@ def _prepare(
     tokens: stage.Tokens,
     config: Config,
     out: Path,
-    resume: bool,
+    resumed: bool,
     on_event: OnEvent,
 ) -> tuple[Method, Separation]:
     for note in (*loaded.notes, *tokens.notes):
         on_event(events.Notice(note))
     path = out / DIRECTIONS
-    known = read_directions(path) if resume else None
+    known = read_directions(path) if resumed else None
+    if resumed and known is None:
+        raise RunStateError(f"{path} cannot be read: put it back as it was, or choose a new --out")
     directions, separation = known or stage.find_directions(
         loaded, tokens, config.directions, on_event
     )
     if known is None:
         save_directions(path, directions, separation, tokens.opening)
-    place, anew = out / CAPTURED, known is None
+    place, anew = out / CAPTURED, not resumed
     method = stage.method_for(loaded, directions, tokens, config, place, on_event, anew=anew)
     return method, separation
 
 
-def _open_search(job: _Job, out: Path, resume: bool, on_event: OnEvent) -> tuple[Sizing, Search]:
+def _open_search(
+    job: _Job, out: Path, known: optuna.Study | None, on_event: OnEvent
+) -> tuple[Sizing, Search]:
     """The study of this run, new or resumed, and the sizes that it was started with."""
-    config, goals = job.config, job.scoring.goals()
-    known = journal.open_study(out) if resume else None
-    if resume and known is None and (out / RECORD).exists():
-        raise RunStateError(
-            f"{out} has a record of finished trials and no {journal.FILE} that holds them: put the "
-            "journal back, or choose a new --out"
-        )
-    stored = None if known is None else known.user_attrs["sizing"]
-    sizing = _sizing(job, on_event) if stored is None else from_dict(stored)
-    mine = identity(job.loaded, job.sets, job.tokens, config, job.scoring, sizing.batch)
+    config, goals, space = job.config, job.scoring.goals(), job.method.space()
+    sizing = _sizing(job, on_event) if known is None else from_dict(known.user_attrs["sizing"])
+    batch = sizing.batch
+    mine = identity(job.loaded, job.sets, job.tokens, config, job.scoring.markers, batch)
     if known is None:
         ways = [s.goal for s in job.scoring.objectives]
-        study = journal.create_study(out, ways, mine, sizing.as_dict())
+        facts = {
+            "config": config.model_dump(mode="json", exclude_none=True),
+            "files": hash_files(out),
+        }
+        study = journal.create_study(out, ways, mine, sizing.as_dict(), **facts)
     else:
         study = known
         journal.check_identity(out, study, mine)
-    search = Search(
-        study, job.method.space(), goals, config.search, batch=sizing.batch, seed=config.seed
-    )
-    return sizing, search
+        check_study(study, space, goals, str(out / journal.FILE))
+    return sizing, Search(study, space, goals, config.search, batch=batch, seed=config.seed)
 
 
 def _search(job: _Job, search: Search, measure: Measure, clock: Clock) -> None:

@@ -33,11 +33,6 @@ def is_folder(path: Path) -> bool:
     return _mode(path, stat.S_ISDIR)
 
 
-def whole_path(path: Path) -> Path:
-    """The path from the root, its last link not followed: in the Hub's cache that has the suffix."""
-    return path.resolve() if path.name in ("", "..") else path.parent.resolve() / path.name
-
-
 def _mode(path: Path, test: Any) -> bool:
     try:
         return bool(test(path.stat().st_mode))
@@ -201,6 +196,11 @@ def full_path(path: Path) -> Path:
     In the Hub's cache a file is a link, and what it leads to has neither its name nor its suffix.
     """
     return path.parent.resolve() / path.name if is_file(path) else path.resolve()
+
+
+def whole_text(text: str) -> str:
+    """The text with a replacement character for each half of one."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _too_deep(where: str) -> str:

@@ -150,7 +150,11 @@ def reproduce(
 def _without_code(config: dict[str, Any]) -> dict[str, Any]:
     """A record's configuration without leave to run code: a record may come from anyone."""
     tree = deepcopy(config)
-    for section, key in (("model", "trust_remote_code"), ("scores", "files")):
+    for section, key in (
+        ("model", "trust_remote_code"),
+        ("scores", "files"),
+        ("export", "llama_cpp"),
+    ):
         if isinstance(tree.get(section), dict):
             tree[section].pop(key, None)
     return tree

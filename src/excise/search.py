@@ -100,8 +100,7 @@ class Search:
 
         They are stored before they are measured, so that a resume measures the same ones.
         """
-        ends = {start + len(entry["params"]) for start, entry in self._refined()}
-        asked = max(stop for stop in self.study.user_attrs["stops"] if stop not in ends)
+        asked = self.asked
         if not any(entry["asked"] == asked for _, entry in self._refined()):
             stops: list[int] = list(self.study.user_attrs["stops"])
             found = propose(self.points(stops[-1]))
@@ -115,6 +114,12 @@ class Search:
             except OSError as error:
                 raise StorageError(f"cannot write the study: {error.strerror or error}") from None
         self.run(asked, measure, on_event)
+
+    @property
+    def asked(self) -> int:
+        """The total that was asked for, without what refined it."""
+        ends = {start + len(entry["params"]) for start, entry in self._refined()}
+        return max(int(s) for s in self.study.user_attrs["stops"] if s not in ends)
 
     def _refined(self) -> list[tuple[int, dict[str, Any]]]:
         """Refined parts of the study: number of the first trial, and what is stored of the part."""

@@ -63,27 +63,36 @@ def read_terms(
     return config
 
 
-def check_terms(folder: Path, config: Config, known: Mapping[str, Any]) -> None:
-    """Refuse settings that are not those the trials were measured with.
+def check_terms(folder: Path, config: Config, known: Mapping[str, Any]) -> Config:
+    """`config` with what it leaves open as it was, or refused where a setting is not as it was.
 
     Args:
         folder: the run's.
         config: its configuration now.
-        known: the one of its record or study.
+        known: the one that its trials were measured with, of its record or study.
 
     Raises:
         RunStateError: one that decides figures differs.
     """
-    then, now = _flat(validate(dict(known))), _flat(config)
-    changed = [k for k in then if then[k] != now[k] and not k.startswith(_FREE)]
+    before = validate(dict(known))
+    if config.method is None:
+        config = config.model_copy(update={"method": before.method})
+    if config.model.dtype == "auto":
+        model = config.model.model_copy(update={"dtype": before.model.dtype})
+        config = config.model_copy(update={"model": model})
+    then, now = _flat(before), _flat(config)
+    keys = [key for key in dict.fromkeys([*then, *now]) if not key.startswith(_FREE)]
+    changed = [key for key in keys if then.get(key) != now.get(key)]
     if changed:
         words = "; ".join(
-            f"{key} is {_shown(now[key])} now and was {_shown(then[key])}" for key in changed[:3]
+            f"{key} is {_shown(now.get(key))} now and was {_shown(then.get(key))}"
+            for key in changed[:3]
         )
         raise RunStateError(
             f"{folder / CONFIG} belongs to another run than the trials in its folder: {words}. Set it "
             "back, or start a run of its own with a new --out"
         )
+    return config
 
 
 def _flat(config: Config) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from excise.reading import is_file, is_folder, whole_path
+from excise.reading import full_path, is_file, is_folder
 
 Tree = dict[str, Any]
 
@@ -57,7 +57,7 @@ def _beside(name: str, folder: Path) -> str:
     """The whole path of what lies there; other names, such as ids, as they are."""
     place = folder / name
     found = name not in ("", "demo") and (is_file(place) or is_folder(place))
-    return str(whole_path(place)) if found else name
+    return str(full_path(place)) if found else name
 
 
 def nest(key: str, value: Any) -> Tree:

@@ -1,0 +1,86 @@
+"""The licence that a model's own files state: in its card's front matter, or in a GGUF's header.
+
+Cards come from anybody. The front matter is read as YAML's events, within bounds: nothing is built of
+it, so aliases are not followed, and what is not valid states no licence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from excise.errors import ModelError
+from excise.gguffile import read_gguf
+from excise.reading import is_file
+
+CARD = "README.md"
+_MOST_BYTES = 1 << 17  # of a card: its front matter stands at the beginning
+_DEEPEST, _LONGEST, _MOST = 16, 100, 8  # levels; characters of a name; names
+_NULL = ("", "~", "null", "none")
+
+
+def licence_of(folder: Path, gguf: Path | None = None) -> str | None:
+    """The licence of the model in a folder, or of a GGUF file; None where none is stated.
+
+    Several are joined by ", ".
+    """
+    if gguf is not None:
+        try:
+            return _name([str(read_gguf(gguf).keys.get("general.license", ""))])
+        except ModelError:
+            return None
+    path = folder / CARD
+    if not is_file(path):
+        return None
+    try:
+        with path.open("rb") as file:
+            text = file.read(_MOST_BYTES).decode("utf-8-sig", "replace")
+    except OSError:
+        return None
+    return stated_in(text)
+
+
+def stated_in(card: str) -> str | None:
+    """The licence in a card's front matter."""
+    first, *rest = card.splitlines() or [""]
+    if first.rstrip() != "---":
+        return None
+    text = "\n".join(takewhile(lambda line: line.rstrip() != "---", rest))
+    try:
+        return _name(_values(iter(yaml.parse(text, Loader=yaml.SafeLoader)), "license"))
+    except yaml.YAMLError:
+        return None
+
+
+def _values(events: Iterator[Any], wanted: str) -> list[str]:
+    """The text, or the texts of the list, that a key of the outermost table has."""
+    depth, key, found = 0, None, []
+    for event in events:
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+            if depth > _DEEPEST:
+                return []
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        inside = key == wanted and depth <= 2
+        if isinstance(event, yaml.ScalarEvent):
+            if depth == 1 and key is None:
+                key = str(event.value)
+                continue
+            if inside:
+                found.append(str(event.value))
+        if depth == 1 and key is not None:  # its value is over
+            if key == wanted:
+                return found
+            key = None
+    return []
+
+
+def _name(values: list[str]) -> str | None:
+    names = [" ".join(value.split()) for value in values[:_MOST]]
+    good = [n for n in names if len(n) <= _LONGEST and n.isprintable() and n.lower() not in _NULL]
+    return ", ".join(good) or None
