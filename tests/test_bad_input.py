@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import builders
@@ -14,8 +15,7 @@ import torch
 from conftest import job, write_prompts
 from safetensors.torch import load_file, save_file
 
-from excise import cli, fitting, journal
-from excise.keeping import CAPTURED
+from excise import cli, fitting, journal, methods
 
 
 @pytest.fixture
@@ -562,11 +562,12 @@ def test_models_that_are_not_of_one_base(tiny, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("command", ["resume", "export"])
-def test_a_run_of_a_version_that_captured_other_things(tiny, tmp_path, capsys, command):
+def test_a_run_of_a_version_that_captured_other_things(
+    tiny, tmp_path, capsys, monkeypatch, command
+):
     out, to = tmp_path / "run", tmp_path / "to"
     assert cli.main(job(tiny, out, "--method", "ridge")) == 0
-    place = out / CAPTURED
-    save_file(load_file(place), place, metadata={"format": "pt"})
+    monkeypatch.setitem(methods.KINDS, "ridge", replace(methods.KINDS["ridge"], layout="later"))
     arguments = ["--trials", "20"] if command == "resume" else ["--to", str(to)]
     capsys.readouterr()
     assert cli.main([command, str(out), *arguments, "--quiet"]) == 2
