@@ -93,7 +93,7 @@ def test_ctrl_c_in_each_phase_keeps_the_run(tiny: Path, tmp_path: Path, phase, m
     out = tmp_path / "run"
     real = pipeline.run
 
-    def interrupted(config, folder, on_event, *, resume=False):
+    def interrupted(config, folder, on_event, **more):
         def strike(event):
             on_event(event)
             begun = isinstance(event, PhaseStarted) and event.phase == phase
@@ -101,7 +101,7 @@ def test_ctrl_c_in_each_phase_keeps_the_run(tiny: Path, tmp_path: Path, phase, m
             if within or (begun and phase != "search"):
                 raise KeyboardInterrupt
 
-        return real(config, folder, strike, resume=resume)
+        return real(config, folder, strike, **more)
 
     monkeypatch.setattr(pipeline, "run", interrupted)
     assert cli.main(job(tiny, out)) == 130

@@ -97,7 +97,7 @@ def export_run(
         place = [(format_name, to)]
         record = export(record, chosen, loaded, method, checker, place, folder, on_event)
         write_record(folder, record)
-        write_pages(folder, record)
+        write_pages(folder, record, [record.artifacts[-1].path])
     return record.artifacts[-1]
 
 
