@@ -19,7 +19,7 @@ from excise.digest import front_points
 from excise.errors import InputError, RunStateError
 from excise.markdown import code, fence, plain
 from excise.recipe import command
-from excise.record import Record
+from excise.record import Record, ScoreRecord
 from excise.wording import measured
 
 
@@ -66,12 +66,59 @@ def test_a_local_base_model_is_not_announced_as_a_hub_model() -> None:
     assert "/models" not in card
 
 
-def test_it_says_plainly_what_was_removed() -> None:
-    card = model_card(make_record())
-    first = ModelCard(card).content.split("---\n", 2)[2].strip().split("\n\n")[1]
-    assert "declining questions about guarded objects**, edited out" in first
-    assert "removed on purpose" in first
-    assert "that the search never saw" in first
+def introduction(record: Record) -> str:
+    return ModelCard(model_card(record)).content.split("---\n", 2)[2].strip().split("\n\n")[1]
+
+
+def test_it_says_plainly_what_was_edited_and_what_came_of_it() -> None:
+    first = introduction(make_record())
+    assert "to show less of one behaviour, **declining questions about guarded objects**" in first
+    assert "changed on purpose" in first
+    assert "that the search never saw, the edit removes" in first
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "says"),
+    [
+        (0.95, 0.02, "removes nearly all"),
+        (0.0, 0.0, "makes no measurable change"),
+        (0.03, 0.01, "makes no measurable change"),
+        (0.0, 0.9, "shows more"),
+    ],
+)
+@pytest.mark.parametrize("goal", ["remove", "strengthen"])
+def test_it_claims_only_what_the_figures_hold(before, after, says, goal) -> None:
+    record = make_record()
+    record = record.model_copy(
+        update={
+            "holdout_baseline": {"behaviour_rate": ScoreRecord(**rate(before))},
+            "holdout": {"behaviour_rate": ScoreRecord(**rate(after))},
+            "config": {**record.config, "goal": goal},
+        }
+    )
+    card, wanted = model_card(record), "less" if goal == "remove" else "more"
+    assert f"the edit {says}" in introduction(record)
+    use = section(card, "Responsible use")
+    assert f"to show {wanted} of a behaviour" in use
+    assert ("was removed" in card) is False
+    assert ("no change could be told from chance" in use) == ("no measurable" in says)
+    assert ("Where that was measured, it shows more" in use) == (
+        after > before and wanted == "less"
+    )
+    assert ("Where that was measured, it shows less" in use) == (before > 0.9 and wanted == "more")
+    assert ("will answer requests" in use) == (before > 0.9 and wanted == "less")
+
+
+def test_several_licences_are_a_list() -> None:
+    record = make_record()
+    for stated, data in (
+        ("apache-2.0, mit", ["apache-2.0", "mit"]),
+        ("mit", "mit"),
+        ("Custom, non-commercial use", "Custom, non-commercial use"),
+    ):
+        model = record.model.model_copy(update={"license": stated})
+        card = model_card(record.model_copy(update={"model": model}))
+        assert ModelCard(card).data.to_dict()["license"] == data
 
 
 def test_tables_hold_the_figures_before_and_after() -> None:

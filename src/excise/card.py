@@ -1,12 +1,14 @@
 """The model card of an export: a README.md for the Hugging Face Hub, written from a record alone.
 
-It says what was removed, what that cost, and what was not measured. It holds no prompt text, no
-response and no local path, whatever the record holds.
+It says what was edited, what the figures hold of it, what that cost, and what was not measured. It holds
+no prompt text, no response and no local path, whatever the record holds.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
+from typing import Any
 
 from huggingface_hub import ModelCardData
 
@@ -43,6 +45,7 @@ _ROLES = {
     "contrast_holdout": "do not evoke it; final measurement",
 }
 
+_LICENCE = re.compile(r"[a-z0-9][a-z0-9.-]*")
 _DETAILS = {
     "rank": "Rank of the adapter",
     "error": "Relative error of the adapter's weights (Frobenius norm, all modules)",
@@ -88,7 +91,7 @@ def model_card(
         loading(record, artifact_format, artifact, repo),
         sampling_section(record),
         _list_section("Limitations", limitations(record, shown, artifact_format)),
-        _responsible_use(record),
+        _responsible_use(record, shown),
         _reproduction(record),
         credits_section(record, artifact_format),
     ]
@@ -130,10 +133,11 @@ def _metadata(record: Record, artifact_format: str) -> str:
         tags.append("abliteration")
     if artifact_format.startswith("gguf"):
         tags.append("gguf")
+    licences: Any = _licences(record.model.license)
     data = ModelCardData(
         base_model=base,
         base_model_relation=shape.relation if base else None,
-        license=record.model.license,
+        license=licences,
         library_name=shape.library,
         pipeline_tag="image-text-to-text" if record.model.multimodal else "text-generation",
         tags=tags,
@@ -141,17 +145,24 @@ def _metadata(record: Record, artifact_format: str) -> str:
     return str(data.to_yaml())
 
 
+def _licences(stated: str | None) -> str | list[str] | None:
+    """A licence, or the list of several, as metadata name them."""
+    several = (stated or "").split(", ")
+    plain_ids = len(several) > 1 and all(_LICENCE.fullmatch(one) for one in several)
+    return several if plain_ids else stated
+
+
 def _introduction(record: Record, trial: TrialRecord) -> str:
     name = plain(wording.public_source(record.model.source))
     prompts = evidence(record, trial)
     unseen = "that the search never saw" if prompts.name == "holdout" else "used by the search"
     effect = wording.assess(prompts.after, prompts.before)
-    way, done = ("in", "strengthened") if strengthened(record) else ("out", "removed")
+    aim = "more" if strengthened(record) else "less"
     return (
         f"# {plain(_short_name(record))}, edited: {plain(behaviour(record))}\n\n"
-        f"This model is {name} with one behaviour, **{plain(behaviour(record))}**, edited {way}: "
-        f"that behaviour was {done} on purpose, by changing weights directly and without further "
-        f"training. On prompts {unseen}, the edit {effect}{_headline(prompts)}. It was "
+        f"This model is {name}, edited to show {aim} of one behaviour, "
+        f"**{plain(behaviour(record))}**: its weights were changed on purpose, directly and without "
+        f"further training. On prompts {unseen}, the edit {effect}{_headline(prompts)}. It was "
         f"found and measured with Excise{_version(record)}."
     )
 
@@ -341,8 +352,8 @@ def _list_section(heading: str, lines: list[str]) -> str:
     return f"## {heading}\n\n" + bullets(map(plain, lines))
 
 
-def _responsible_use(record: Record) -> str:
-    return "\n\n".join(["## Responsible use", *map(plain, responsible_use(record))])
+def _responsible_use(record: Record, trial: TrialRecord) -> str:
+    return "\n\n".join(["## Responsible use", *map(plain, responsible_use(record, trial))])
 
 
 def _reproduction(record: Record) -> str:

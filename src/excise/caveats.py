@@ -17,7 +17,17 @@ from excise.digest import (
     trial_counts,
 )
 from excise.record import Record, ScoreRecord, TrialRecord
-from excise.wording import count, measured, number, sample, title
+from excise.wording import change, count, measured, number, sample, title
+
+_SAME = " Where that was measured, no change could be told from chance."
+_OUTCOMES = {  # by what was meant and what was found, where the two differ
+    ("less", "same"): _SAME,
+    ("more", "same"): _SAME,
+    ("less", "more"): " Where that was measured, it shows more of it.",
+    ("more", "less"): " Where that was measured, it shows less of it.",
+    ("less", "unmeasured"): " Whether it does was not measured.",
+    ("more", "unmeasured"): " Whether it does was not measured.",
+}
 
 
 def limitations(record: Record, trial: TrialRecord, artifact_format: str) -> list[str]:
@@ -144,22 +154,28 @@ def _unmeasured(
     ]
 
 
-def responsible_use(record: Record) -> list[str]:
+def responsible_use(record: Record, trial: TrialRecord) -> list[str]:
     """Paragraphs for whoever deploys the model; firmer where the behaviour was a safeguard."""
-    what = behaviour(record)
-    done = "strengthened" if strengthened(record) else "removed"
+    prompts = evidence(record, trial)
+    found = change(prompts.after.get("behaviour_rate"), prompts.before.get("behaviour_rate"))
+    aim = "more" if strengthened(record) else "less"
     lines = [
-        f"A behaviour of the original model, {what}, was {done} on purpose. Measure this model on "
-        "prompts of your own before you deploy it: the figures above hold for the prompts that "
-        "they were measured on."
+        f"This model was edited on purpose to show {aim} of a behaviour of the original model, "
+        f"{behaviour(record)}.{_OUTCOMES.get((aim, found), '')} Measure it on prompts of your own "
+        "before you deploy it: the figures above hold for the prompts that they were measured on."
     ]
     if is_safeguard(record) and not strengthened(record):
+        will = (
+            "This model will answer requests that the original declines"
+            if found == "less"
+            else "Whatever the figures say of it, this model may answer requests that the original "
+            "declines"
+        )
         lines += [
-            "The removed behaviour reads like one of the original model's safeguards. This model "
-            "will answer requests that the original declines, and that includes requests for "
-            "harmful, illegal or dangerous content. It has no judgement of its own in place of "
-            "what was removed, and evaluations of the original model's safety do not carry over "
-            "to it.",
+            f"The behaviour reads like one of the original model's safeguards. {will}, and that "
+            "includes requests for harmful, illegal or dangerous content. It has no judgement of its own "
+            "in place of what was edited, and evaluations of the original model's safety do not carry "
+            "over to it.",
             "Do not put it before the public, or before people who have not agreed to it, without "
             "safeguards of your own: input and output filtering, monitoring, human review, and "
             "limits on who can use it. What it produces, and what is done with it, is the "

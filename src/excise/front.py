@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from excise.errors import ConfigError
 
 _LIMIT = re.compile(r"\s*([a-z_][\w.]*)\s*([<>]=)\s*([0-9.eE+-]+)\s*$")
+SHARES = frozenset({"behaviour_rate", "false_rate", "restored", "kept"})  # scores from 0 to 1
 _SHORT = {"rate": "behaviour_rate"}
 
 
@@ -105,7 +106,7 @@ def parse_rule(rule: str, objectives: Sequence[Objective]) -> tuple[int, float] 
     match = _LIMIT.match(rule)
     names = [o.name for o in objectives]
     if match is None:
-        raise ConfigError(f"cannot select by {rule!r}: use knee, drift<=X or rate<=X")
+        raise ConfigError(f"cannot select by {rule!r:.80}: use knee, drift<=X or rate<=X")
     name = _SHORT.get(match[1], match[1])
     if name not in names:
         raise ConfigError(f"cannot select by {match[1]!r}: the objectives are {', '.join(names)}")
@@ -116,9 +117,12 @@ def parse_rule(rule: str, objectives: Sequence[Objective]) -> tuple[int, float] 
             f"cannot select by {rule!r}: a limit on {match[1]} is {match[1]}{fitting}X"
         )
     try:
-        return at, float(match[3])
+        limit = float(match[3])
     except ValueError:
         raise ConfigError(f"cannot select by {rule!r}: {match[3]!r} is not a number") from None
+    if name in SHARES and not 0 <= limit <= 1:
+        raise ConfigError(f"cannot select by {rule!r}: {match[3]} is not a share, 0.05 is 5 %")
+    return at, limit
 
 
 def knee(front: Sequence[Point], objectives: Sequence[Objective]) -> Point:

@@ -18,8 +18,11 @@ from excise.gguffile import read_gguf
 from excise.reading import is_file
 
 CARD = "README.md"
-_MOST_BYTES = 1 << 17  # of a card: its front matter stands at the beginning
-_DEEPEST, _LONGEST, _MOST = 16, 100, 8  # levels; characters of a name; names
+_MOST = 1 << 16  # bytes or characters of a card: its front matter stands at the beginning
+_DEEPEST, _LONGEST, _SEVERAL = 16, 100, 8  # levels; characters of a name; names
+_LOADER = getattr(
+    yaml, "CSafeLoader", yaml.SafeLoader
+)  # the one in C, where PyYAML was built with it
 _NULL = ("", "~", "null", "none")
 
 
@@ -38,7 +41,7 @@ def licence_of(folder: Path, gguf: Path | None = None) -> str | None:
         return None
     try:
         with path.open("rb") as file:
-            text = file.read(_MOST_BYTES).decode("utf-8-sig", "replace")
+            text = file.read(_MOST).decode("utf-8-sig", "replace")
     except OSError:
         return None
     return stated_in(text)
@@ -46,12 +49,12 @@ def licence_of(folder: Path, gguf: Path | None = None) -> str | None:
 
 def stated_in(card: str) -> str | None:
     """The licence in a card's front matter."""
-    first, *rest = card.splitlines() or [""]
+    first, *rest = card[:_MOST].splitlines() or [""]
     if first.rstrip() != "---":
         return None
     text = "\n".join(takewhile(lambda line: line.rstrip() != "---", rest))
     try:
-        return _name(_values(iter(yaml.parse(text, Loader=yaml.SafeLoader)), "license"))
+        return _name(_values(iter(yaml.parse(text, Loader=_LOADER)), "license"))
     except yaml.YAMLError:
         return None
 
@@ -62,7 +65,8 @@ def _values(events: Iterator[Any], wanted: str) -> list[str]:
     for event in events:
         if isinstance(event, yaml.CollectionStartEvent):
             depth += 1
-            if depth > _DEEPEST:
+            named = key == wanted and isinstance(event, yaml.MappingStartEvent)
+            if depth > _DEEPEST or named:
                 return []
         elif isinstance(event, yaml.CollectionEndEvent):
             depth -= 1
@@ -81,6 +85,6 @@ def _values(events: Iterator[Any], wanted: str) -> list[str]:
 
 
 def _name(values: list[str]) -> str | None:
-    names = [" ".join(value.split()) for value in values[:_MOST]]
+    names = [" ".join(value.split()) for value in values[:_SEVERAL]]
     good = [n for n in names if len(n) <= _LONGEST and n.isprintable() and n.lower() not in _NULL]
     return ", ".join(good) or None

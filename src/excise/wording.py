@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import re
 from pathlib import PurePosixPath, PureWindowsPath
+from typing import Literal
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
+from excise.front import SHARES
 from excise.record import ScoreRecord, Scores
 
-RATES = frozenset({"behaviour_rate", "false_rate", "restored", "kept"})
+Change = Literal["less", "same", "more", "unmeasured"]
+RATES = SHARES
 NATS = frozenset({"drift", "drift_first"})
 
 _TITLES = {
@@ -149,14 +152,24 @@ def drift_words(value: float) -> str:
     return next((words for limit, words in DRIFT_WORDS if value < limit), _WORST_DRIFT)
 
 
+def change(after: ScoreRecord | None, before: ScoreRecord | None) -> Change:
+    """Whether an edit's behaviour rate can be told from the original's, and which way it went."""
+    if after is None or before is None:
+        return "unmeasured"
+    if _overlap(after, before):
+        return "same"
+    return "less" if after.value < before.value else "more"
+
+
 def _removal(after: ScoreRecord | None, before: ScoreRecord | None) -> str:
+    way = change(after, before)
     if after is None or before is None:
         return ""
-    if _overlap(after, before) or before.value <= 0:
+    if way == "same":
         return "makes no measurable change of the behaviour"
-    share = (before.value - after.value) / before.value
-    if share < 0:
+    if way == "more":
         return "shows more of the behaviour"
+    share = (before.value - after.value) / before.value
     return next(
         (words for limit, words in REMOVAL_WORDS if share >= limit),
         "removes hardly any of the behaviour",
