@@ -77,4 +77,3 @@ def test_a_card_is_read_to_its_bound(tmp_path):
     text = "---\nlicense: mit\n" + "tag: x\n" * 500_000
     (tmp_path / "README.md").write_text(text)
     assert licence_of(tmp_path) == "mit"
-    assert licence_of(tmp_path / "none", tmp_path / "README.md") is None  # no GGUF file

@@ -1,4 +1,4 @@
-"""The licence that a model's own files state: in its card's front matter, or in a GGUF's header.
+"""The licence that a model's own card states, in its front matter.
 
 Cards come from anybody. The front matter is read as YAML's events, within bounds: nothing is built of
 it, so aliases are not followed, and what is not valid states no licence.
@@ -13,8 +13,6 @@ from typing import Any
 
 import yaml
 
-from excise.errors import ModelError
-from excise.gguffile import read_gguf
 from excise.reading import is_file
 
 CARD = "README.md"
@@ -26,16 +24,8 @@ _LOADER = getattr(
 _NULL = ("", "~", "null", "none")
 
 
-def licence_of(folder: Path, gguf: Path | None = None) -> str | None:
-    """The licence of the model in a folder, or of a GGUF file; None where none is stated.
-
-    Several are joined by ", ".
-    """
-    if gguf is not None:
-        try:
-            return _name([str(read_gguf(gguf).keys.get("general.license", ""))])
-        except ModelError:
-            return None
+def licence_of(folder: Path) -> str | None:
+    """The licence of the model in a folder; None where none is stated. Several are joined by ", "."""
     path = folder / CARD
     if not is_file(path):
         return None
