@@ -131,7 +131,7 @@ def test_a_name_longer_than_a_file_may_have(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "neither a folder nor a Hub id" in refused(Path("m" * 300))
     (tmp_path / "model").mkdir()
-    index = {"weight_map": {"a": f"{'m' * 300}.safetensors", "b": "nul\0.safetensors"}}
+    index = {"weight_map": {"a": f"{'m' * 300}\n.safetensors", "b": "nul\0.safetensors"}}
     (tmp_path / "model" / "config.json").write_text('{"model_type": "qwen3"}')
     (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
     assert "is missing: download the model again" in refused(tmp_path / "model")

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from excise import loading
 from excise.checkpoint import read_config, weight_files
 from excise.config import ModelSection
 from excise.errors import ModelError, UnknownArchitecture
@@ -276,3 +277,20 @@ def test_only_the_hubs_cache_names_a_commit(folder, tmp_path):
         shutil.copytree(folder, tmp_path / place)
         assert model_record(load(section(tmp_path / place))).revision == known
         shutil.rmtree(tmp_path / place.partition("/")[0])
+
+
+def test_a_copy_of_a_quantised_snapshot_is_of_its_commit(folder, tmp_path):
+    config = read_config(folder) | {"quantization_config": {"quant_method": "fp8"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    place = tmp_path / "models--owner--name" / "snapshots" / ("0" * 40)
+    place.parent.mkdir(parents=True)
+    folder.rename(place)
+    assert model_record(load(section(place))).revision == "0" * 40
+    assert load(section(place)).revision == "0" * 40
+
+
+def test_a_tokenizer_is_read_before_the_weights_are(folder, monkeypatch):
+    (folder / "tokenizer.json").write_text("{}")
+    monkeypatch.setattr(loading, "_load_model", None)
+    with pytest.raises(ModelError, match="tokenizer of"):
+        load(section(folder))

@@ -18,6 +18,7 @@ from excise.errors import ExciseError, ModelError, first_line
 from excise.folders import check_inside, list_files
 from excise.reading import is_file, read_json
 from excise.shards import Stored, is_pointer, read_header
+from excise.visible import one_line
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 INDEX = "model.safetensors.index.json"
@@ -28,7 +29,6 @@ _OTHER_FORMS = (*_PICKLES, ".bin.index.json", ".gguf", ".onnx", ".h5", ".msgpack
 _DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 _ADAPTER = "adapter_config.json"
 _LFS = (".safetensors", ".json", ".model", ".jinja", ".txt")  # what a load may open
-_LINE = 400  # characters of another library's message
 
 # -- what is in the folder -------------------------------------------------------------------------
 
@@ -308,7 +308,7 @@ def _inside(folder: Path, name: str) -> Path:
     if Path(name).is_absolute() or ".." in Path(name).parts:
         raise ModelError(f"the checkpoint in {folder} names {name!r}, outside the model folder")
     if not is_file(path):
-        raise ModelError(f"shard {name} of {folder} is missing: download the model again")
+        raise ModelError(f"shard {one_line(name)} of {folder} is missing: download the model again")
     check_inside(path, folder, ModelError)
     return path
 
@@ -350,15 +350,10 @@ def explained(what: str, fault: str = "cannot be loaded") -> Iterator[None]:
     except (ExciseError, MemoryError):
         raise
     except Exception as error:
-        raise ModelError(f"{what} {fault}: {_line(error)}") from error
+        raise ModelError(f"{what} {fault}: {first_line(error)}") from error
     except BaseException as error:
         if type(error).__name__ != "PanicException":
             raise
-        raise ModelError(f"{what} {fault}: {_line(error)}") from error
+        raise ModelError(f"{what} {fault}: {first_line(error)}") from error
     finally:
         logging.set_verbosity(level)
-
-
-def _line(error: BaseException) -> str:
-    text = first_line(error)
-    return text if len(text) <= _LINE else f"{text[:_LINE]}..."

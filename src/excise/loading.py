@@ -29,6 +29,7 @@ from excise.config import ModelSection
 from excise.discovering import discover
 from excise.errors import ModelError, UnknownArchitecture, first_line
 from excise.fitting import check_fits
+from excise.folders import commit_of
 from excise.gguffile import shard_names
 from excise.ggufsource import unpack_gguf
 from excise.packing import packing
@@ -112,13 +113,16 @@ def load(section: ModelSection) -> Loaded:
         ModelError: no such folder or id, no weights, pickled, truncated, incomplete or NaN weights.
         UnknownArchitecture: no data row for its model type, and its writers cannot be proven.
     """
-    folder = resolve(section)
-    plain = _plain(section, folder)
-    folder = folder if plain is None else plain.folder
+    source = resolve(section)
+    plain = _plain(section, source)
+    folder = source if plain is None else plain.folder
     files = weight_files(folder)
     _check_type(section, folder)
     dtype = _dtype(section, folder, files)
     check_fits(section, files, dtype)
+    _check_shapes(section, folder)
+    trust = section.trust_remote_code
+    tokenizer = load_tokenizer(folder, section.source, trust_remote_code=trust)
     offload = None
     if section.device_map is not None:
         offload = temporary("offload")
@@ -129,12 +133,10 @@ def load(section: ModelSection) -> Loaded:
     model.eval().requires_grad_(False)
     return Loaded(
         model=model,
-        tokenizer=load_tokenizer(
-            folder, section.source, trust_remote_code=section.trust_remote_code
-        ),
+        tokenizer=tokenizer,
         anatomy=_anatomy(section, model),
         source=section.source,
-        revision=section.revision,
+        revision=section.revision or (commit_of(source) if plain else None),
         folder=folder,
         dtype=dtype,
         plain=plain,
@@ -271,7 +273,6 @@ def _load_model(
     device_map = section.device_map or ("cuda:0" if torch.cuda.is_available() else None)
     quantise = _packing(section, dtype)
     with explained(f"model {section.source}"):
-        _check_shapes(section, folder)
         model, info = _auto_class(folder).from_pretrained(
             folder,
             dtype=dtype,
@@ -298,15 +299,15 @@ def _load_model(
 def _check_shapes(section: ModelSection, folder: Path) -> None:
     """Refuse a configuration whose model is larger than the weights, before any of it is made.
 
-    What is missing from the weights, or of another shape there, would be made at random first.
+    What is missing from the weights, or of another shape there, would be made at random first. Where a
+    model's own code may run, it may ask for memory all the same.
     """
+    if section.trust_remote_code:
+        return
     from transformers import AutoConfig
-    from transformers.initialization import meta_device_safe_creation_ops
 
-    trust = section.trust_remote_code
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
-    with torch.device("meta"), meta_device_safe_creation_ops():
-        model = _auto_class(folder).from_config(config, trust_remote_code=trust)
+    with explained(f"model {section.source}"), torch.device("meta"):
+        model = _auto_class(folder).from_config(AutoConfig.from_pretrained(folder))
     count = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
     stored = count_elements(read_tensors(weight_files(folder)))
     if count > _MORE * stored + _SPARE:

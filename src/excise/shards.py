@@ -15,6 +15,7 @@ from typing import Any
 
 from excise.errors import InputError, ModelError
 from excise.reading import check_regular, parse_json
+from excise.visible import one_line
 
 # Bits of an element, by the name of its dtype in a header.
 BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "C64": 64, "BOOL": 8, "F4": 4, "F8_E8M0": 8}
@@ -22,6 +23,7 @@ BITS |= {f"{sign}{bits}": bits for sign in "IU" for bits in (8, 16, 32, 64)}
 BITS |= {"F8_E4M3": 8, "F8_E5M2": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6}
 FP8 = ("F8_E4M3", "F8_E5M2")
 _LONGEST = 100_000_000  # bytes of a header, as the format's own reader has it
+_WHY = 300  # characters of what is wrong with one, which names others' tensors
 _POINTER = b"version https://git-lfs"
 
 
@@ -151,4 +153,6 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _corrupt(file: Path, why: str) -> ModelError:
-    return ModelError(f"weights {file} are truncated or corrupt ({why}): download the file again")
+    return ModelError(
+        f"weights {file} are truncated or corrupt ({one_line(why, _WHY)}): download the file again"
+    )
