@@ -18,7 +18,7 @@ from excise.errors import ModelError
 from excise.ggufexport import plan_gguf
 from excise.gguffile import LongArray, check_sizes, read_gguf, read_shards
 
-U32, TEXT, ARRAY, U64 = 4, 8, 9, 10
+U32, F32, TEXT, ARRAY, U64 = 4, 6, 8, 9, 10
 HUGE = (1 << 64) - 1
 
 
@@ -54,12 +54,17 @@ def write(
 
 ARCHITECTURE = key("general.architecture", TEXT, text(b"llama"))
 LAYERS = number("llama.block_count", 1)
+SIZES = [number(f"llama.{name}_length", 8) for name in ("context", "embedding")]
+SIZES.append(key("llama.attention.layer_norm_rms_epsilon", F32, struct.pack("<f", 1e-6)))
 GOOD = tensor("blk.0.attn_output.weight", (8, 4))
 
 
 def test_what_the_format_holds_is_read(tmp_path: Path) -> None:
     writer = gguf.GGUFWriter(str(tmp_path / "a.gguf"), "llama")
     writer.add_block_count(1)
+    writer.add_context_length(8)
+    writer.add_embedding_length(8)
+    writer.add_layer_norm_rms_eps(1e-6)
     writer.add_token_list([f"t{n}" for n in range(2000)])
     writer.add_array("some.short", ["a", "b"])
     writer.add_token_scores([0.5] * 2000)
@@ -89,8 +94,14 @@ WRONG: dict[str, tuple[list[bytes], list[bytes], dict[str, Any]]] = {
     "an array of arrays": ([key("a", ARRAY, NESTED)], [], {}),
     "an array of 18,446": ([key("a", ARRAY, struct.pack("<IQ", TEXT, HUGE))], [], {}),
     "an array of 1,099": ([key("a", ARRAY, struct.pack("<IQ", U32, 1 << 40))], [], {}),
-    "runs past the end": ([key("a", ARRAY, struct.pack("<IQ", U32, 1 << 20))], [], {}),
-    "list of texts": ([key("a", ARRAY, struct.pack("<IQ", TEXT, 1 << 20))], [], {"data": 1 << 14}),
+    "runs past the end": ([key("a", ARRAY, struct.pack("<IQ", U32, 1 << 19))], [], {}),
+    "list of texts": ([key("a", ARRAY, struct.pack("<IQ", TEXT, 1 << 19))], [], {"data": 1 << 14}),
+    "a text that is not UTF-8": ([key("a", TEXT, text(b"\xff"))], [], {}),
+    "does not say 'llama.attention.head_count'": (
+        [LAYERS],
+        [tensor("blk.0.attn_q.weight", (8, 4))],
+        {},
+    ),
     "a text of": ([key("a", TEXT, struct.pack("<Q", HUGE))], [], {}),
     "runs past": ([key("a", TEXT, struct.pack("<Q", 1 << 20))], [], {}),
     "two values of 'a'": ([number("a", 1), number("a", 1)], [], {}),
@@ -117,7 +128,7 @@ WRONG: dict[str, tuple[list[bytes], list[bytes], dict[str, Any]]] = {
 @pytest.mark.parametrize("words", WRONG)
 def test_what_no_model_has_is_refused_at_once(tmp_path: Path, words: str) -> None:
     keys, tensors, more = WRONG[words]
-    path = write(tmp_path / "a.gguf", [ARCHITECTURE, *keys], tensors, **more)
+    path = write(tmp_path / "a.gguf", [ARCHITECTURE, *SIZES, *keys], tensors, **more)
     begun = time.monotonic()
     with pytest.raises(ModelError) as error:
         plan_gguf(ExportSection(from_gguf=str(path)), ["gguf"])
@@ -126,11 +137,20 @@ def test_what_no_model_has_is_refused_at_once(tmp_path: Path, words: str) -> Non
     assert time.monotonic() - begun < 5
 
 
+@pytest.mark.parametrize("left", range(3))
+def test_a_size_that_is_not_said_is_missed(tmp_path: Path, left: int) -> None:
+    """Transformers would take its own default for it."""
+    keys = [ARCHITECTURE, LAYERS, *SIZES[:left], *SIZES[left + 1 :]]
+    path = write(tmp_path / "a.gguf", keys, [GOOD])
+    with pytest.raises(ModelError, match="it is incomplete"):
+        check_sizes(read_shards(path))
+
+
 def test_a_long_header_of_nothing_is_not_read_for_minutes(tmp_path: Path) -> None:
     """A sparse file of many gigabytes: empty texts without end."""
     begin = b"GGUF" + struct.pack("<IQQ", 3, 0, 1 << 16)
     path = tmp_path / "a.gguf"
-    path.write_bytes(begin + key("a", ARRAY, struct.pack("<IQ", TEXT, 1 << 20)))
+    path.write_bytes(begin + key("a", ARRAY, struct.pack("<IQ", TEXT, 1 << 19)))
     os.truncate(path, 1 << 36)
     begun = time.monotonic()
     with pytest.raises(ModelError, match="two values of"):
@@ -152,7 +172,12 @@ def test_only_regular_files_are_opened(tmp_path: Path) -> None:
 
 
 def test_changed_bytes_are_one_line_or_nothing(tmp_path: Path) -> None:
-    keys = [ARCHITECTURE, LAYERS, key("a", ARRAY, struct.pack("<IQ", TEXT, 2) + text(b"x") * 2)]
+    keys = [
+        ARCHITECTURE,
+        *SIZES,
+        LAYERS,
+        key("a", ARRAY, struct.pack("<IQ", TEXT, 2) + text(b"x") * 2),
+    ]
     whole = bytearray(write(tmp_path / "a.gguf", keys, [GOOD], 256).read_bytes())
     draw, path, said = random.Random(0), tmp_path / "b.gguf", []
     for _ in range(600):
@@ -174,7 +199,7 @@ def test_changed_bytes_are_one_line_or_nothing(tmp_path: Path) -> None:
 def part(folder: Path, number_: int, count: int, total: int, name: str | None = None) -> Path:
     split = [number("split.no", number_), number("split.count", count)]
     split.append(number("split.tensors.count", total))
-    keys = [ARCHITECTURE, LAYERS, *split] if number_ == 0 else split
+    keys = [ARCHITECTURE, *SIZES, LAYERS, *split] if number_ == 0 else split
     path = folder / (name or f"m-{number_ + 1:05d}-of-{count:05d}.gguf")
     return write(path, keys, [tensor(f"blk.0.t{number_}.weight", (8, 4))])
 

@@ -51,7 +51,7 @@ _KEPT = 1024  # arrays of scalars up to this length are kept
 _DIMENSIONS = 4
 # Real files stay far below these; libraries take minutes or gigabytes for headers that do not.
 _MOST = 1 << 16  # keys, tensors
-_LONGEST_ARRAY = 1 << 20
+_LONGEST_ARRAY = 700_000  # the longest known, the merges of Gemma 3, has 515,000
 _LONGEST_TEXT = 1 << 23  # bytes: of one string
 _LONGEST_ITEM = 1 << 12  # bytes: of a string in an array, such as a token
 _LARGEST_HEADER = 1 << 27  # bytes
@@ -130,9 +130,9 @@ class _Cursor:
         if size > _LONGEST_TEXT:
             raise ValueError(f"a text of {size:,} bytes")
         self._check(size)
-        text = self._data[self.at : self.at + size].decode("utf-8", errors="replace")
+        raw = self._data[self.at : self.at + size]
         self.at += size
-        return text
+        return _text(raw)
 
     def value(self, kind: int) -> Any:
         if kind == _STRING:
@@ -167,7 +167,7 @@ class _Cursor:
             if start > end or at > end or at - start > _LONGEST_ITEM:
                 raise ValueError("a list of texts that runs past the end, or holds very long ones")
             if count <= _KEPT:
-                kept.append(data[start:at].decode("utf-8", errors="replace"))
+                kept.append(_text(data[start:at]))
         self.at = at
         return kept if count <= _KEPT else LongArray(count)
 
@@ -178,6 +178,13 @@ class _Cursor:
                 if self._end == len(self._data)
                 else f"its header is longer than {_LARGEST_HEADER / 1e6:.0f} MB"
             )
+
+
+def _text(raw: bytes) -> str:
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError:
+        raise ValueError("a text that is not UTF-8") from None
 
 
 def read_gguf(path: Path) -> GgufFile:
@@ -331,6 +338,16 @@ def check_sizes(shards: Sequence[GgufFile]) -> None:
             raise ModelError(
                 f"{head.path} says {key[:80]!r} = {wrong:,}, which is the size of no model"
             )
+    needed = ["context_length", "embedding_length"]
+    if any("attn_q" in name for name in tensors):
+        needed.append("attention.head_count")
+    epsilons = [head.hyper(f"attention.layer_norm{rms}_epsilon") for rms in ("", "_rms")]
+    lacking = [key for key in needed if head.hyper(key) is None]
+    if lacking or not any(type(value) is float for value in epsilons):
+        key = [*lacking, "attention.layer_norm_epsilon"][0]
+        raise ModelError(
+            f"{head.path} does not say {f'{head.architecture}.{key}'!r}: it is incomplete"
+        )
     layers = head.hyper("block_count")
     if type(layers) is not int or not 0 < layers <= _MOST_LAYERS:
         raise ModelError(f"{head.path} says that it has {layers!r:.40} layers (block_count)")

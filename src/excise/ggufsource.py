@@ -110,6 +110,7 @@ def _read(source: Path, shards: Sequence[GgufFile], file: Path) -> tuple[Any, An
         tokenizer = AutoTokenizer.from_pretrained(source, **given)
         model, info = AutoModelForCausalLM.from_pretrained(
             source,
+            config=config,
             dtype=DTYPE,
             quantization_config=GgufConfig(dequantize=True),
             ignore_mismatched_sizes=True,  # so that we can name them ourselves, below
