@@ -1,4 +1,4 @@
-# Commands for people: make demo, make test, make check, make fuzz, make bench.
+# Commands for people: make demo, make test, make check, make fuzz, make kills, make bench.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -19,7 +19,7 @@ LLAMA_OPTIONS := LLAVA_BUILD=OFF GGML_NATIVE=OFF GGML_OPENMP=OFF GGML_LLAMAFILE=
   GGML_CPU_REPACK=OFF CMAKE_CXX_FLAGS_RELEASE=-O1 \
   CMAKE_PROJECT_INCLUDE=$(CURDIR)/.ci/llama.cmake
 
-.PHONY: venv llama demo test check lint types fuzz families mutants bench train clean
+.PHONY: venv llama demo test check lint types fuzz kills families mutants bench train clean
 
 venv: $(VENV)/.installed
 
@@ -61,6 +61,11 @@ check: lint types test
 # Another series: make fuzz FUZZ="--seed 7"; one input again: make fuzz FUZZ="--seed 7 --number 123".
 fuzz: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m fuzz $(FUZZ)
+
+# Some hours: every phase of a run, a GGUF export and an upload, at 20 moments with each signal.
+# Fewer: make kills KILLS="--moments 5".
+kills: venv llama
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python tests/kills.py --out runs/kills.json $(KILLS)
 
 families: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/test_families.py -k "not page and not row_is" --families docs/families.md

@@ -10,6 +10,7 @@ import base64
 import hashlib
 import json
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ class Hub:
     uploads: list[str] = field(default_factory=list)  # blobs, in the order that they arrived
     commits: int = 0
     drop: str = ""  # the blob whose uploads break off in the middle
+    pause: float = 0.0  # seconds that it thinks before it takes a blob or a commit
     seen: list[str] = field(default_factory=list)  # authorization headers
     url: str = ""
 
@@ -142,6 +144,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
 
         def do_PUT(self) -> None:
             name = self.path.rsplit("/", 1)[1]
+            time.sleep(hub.pause)
             size = int(self.headers.get("Content-Length", 0))
             if name == hub.drop:
                 self.rfile.read(size // 2)
@@ -155,6 +158,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
 
         def commit(self, repo: str, lines: list[Any]) -> None:
             files = hub.repos[repo]["files"]
+            time.sleep(hub.pause)
             for line in lines:
                 value = line["value"]
                 if line["key"] == "file":

@@ -1,11 +1,10 @@
-"""Kills, interrupts and full disks: no finished trial is lost, nothing half-written stays."""
+"""Interrupts and full disks: no finished trial is lost, nothing half-written stays."""
 
 from __future__ import annotations
 
 import errno
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -14,19 +13,10 @@ from pathlib import Path
 
 import pytest
 from conftest import job
+from kills import facts
 
 from excise import artifacts, cli, pipeline
 from excise.events import PhaseStarted, Progress
-from excise.record import read_record
-
-KILLS = 20
-
-
-def facts(out: Path):
-    """What must be equal however often a run was killed: trials without their timing."""
-    record = read_record(out)
-    trials = [(t.number, t.state, t.params, t.scores) for t in record.trials]
-    return trials, record.front, record.selected, record.holdout
 
 
 def start(arguments: list[str]) -> subprocess.Popen[bytes]:
@@ -52,37 +42,6 @@ def finished_trials(out: Path) -> set[int]:
         if entry.get("op_code") == 6 and entry.get("state") == 1:
             ended.add(entry["trial_id"])
     return ended
-
-
-def test_killed_at_twenty_random_moments_gives_the_unbroken_run(tiny: Path, tmp_path: Path):
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    arguments = ["--trials", "60", "--startup-trials", "20"]
-    process = start(job(tiny, whole, *arguments))
-    assert process.wait() == 0, process.stderr.read()
-    draw = random.Random(0)
-    # Each in a process of its own: so many trials are finished, and then a batch or so later.
-    moments = sorted(draw.uniform(-5, 60) for _ in range(KILLS))
-    command, known, struck = job(tiny, cut, *arguments), set(), []
-    for moment in moments:
-        process = start(command)
-        while process.poll() is None and len(finished_trials(cut)) <= moment:
-            time.sleep(0.01)
-        # What was reached before this process began is passed anywhere in its own beginning.
-        time.sleep(draw.uniform(0, 0.15 if len(known) <= moment else 4.0))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        now = finished_trials(cut)
-        assert known <= now, "a finished trial was lost"
-        known = now
-        struck.append(len(now))
-        if (cut / "config.toml").is_file():
-            command = ["resume", str(cut), "--quiet"]
-    unfinished = [n for n in struck if n < 60]
-    assert len(unfinished) >= KILLS // 2, f"few struck the search: {struck}"
-    assert len(set(unfinished)) > 3, f"all struck it at the same places: {struck}"
-    process = start(command)
-    assert process.wait() == 0, process.stderr.read()
-    assert facts(cut) == facts(whole)
 
 
 PHASES = ["load", "capture", "plan", "baseline", "search", "holdout", "export"]
