@@ -95,7 +95,8 @@ def export_run(
         engine = stage.engine_for(loaded, method.writers, tokens, "eval", config, sizing.plan)
         checker = Checker(engine, scoring, scoring.context(*both), config, tokens)
         place = [(format_name, to)]
-        record = export(record, chosen, loaded, method, checker, place, folder, on_event)
+        with phase("export", on_event):
+            record = export(record, chosen, loaded, method, checker, place, folder, on_event)
         write_record(folder, record)
         write_pages(folder, record, [record.artifacts[-1].path])
     return record.artifacts[-1]
