@@ -268,6 +268,35 @@ MUTANTS = (
         "edits = method.edits(method.candidate(search.records()[0].params))",
         f"{RUN} -k holdout",
     ),
+    # -- what trials belong to
+    Mutant(
+        "a study's identity lacks how edits are made",
+        "identity",
+        '        "edit": config.edit.model_dump(mode="json"),\n',
+        "",
+        "tests/test_identity.py -k each_of_these",
+    ),
+    Mutant(
+        "a study's identity lacks how directions are computed",
+        "identity",
+        '        "directions": config.directions.model_dump(mode="json"),\n',
+        "",
+        "tests/test_identity.py -k each_of_these",
+    ),
+    Mutant(
+        "captured tensors are taken as they are found",
+        "keeping",
+        "if known and known.get(name) != now.get(name):",
+        "if False:",
+        "tests/test_runfolder.py -k captured_tensors",
+    ),
+    Mutant(
+        "a journal's lines are not held against their sums",
+        "journal",
+        "if (signed and match is None) or (match is not None and match[2] != total.encode()):",
+        "if False:",
+        "tests/test_ledger.py -k changed_journal",
+    ),
     # -- figures
     Mutant(
         "divergence is taken the wrong way round",

@@ -141,6 +141,77 @@ def test_a_bad_value_names_its_key_in_one_line(expression, key):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("expression", "words"),
+    [
+        ("scores.objectives=['drift', 'drift']", "scores.objectives: names 'drift' twice"),
+        ("export.formats=['adapter', 'adapter']", "export.formats: names 'adapter' twice"),
+        ('model.source="a\\u0000b"', "model.source: holds control characters"),
+        ('scores.markers_file="a\\nb"', "holds control characters"),
+        (f"prompts.target.source='{'x' * 300}.txt'", "longer than a file name"),
+        (f"export.llama_cpp='{'x/' * 3000}'", "longer than a file name"),
+        ("search.trials=inf", "search.trials"),
+        ("search.trials=nan", "search.trials"),
+        (f"seed={'9' * 400}", "seed"),
+        (f"seed={'9' * 5000}", "seed"),
+        ("directions.winsor=nan", "directions.winsor"),
+        ("engine.memory_fraction=inf", "engine.memory_fraction"),
+        ("export.adapter_error=nan", "export.adapter_error"),
+        ("search.trials=99999999999", "search.trials"),
+        (f"{'a.' * 2000}b=1", "section.key=value"),
+        (f"{'a' * 5000}=1", "unknown configuration key 'aaa"),
+        (f"scores.markers={'[' * 5000}", "scores.markers"),
+        ("a\x1b[31mb=1", r"unknown configuration key 'a\x1b"),
+        ("scores.markers=['\udcff']", "not UTF-8"),
+        ("description=\udcff", "not UTF-8"),
+        ("\udcff=1", "not UTF-8"),
+    ],
+)
+def test_what_no_setting_can_be_is_one_line_of_bounded_length(expression, words):
+    with pytest.raises(ConfigError) as error:
+        load_config(sets=(expression,))
+    line = str(error.value)
+    assert words in line
+    assert "\n" not in line
+    assert "\x1b" not in line
+    assert len(line) < 500
+
+
+def test_a_set_of_two_lines_is_text():
+    """It would set something else besides."""
+    assert load_config(sets=("description=1\nseed = 4",)).seed == 0
+
+
+def test_many_mistakes_are_counted():
+    with pytest.raises(ConfigError, match="and 17 more"):
+        load_config(sets=tuple(f"search.{'x' * n}=1" for n in range(1, 21)))
+
+
+def test_a_file_begins_where_its_mark_ends(tmp_path):
+    path = tmp_path / "c.toml"
+    path.write_bytes(b"\xef\xbb\xbfseed = 3\n")
+    assert load_config(file=path).seed == 3
+    for text in (b"a = " + b"[" * 50_000, b"seed = " + b"9" * 5000, b"[a" + b".a" * 3000 + b"]"):
+        path.write_bytes(text)
+        with pytest.raises(ConfigError, match=r"^[^\n]*$"):
+            load_config(file=path)
+
+
+def test_names_in_sets_are_whole_and_a_run_goes_on_from_anywhere(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").touch()
+    (tmp_path / "prompts.txt").touch()
+    monkeypatch.chdir(tmp_path)
+    sets = (
+        "scores.files=['mine.py']",
+        "prompts.target.source=prompts.txt",
+        "model.source=owner/name",
+    )
+    config = load_config(sets=sets)
+    assert config.scores.files == (str(tmp_path / "mine.py"),)
+    assert config.prompts.target.source == str(tmp_path / "prompts.txt")
+    assert config.model.source == "owner/name"
+
+
 def test_all_mistakes_are_said_at_once():
     with pytest.raises(ConfigError) as error:
         load_config(sets=("search.trails=3", "seed=-1"))

@@ -177,7 +177,10 @@ def _export(arguments: argparse.Namespace) -> int:
             trust_run=arguments.trust_run,
             on_event=on_event,
         )
-    if not arguments.json_events:
+    if not _as_event(
+        arguments,
+        {**artifact.model_dump(include={"trial", "format", "sha256"}), "path": str(arguments.to)},
+    ):
         with terminal.beside_the_work():
             terminal.say(f"trial {artifact.trial} as {artifact.format}: {arguments.to}")
     return EXIT_DONE
@@ -209,7 +212,8 @@ def _reproduce(arguments: argparse.Namespace) -> int:
             sets=arguments.sets,
             on_event=on_event,
         )
-    if not arguments.json_events:
+    verdict = {"trial": found.trial, "same": found.same, "verdict": found.verdict}
+    if not _as_event(arguments, verdict):
         with terminal.beside_the_work():
             console.show_reproduction(found)
     return EXIT_DONE if found.same else EXIT_FAILED
@@ -229,7 +233,7 @@ def _push(arguments: argparse.Namespace) -> int:
             public=arguments.public,
             on_event=on_event,
         )
-    if not arguments.json_events:
+    if not _as_event(arguments, {"address": done.address, "public": done.public}):
         with terminal.beside_the_work():
             terminal.say(f"{'public' if done.public else 'private'}: {done.address}")
     return EXIT_DONE
@@ -243,17 +247,16 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     config = _config(arguments, arguments.base)
     with Reporter(quiet=arguments.quiet, json_events=arguments.json_events) as on_event:
         rows = evaluate(config, arguments.edited, on_event)
+    found = {
+        where: {
+            "original": {k: v.model_dump(exclude_none=True) for k, v in before.items()},
+            "edited": {k: v.model_dump(exclude_none=True) for k, v in after.items()},
+        }
+        for where, before, after in rows
+    }
     if arguments.json:
-        terminal.show_json(
-            {
-                where: {
-                    "original": {k: v.model_dump(exclude_none=True) for k, v in before.items()},
-                    "edited": {k: v.model_dump(exclude_none=True) for k, v in after.items()},
-                }
-                for where, before, after in rows
-            }
-        )
-    elif not arguments.json_events:
+        terminal.show_json(found)
+    elif not _as_event(arguments, found):
         console.show(console.comparison_table(rows))
     return EXIT_DONE
 
@@ -281,7 +284,7 @@ def _geometry(arguments: argparse.Namespace) -> int:
         )
     if arguments.json:
         terminal.show_json({"layers": layers})
-    elif not arguments.json_events:
+    elif not _as_event(arguments, {"layers": layers}):
         with terminal.beside_the_work():
             console.show(console.geometry_table(layers))
             terminal.say(str(arguments.folder / GEOMETRY))
@@ -299,6 +302,15 @@ def _report(arguments: argparse.Namespace) -> int:
     with terminal.beside_the_work():
         terminal.say(str(arguments.folder / "report.html"))
     return EXIT_DONE
+
+
+def _as_event(arguments: argparse.Namespace, result: dict[str, Any]) -> bool:
+    """Say what a command found as the last of its events, where it was asked for events."""
+    if arguments.json_events:
+        from excise.events import Result
+
+        terminal.show_json(Result(result).as_dict(), indent=None)
+    return bool(arguments.json_events)
 
 
 def _resume_hint(arguments: argparse.Namespace) -> str:

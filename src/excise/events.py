@@ -69,6 +69,13 @@ class Finished(Event):
     folder: str
 
 
+@dataclass(frozen=True)
+class Result(Event):
+    """What a command found or made, once it is over: what it shows to people."""
+
+    result: dict[str, Any]
+
+
 OnEvent = Callable[[Event], None]
 
 

@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from excise import journal, stage
 from excise.artifacts import Checker, check_exports, export
-from excise.config import Config, validate
+from excise.checkpoint import read_config, weight_files
+from excise.config import Config, ModelSection, validate
 from excise.errors import ConfigError, OutputError, RunStateError
 from excise.events import Notice, OnEvent, ignore, phase
 from excise.finish import write_pages
@@ -18,11 +19,11 @@ from excise.geometry_page import projection_page
 from excise.ggufexport import plan_gguf
 from excise.identity import digests, fingerprint, identity
 from excise.keeping import check_files
-from excise.loading import Loaded, load
+from excise.loading import Loaded, load, resolve
 from excise.panel import Panel
 from excise.planning import Sizing, from_dict, size, usual_length
 from excise.prompts import PromptSet, PromptSets, load_prompt_sets
-from excise.reading import is_whole
+from excise.reading import is_file, is_whole
 from excise.record import FILE as RECORD
 from excise.record import ArtifactRecord, Record, Scores, read_record, write_record, write_text
 from excise.scorers import Markers, read_markers
@@ -199,8 +200,14 @@ def evaluate(
     """
     scoring, sets = stage.scoring(config), load_prompt_sets(config.prompts)
     scorers = scoring.every_trial + scoring.final
+    section = config.model.model_copy(update={"source": edited, "revision": None})
+    shapes = _stored_shapes(section)  # before the base is measured, which takes its time
     with phase("load", on_event):
         base = load(config.model)
+    other_shapes = ConfigError(f"{edited} is not an edit of {config.model.source}: other shapes")
+    mine = _shapes(base.model.config.get_text_config().to_dict())
+    if any(shapes[key] not in (None, mine[key]) for key in shapes):
+        raise other_shapes
     bare = stage.tokenise(base, sets, config)
     tokens = stage.open_responses(base, bare, config, scoring.markers)
     for note in tokens.notes:
@@ -223,15 +230,10 @@ def evaluate(
                 engine.original(side)
             engines[where] = engine
     references = {where: engine.as_reference() for where, engine in engines.items()}
-    width, vocabulary = base.anatomy.width, base.model.config.get_text_config().vocab_size
-    section = config.model.model_copy(update={"source": edited, "revision": None})
     with phase("load edited", on_event):
         other = load(section)
-    if (other.anatomy.width, other.model.config.get_text_config().vocab_size) != (
-        width,
-        vocabulary,
-    ):
-        raise ConfigError(f"{edited} is not an edit of {config.model.source}: other shapes")
+    if _shapes(other.model.config.get_text_config().to_dict()) != mine:
+        raise other_shapes
     rows = []
     if stage.tokenise(other, sets, config).rows != bare.rows:
         raise ConfigError(f"{edited} turns the prompts into other tokens than its base")
@@ -241,6 +243,25 @@ def evaluate(
             panel = Panel(engine, scorers, scoring.context(*both), screen=False)
             rows.append((where, before[where], panel.measure([[]])[0].scores))
     return rows
+
+
+def _stored_shapes(section: ModelSection) -> dict[str, Any]:
+    """What a checkpoint's configuration says of its shapes, where its files can be read at all.
+
+    Raises:
+        ModelError: they cannot.
+    """
+    folder = resolve(section)
+    if is_file(folder):  # a GGUF, which is unpacked when it is loaded
+        return {}
+    weight_files(folder)
+    config = read_config(folder)
+    return _shapes(config.get("text_config") or config)
+
+
+def _shapes(config: Mapping[str, Any]) -> dict[str, Any]:
+    names = ("hidden_size", "vocab_size", "num_hidden_layers")
+    return {name: config.get(name) for name in names}
 
 
 def _selected(record: Record, rule: str | None, goals: list[Objective]) -> int:
