@@ -449,3 +449,60 @@ def test_a_rate_is_a_share(rule):
 def test_shares_and_drifts_are_limits():
     assert parse_rule("rate<=0.05", GOALS) == (0, 0.05)
     assert parse_rule("drift<=5", GOALS) == (1, 5.0)
+
+
+# -- what others read ------------------------------------------------------------------------------
+
+
+def test_every_command_ends_its_events_with_its_result(run, capsys):
+    to = str(run.parent / "to")
+    for command, keys in (
+        (["export", str(run), "--to", to], {"trial", "format", "sha256", "path"}),
+        (["geometry", str(run)], {"layers"}),
+    ):
+        capsys.readouterr()
+        assert cli.main([*command, "--json-events"]) == 0
+        last = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert last["event"] == "Result"
+        assert set(last["result"]) == keys
+
+
+def test_an_edited_model_that_cannot_be_read_is_said_before_the_base_is_measured(
+    tiny, tmp_path, said, monkeypatch
+):
+    def measured(*_args, **_more):
+        raise AssertionError("the base was measured first")
+
+    monkeypatch.setattr("excise.panel.Panel.measure", measured)
+    model = Path(shutil.copytree(tiny / "model", tmp_path / "model"))
+    flags = job(tiny, tmp_path)[4:14]
+    (model / "model.safetensors").write_bytes(b"short")
+    for edited in (tmp_path / "none", model):
+        code, line = said("evaluate", str(tiny / "model"), str(edited), *flags)
+        assert code == 2
+        assert str(edited) in line
+    shutil.copy(tiny / "model" / "model.safetensors", model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 5}))
+    code, line = said("evaluate", str(tiny / "model"), str(model), *flags)
+    assert code == 2
+    assert "other shapes" in line
+
+
+def test_an_adapter_of_a_rank_that_no_matrix_has(tiny, tmp_path, said):
+    out = tmp_path / "run"
+    given = [a for a in job(tiny, out) if a != "--quiet"]
+    sets = ("--set", 'export.formats=["adapter"]', "--set", "export.adapter_rank=5000")
+    code, line = said(*given, *sets)
+    assert code == 2
+    assert "export.adapter_rank is 5000" in line
+    assert not out.exists()
+
+
+def test_names_that_are_not_utf8_are_refused_before_the_work(tiny, tmp_path, said, finished):
+    bad = "no-\udcff-name"
+    given = [a for a in job(tiny, tmp_path / bad) if a != "--quiet"]
+    assert said(*given)[0] == 2
+    code, _ = said("export", str(finished), "--to", str(tmp_path / bad))
+    assert code == 2
+    assert list(tmp_path.iterdir()) == []
