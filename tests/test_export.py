@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,20 @@ def test_only_the_edited_modules_are_adapted(tmp_path: Path) -> None:
     assert done.bytes == sum(p.stat().st_size for p in done.path.iterdir())
     assert (done.path / "a").read_text() == ""
     assert done.sha256 == sha256_of(done.path)
+
+
+def test_the_adapters_files_have_the_usual_permissions(tmp_path: Path) -> None:
+    source, writers = source_and_writers(tmp_path)
+    before = os.umask(0o027)
+    try:
+        done = export_adapter(None, tmp_path / "out", random_edits(writers), writers, rank=1)
+    finally:
+        os.umask(before)
+    assert {p.stat().st_mode & 0o777 for p in done.path.iterdir()} == {0o640}
+    assert done.path.stat().st_mode & 0o777 == 0o750
+    config = json.loads((done.path / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] is None
+    PeftModel.from_pretrained(load(source), done.path)
 
 
 def test_the_same_edit_gives_the_same_adapter(
