@@ -31,7 +31,10 @@ def check_run(setup: Setup, out: Path, *, measured: bool = True) -> Iterator[str
     if not (out / "model").is_dir():
         return  # the settings asked for another format
     yield from _check_strangers(out / "model")
-    own, after = measuring.load(setup.model, measuring.own_template(setup.template)), out / "model"
+    own, after = (
+        measuring.load_source(setup.model, measuring.own_template(setup.template)),
+        out / "model",
+    )
     edited = measuring.load(after)
     if setup.model.is_dir():
         yield from _check_copied(setup.model, after)
@@ -111,7 +114,7 @@ def _check_strangers(folder: Path) -> Iterator[str]:
 
 def check_inspect(model: Path, out: str) -> Iterator[str]:
     """`inspect --json`: sizes, against Transformers' own."""
-    found, own = json.loads(out), measuring.load(model).model
+    found, own = json.loads(out), measuring.load_source(model).model
     truth = {
         "layers": own.config.num_hidden_layers,
         "width": own.config.hidden_size,
@@ -125,7 +128,7 @@ def check_inspect(model: Path, out: str) -> Iterator[str]:
 def check_evaluate(setup: Setup, edited: Path, out: str) -> Iterator[str]:
     """`evaluate --json` of two models."""
     said = json.loads(out)["search"]
-    own, other = measuring.load(setup.model), measuring.load(edited)
+    own, other = measuring.load(setup.model), measuring.load_source(edited)
     record: dict[str, Any] = {"config": {"prompts": {}}}
     found = measuring.measure(setup, own, other, record)
     yield from _rate("base", said["original"]["behaviour_rate"], found.before, found.ties)

@@ -9,6 +9,7 @@ import json
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from fuzz import readers
@@ -47,16 +48,23 @@ class Model:
             return list(
                 self.tokenizer(plain if system is None else f"{system}\n\n{plain}")["input_ids"]
             )
-        turns = [] if system is None else [{"role": "system", "content": system}]
-        rendered = self.tokenizer.apply_chat_template(
-            [*turns, {"role": "user", "content": text}],
-            chat_template=self.template,
-            tokenize=False,
-            add_generation_prompt=True,
-            strftime_now=_date,
-            **variables,
-        )
+        rendered = self._rendered(text, variables, system)
+        if text not in rendered:  # some take a message's content as a list of parts
+            rendered = self._rendered([{"type": "text", "text": text}], variables, system)
         return list(self.tokenizer(rendered + header, add_special_tokens=False)["input_ids"])
+
+    def _rendered(self, content: Any, variables: dict[str, Any], system: str | None) -> str:
+        turns = [] if system is None else [{"role": "system", "content": system}]
+        return str(
+            self.tokenizer.apply_chat_template(
+                [*turns, {"role": "user", "content": content}],
+                chat_template=self.template,
+                tokenize=False,
+                add_generation_prompt=True,
+                strftime_now=_date,
+                **variables,
+            )
+        )
 
     def logits(self, ids: list[int]) -> Any:
         """Logits (T, V)."""
@@ -74,6 +82,24 @@ class Model:
             tie = tie or float(best.values[0] - best.values[1]) < _TIE
             tokens.append(int(best.indices[0]))
         return tokens, tie
+
+
+def load_source(folder: Path, template: str | None = None) -> Model:
+    """As `load`; where the configuration claims a quantisation that the weights do not have, without it.
+
+    Raises:
+        Unloadable: as `load`.
+    """
+    config = {} if folder.is_file() else json.loads((folder / "config.json").read_text("utf-8-sig"))
+    if "quantization_config" not in config:
+        return load(folder, template)
+    with TemporaryDirectory() as plain:
+        for path in folder.iterdir():
+            (Path(plain) / path.name).symlink_to(path)
+        (Path(plain) / "config.json").unlink()
+        del config["quantization_config"]
+        (Path(plain) / "config.json").write_text(json.dumps(config))
+        return load(Path(plain), template)
 
 
 def load(folder: Path, template: str | None = None) -> Model:

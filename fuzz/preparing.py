@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import logging
 from collections.abc import Sequence
@@ -40,8 +41,12 @@ def load_libraries() -> None:
     for name in _LIBRARIES:
         importlib.import_module(name)
     import torch
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
     torch.set_num_threads(1)
+    get_checkpoint_conversion_mapping("qwen3")  # compiles a thousand patterns at its first call
+    gc.collect()
+    gc.freeze()  # a collection in a child would touch, and so copy, every page
 
 
 def ground(folder: Path) -> made.Ground:

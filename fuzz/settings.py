@@ -125,7 +125,12 @@ def flags(place: Place) -> Case:
 
 
 def _settled(place: Place, more: tuple[str, ...], given: dict[str, Any]) -> Case:
-    same = {
+    same = {  # what the flags of the job say wins over a file
+        "prompts.direction_size",
+        "prompts.eval_size",
+        "scores.markers",
+        "scores.markers_file",
+        "scores.max_new_tokens",
         "search.trials",
         "search.startup_trials",
         "search.batch",
