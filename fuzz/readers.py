@@ -8,6 +8,8 @@ import io
 import json
 import re
 import unicodedata
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +53,13 @@ def _column(path: Path) -> list[Any]:
     rows = list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
     if any(None in row for row in rows):
         raise ValueError("more fields than columns")
-    return [row["text"] for row in rows]
+    return [None if str(row["text"]).strip().lower() == "nan" else row["text"] for row in rows]
 
 
 def _stripped(value: Any) -> str:
-    if value is None or (isinstance(value, float) and value != value):
+    if value is None or value != value:  # NaN: a number that is missing
         return ""
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
+    if isinstance(value, bool) or not isinstance(value, str | int | float | Decimal | date):
         raise TypeError(f"a prompt that is {type(value).__name__}")
     text = str(value).strip()
     text.encode("utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import logging
 import os
@@ -99,6 +100,7 @@ def _be_a_program(function: Callable[[], int], folder: Path, scratch: Path) -> N
     code = 1
     try:
         os.setsid()
+        faulthandler.disable()  # a program's own is off
         for number, name in ((1, "stdout"), (2, "stderr")):
             file = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(file, number)

@@ -125,7 +125,10 @@ def change_tree(tree: Any, draw: Random) -> tuple[Any, str]:
 
 def shown(value: Any) -> str:
     """A value in few characters, all of them visible."""
-    text = value.text if isinstance(value, Raw) else repr(value)
+    try:
+        text = value.text if isinstance(value, Raw) else repr(value)
+    except RecursionError:
+        text = "nested deeply"
     return ascii(text[:40] + ("..." if len(text) > 40 else ""))[1:-1]
 
 
