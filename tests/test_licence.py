@@ -28,6 +28,8 @@ def card(matter: str) -> str:
         ("license: [[mit]]", None),
         ("license: *a", None),
         ("license: mit\nbroken: [", "mit"),
+        ("license: mit\nlicense: other", "other"),
+        ("license: mit\nlicense: {a: b}", "mit"),
         ("broken: [\nlicense: mit", None),
         ("a: b: c\nlicense: mit", None),
         ("license: " + "x" * 500, None),

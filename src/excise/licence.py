@@ -6,7 +6,8 @@ it, so aliases are not followed, and what is not valid states no licence.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -43,35 +44,34 @@ def stated_in(card: str) -> str | None:
     if first.rstrip() != "---":
         return None
     text = "\n".join(takewhile(lambda line: line.rstrip() != "---", rest))
-    try:
-        return _name(_values(iter(yaml.parse(text, Loader=_LOADER)), "license"))
-    except yaml.YAMLError:
-        return None
+    found: list[list[str]] = []
+    with suppress(yaml.YAMLError):  # what stands before the fault is what it states
+        found.extend(_values(yaml.parse(text, Loader=_LOADER), "license"))
+    return _name(found[-1]) if found else None  # of a key that stands there twice, the last holds
 
 
-def _values(events: Iterator[Any], wanted: str) -> list[str]:
-    """The text, or the texts of the list, that a key of the outermost table has."""
-    depth, key, found = 0, None, []
+def _values(events: Iterable[Any], wanted: str) -> Iterator[list[str]]:
+    """The text, or the texts of the list, that a key of the outermost table has, each time."""
+    depth, key = 0, None
+    found: list[str] = []
     for event in events:
         if isinstance(event, yaml.CollectionStartEvent):
             depth += 1
             named = key == wanted and isinstance(event, yaml.MappingStartEvent)
             if depth > _DEEPEST or named:
-                return []
+                return
         elif isinstance(event, yaml.CollectionEndEvent):
             depth -= 1
-        inside = key == wanted and depth <= 2
         if isinstance(event, yaml.ScalarEvent):
             if depth == 1 and key is None:
-                key = str(event.value)
+                key, found = str(event.value), []
                 continue
-            if inside:
+            if key == wanted and depth <= 2:
                 found.append(str(event.value))
         if depth == 1 and key is not None:  # its value is over
             if key == wanted:
-                return found
+                yield found
             key = None
-    return []
 
 
 def _name(values: list[str]) -> str | None:
