@@ -59,7 +59,7 @@ types: venv
 check: lint types test
 
 # Another series: make fuzz FUZZ="--seed 7"; one input again: make fuzz FUZZ="--seed 7 --number 123".
-fuzz: venv
+fuzz: venv llama
 	OMP_NUM_THREADS=1 $(BIN)/python -m fuzz $(FUZZ)
 
 # Some hours: every phase of a run, a GGUF export and an upload, at 20 moments with each signal.

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fuzz import measuring, readers
-from fuzz.ground import SIDES, Setup, weights
+from fuzz.ground import SIDES, Setup, gguf_name, weights
 
 _EDITED = ("o_proj.weight", "down_proj.weight")
 
@@ -163,6 +163,25 @@ def check_export(truth: dict[str, Any], run: Path, to: Path, asked: int | None) 
     yield from check_weights(truth, to, trial)
     if record["artifacts"][-1]["trial"] != trial:
         yield f"the record says that the export is of trial {record['artifacts'][-1]['trial']}"
+
+
+def check_patched(source: Path, edited: Path, to: Path) -> Iterator[str]:
+    """`export --from-gguf`: the source's own bytes, but for the edited tensors, which are the export's."""
+    import numpy as np
+    from gguf import GGUFReader
+    from safetensors.numpy import load_file
+
+    (file,) = to.glob("*.gguf")
+    before, after = ({t.name: t for t in GGUFReader(path).tensors} for path in (source, file))
+    if before.keys() != after.keys():
+        yield f"tensors lost or added: {sorted(before.keys() ^ after.keys())[:3]}"
+    known = {gguf_name(n): t for n, t in load_file(edited / "model.safetensors").items()}
+    for name in before.keys() & after.keys():
+        if not name.endswith(("attn_output.weight", "ffn_down.weight")):
+            if before[name].data.tobytes() != after[name].data.tobytes():
+                yield f"{name} has changed, which nobody edits"
+        elif not np.allclose(after[name].data, known[name], rtol=1e-3, atol=1e-5):
+            yield f"{name} is not what the edit makes of it"
 
 
 def check_rebuilt(truth: dict[str, Any], run: Path, to: Path) -> Iterator[str]:

@@ -197,7 +197,7 @@ def _tokenizer() -> Any:
     return out
 
 
-_GGUF_NAMES = {
+GGUF_NAMES = {
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
     "input_layernorm": "attn_norm",
@@ -212,6 +212,14 @@ _GGUF_NAMES = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+
+
+def gguf_name(name: str) -> str:
+    """A parameter's name in a GGUF."""
+    own = name.removesuffix(".weight")
+    layer = re.match(r"model\.layers\.(\d+)\.(.+)", own)
+    short = GGUF_NAMES[layer[2] if layer else own]
+    return f"blk.{layer[1]}.{short}.weight" if layer else f"{short}.weight"
 
 
 def _write_gguf(path: Path, model: Any, tokenizer: Any) -> None:
@@ -241,12 +249,7 @@ def _write_gguf(path: Path, model: Any, tokenizer: Any) -> None:
     writer.add_pad_token_id(0)
     writer.add_chat_template(tokenizer.chat_template)
     for name, parameter in model.named_parameters():
-        own = name.removesuffix(".weight")
-        layer = re.match(r"model\.layers\.(\d+)\.(.+)", own)
-        short = _GGUF_NAMES[layer[2] if layer else own]
-        writer.add_tensor(
-            f"blk.{layer[1]}.{short}.weight" if layer else f"{short}.weight", parameter.numpy()
-        )
+        writer.add_tensor(gguf_name(name), parameter.numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

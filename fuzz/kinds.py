@@ -28,4 +28,5 @@ KINDS: dict[str, Callable[[Place], Case]] = {
     "journal": runs.journal,
     "run-config": runs.run_config,
     "captured": runs.captured,
+    "from-gguf": runs.from_gguf,
 }

@@ -5,7 +5,9 @@ Shapes: T tokens, V vocabulary.
 
 from __future__ import annotations
 
+import ast
 import json
+import re
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -58,10 +60,9 @@ class Model:
         return str(
             self.tokenizer.apply_chat_template(
                 [*turns, {"role": "user", "content": content}],
-                chat_template=self.template,
+                chat_template=_dated(self.template or self.tokenizer.get_chat_template()),
                 tokenize=False,
                 add_generation_prompt=True,
-                strftime_now=_date,
                 **variables,
             )
         )
@@ -168,9 +169,14 @@ def measure(setup: Setup, original: Model, edited: Model, record: dict[str, Any]
     return Figures(shown["before"] / n, shown["after"] / n, total / count, ties, drift_ties)
 
 
-def _date(form: Any) -> str:
-    """The date as templates are given it: the default of prompts.date."""
-    return DAY.strftime(form) if isinstance(form, str) else str(DAY)
+def _dated(template: str) -> str:
+    """A template with the date written in that a run holds for it: the default of prompts.date."""
+
+    def written(call: re.Match[str]) -> str:
+        form = ast.literal_eval(call[1])
+        return repr(DAY.strftime(form) if isinstance(form, str) else str(DAY))
+
+    return re.sub(r"strftime_now\((.*?)\)", written, template)
 
 
 def _found(phrases: list[str], text: str) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 from fuzz import checks
 from fuzz.case import Case, Place
-from fuzz.formats import change_safetensors
+from fuzz.formats import change_gguf, change_safetensors
 from fuzz.ground import METHODS, TRIALS
 from fuzz.mutations import change_bytes, change_json, change_lines, change_toml
 from fuzz.values import odd, shown, to_json, to_toml
@@ -269,3 +269,16 @@ def captured(place: Place) -> Case:
 
     place.change(run / name, change_safetensors, change_safetensors, change_safetensors, swapped)
     return _command(place, run, method, ("export", "resume"))
+
+
+def from_gguf(place: Place) -> Case:
+    """A GGUF of the run's model, which an export folds its edit into."""
+    run, method = _run(place)
+    file, to = place.copied("model.gguf"), place.folder / "to"
+    place.change(file, change_gguf)
+    arguments = ["export", str(run), "--to", str(to), "--format", "gguf", "--from-gguf", str(file)]
+
+    def check(_: str) -> Any:
+        return checks.check_patched(file, place.ground.run(method) / "model", to)
+
+    return Case([*arguments, "--quiet"], check, kept=(run,), absent=(to,))

@@ -119,7 +119,13 @@ def _prompts(place: Place, suffix: str, *ways: Any) -> Case:
     side = place.draw.choice(SIDES)
     prompts[side] = place.copied(f"{side}{suffix}")
     place.change(prompts[side], *ways)
-    return place.job(place.setup(prompts=prompts))
+    return place.job(place.setup(prompts=prompts, more=_planned(place)))
+
+
+def _planned(place: Place) -> tuple[str, ...]:
+    """Some runs find for themselves how large a pass should be, also with long prompts in it."""
+    alone = place.draw.random() < 0.15 and not place.sound
+    return ("--set", "engine.rows=0") if alone else ()
 
 
 def prompts_parquet(place: Place) -> Case:
@@ -131,7 +137,7 @@ def prompts_parquet(place: Place) -> Case:
         place.change(path, change_bytes)
     else:
         _write_parquet(place, path)
-    return place.job(place.setup(prompts=prompts))
+    return place.job(place.setup(prompts=prompts, more=_planned(place)))
 
 
 def _write_parquet(place: Place, path: Path) -> None:
@@ -244,7 +250,7 @@ _TEMPLATES = (
     *("{% include 'x' %}{{ messages[0].content }}",
         "{{ ''.__class__.__mro__ }}{{ messages[0].content }}", "{{ messages[0].content }}\x00"),
     *("{{ messages[0].content | replace('e', '') }}",
-        "{% set x = messages.append(1) %}{{ messages[0].content }}", "{{ messages[0].content }}" * 400),
+        "{% set x = messages.append(1) %}{{ messages[0].content }}", "{{ messages[0].content }}" * 40),
     *("<think>{{ messages[0].content }}</think>",
         "{{ messages[0].content }}{% if add_generation_prompt %}<think>\n{% endif %}"),
     *("{% if enable_thinking %}t{% else %}n{% endif %}{{ messages[0].content }}",
