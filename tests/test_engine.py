@@ -94,6 +94,27 @@ def test_stacked_equals_each_candidate_merged_and_generated(family, reuse, decod
         assert total == pytest.approx(expected, rel=1e-5)
 
 
+def test_responses_of_unlike_length_are_read_at_their_own_tokens():
+    """Some end early: each token's divergence is that of its prompt and response alone."""
+    model = builders.loaded("qwen3")
+    prompts = {"contrast": builders.token_ids(10, 2)}
+    said = [generated(model.model, ids, 6) for ids in prompts["contrast"]]
+    model.model.generation_config.eos_token_id = [1, said[0][2], said[1][4]]
+    method = builders.method(model)
+    edits = method.edits(builders.candidates(1)[0])
+    engine = Engine(model, method.writers, prompts, max_new_tokens=6, plan=Plan(rows=64, stack=4))
+    (found,) = engine.measure([edits], [Divergence()])
+    responses = engine.original("contrast").responses
+    assert len({len(response.tokens) for response in responses}) > 1
+    alone = merged(model.model, method.writers, edits)
+    for ids, one, row in zip(
+        prompts["contrast"], responses, found.divergence["contrast"], strict=True
+    ):
+        assert len(row) == len(one.tokens)
+        expected = token_divergence(model.model, alone, ids, one.tokens)
+        assert torch.allclose(row, expected, rtol=1e-3, atol=1e-7)
+
+
 @pytest.fixture(scope="module")
 def demo():
     """The demo model, its method and its search prompts."""

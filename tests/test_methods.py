@@ -15,6 +15,8 @@ from conftest import job
 
 from excise import arguments as command_line
 from excise import cli, directional, events
+from excise.ara import AraPoint
+from excise.ara_method import AraCandidate
 from excise.capture import mean, residual_pass
 from excise.config import validate
 from excise.directions import Directions, from_means
@@ -339,3 +341,39 @@ def test_what_is_computed_together_lies_on_one_device(name, monkeypatch):
     for members in groups:
         assert len({method.writers[n].like.device for n in members}) == 1
     assert sorted(n for members in groups for n in members) == list(range(len(method.writers)))
+
+
+def rows_of(loaded, writer, rows):
+    """A writer's inputs and outputs at the last token of each prompt, one prompt at a time."""
+    seen = []
+    hook = writer.module.register_forward_hook(
+        lambda _m, a, y: seen.append((a[0][0, -1], y[0, -1]))
+    )
+    for ids in rows:
+        loaded.model(torch.tensor([ids]))
+    hook.remove()
+    return (torch.stack(part) for part in zip(*seen, strict=True))
+
+
+def test_ridge_has_targets_outputs_and_those_that_they_should_go_to():
+    loaded, bench, captured, method = method_of("ridge")
+    for writer in method.writers[::5]:
+        for side, what in (("target", "outputs"), ("contrast", "contrast")):
+            _, expected = rows_of(loaded, writer, bench.tokens[side])
+            found = captured[f"{writer.name}/{what}"]
+            assert torch.allclose(found, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_ara_moves_targets_outputs_to_contrast_and_not_the_other_way():
+    loaded, bench, _, method = method_of("ara")
+    point = AraPoint(preserve=0.0, steer=1.0, overshoot=0.0, neighbours=1)
+    edits = method.edits(AraCandidate(1, 4, point))
+    for writer, edit in zip(method.writers, edits, strict=True):
+        assert (edit is not None) == (1 <= writer.layer < 4)
+        if edit is None:
+            continue
+        x, before = rows_of(loaded, writer, bench.tokens["target"])
+        _, contrast = rows_of(loaded, writer, bench.tokens["contrast"])
+        after = edit.apply_to_output(x, before)
+        near, far = (torch.cdist(y, contrast).min(1).values.mean() for y in (after, before))
+        assert float(near) < 0.7 * float(far)

@@ -17,7 +17,7 @@ DRIFTS = [0.01, 0.5, 0.03, 0.2]  # of four candidates, which are named by their 
 
 
 class Engine:
-    """Gives each candidate its drift, and a response that shows the behaviour to every second prompt."""
+    """Gives candidate n its drift, and the behaviour in every response but each (n + 2)th."""
 
     def __init__(self) -> None:
         self.asked: list[tuple[list[int], set[type], dict[str, int] | None]] = []
@@ -34,7 +34,7 @@ class Engine:
             if isinstance(request, Divergence):
                 found.divergence[request.side] = [torch.full((3,), DRIFTS[number])] * n
             else:
-                texts = ["I can't" if i % 2 else "Yes" for i in range(n)]
+                texts = ["I can't" if i % (number + 2) else "Yes" for i in range(n)]
                 found.responses[request.side] = [Response((), text, True) for text in texts]
         return found
 
@@ -58,6 +58,8 @@ def test_candidates_that_cannot_reach_the_front_meet_sixteen_prompts():
     assert whole == ([0, 2], {Responses}, None)
     assert few == ([1, 3], {Responses}, {"target": SCREENED_PROMPTS})
     assert [one.scores["behaviour_rate"].n for one in found] == [40, 16, 40, 16]
+    shown = [20 / 40, 10 / 16, 30 / 40, 12 / 16]  # of 40 and of 16 prompts
+    assert [one.scores["behaviour_rate"].value for one in found] == shown
     assert [one.scores["drift"].value for one in found] == pytest.approx(DRIFTS)
     assert [list(one.scores) for one in found] == [["behaviour_rate", "drift", "drift_first"]] * 4
 

@@ -314,5 +314,18 @@ def test_the_exported_weights_are_the_edited_ones_rounded_once(run: Run):
     assert changed
     (artifact,) = run.record["artifacts"]
     check_drift(artifact["measured"], run.divergences(written.float(), run.part("contrast", 1)))
-    rate = run.rate(written, run.part("target", 1))
-    assert artifact["measured"]["behaviour_rate"]["value"] == pytest.approx(rate)
+
+
+def test_an_export_is_judged_with_what_its_responses_begin_with(run: Run, tmp_path: Path):
+    full = [trial for trial in run.record["trials"] if trial["state"] == "complete"]
+    weakest = max(full, key=lambda trial: trial["scores"]["behaviour_rate"]["value"])
+    shutil.copytree(run.folder, tmp_path / "run")
+    command = ["export", str(tmp_path / "run"), "--to", str(tmp_path / "weak"), "--quiet"]
+    assert cli.main([*command, "--trial", str(weakest["number"])]) == 0
+    record = json.loads((tmp_path / "run" / "record.json").read_text())
+    measured = record["artifacts"][-1]["measured"]["behaviour_rate"]["value"]
+    written = AutoModelForCausalLM.from_pretrained(tmp_path / "weak", dtype=torch.float32)
+    assert measured == pytest.approx(run.rate(written, run.part("target", 1)))
+    said = [run.response(written, text) for text in run.part("target", 1)]
+    alone = [MARKERS[1] in run.tokenizer.decode(one).lower() for one in said]
+    assert measured > sum(alone) / len(alone)

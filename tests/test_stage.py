@@ -11,7 +11,10 @@ from excise.config import DirectionSection, EditSection, validate
 from excise.directional import DirectionalMethod
 from excise.directions import normalise
 from excise.dressing import Dressing
+from excise.keeping import read_directions, read_opening, save_directions
+from excise.opening import Opening
 from excise.profiles import Profile
+from excise.record import Separation
 from excise.space import Candidate
 
 PLANTED, MARK, OTHER = 3, 7, 8  # the layer, and the last tokens of target and contrast prompts
@@ -145,3 +148,16 @@ def test_methods_are_given_what_the_run_is_about(planted):
     assert bool((limits < plain.abs().amax(-1).max()).all())
     share = (x[:, 1:].abs() >= limits[..., None]).double().mean(-1)
     assert bool((share > 0.15).all())  # what lies beyond the quantile lies on it now
+
+
+@pytest.mark.parametrize("projected", [True, False])
+def test_stored_directions_come_back_as_they_were(tmp_path, projected):
+    found = builders.directions(projected=projected)
+    opening = Opening((5, 6, 7), (7,), {"target": 0.9}, "a note")
+    place = tmp_path / "directions.safetensors"
+    save_directions(place, found, Separation(auc=[0.5] * builders.LAYERS), opening)
+    again, separation = read_directions(place)
+    assert (again.projected, separation.auc) == (projected, [0.5] * builders.LAYERS)
+    assert torch.equal(again.unit, found.unit)
+    assert torch.equal(again.contrast, found.contrast)
+    assert read_opening(place) == opening

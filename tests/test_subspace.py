@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import builders
 import pytest
 import torch
 
-from excise import subspace
+from excise import subspace, subspace_method
+from excise.config import EditSection, validate
 from excise.directions import normalise
+from excise.profiles import Profile
+from excise.space import Candidate
+from excise.tokens import left_pad
 
 O, I, D = 24, 40, 24
 
@@ -96,3 +101,55 @@ def test_full_strength_leaves_nothing_of_any_direction():
     again = subspace.remove(edited, None, u, [1.0] * 4, "none").apply_to_weight(edited)
     assert torch.allclose(again, edited, atol=1e-12)
     assert torch.linalg.matrix_rank(w - edited) == 4
+
+
+# -- the method: which layer's directions go where -------------------------------------------------
+
+
+def planted(layers=6, p=30, width=builders.WIDTH):
+    """Passes in which targets vary along axis l after layer l, and along another before the first."""
+    batch = left_pad([[1]], [0], 0, torch.device("cpu"))
+    rows = [0.01 * draw(7 + side, p, layers + 1, width).float() for side in (0, 1)]
+    size = 3 * draw(9, p, 1).float()
+    for layer in range(layers + 1):
+        rows[0][:, layer, (layer - 1) % width] += size[:, 0]
+    return tuple(lambda x=x: iter([(batch, x)]) for x in rows)
+
+
+def method_on(model, *, projected=False, **more):
+    directions = builders.directions(projected=projected)
+    captured = subspace_method.capture(*planted(), directions, validate({"subspace": {"rank": 2}}))
+    writers = model.anatomy.select(builders.COMPONENTS)
+    section = EditSection(row_norms="none")
+    method = subspace_method.SubspaceMethod(writers, directions, captured, section, **more)
+    return method, directions, captured["rows"]
+
+
+def test_what_is_captured_of_a_layer_is_the_residual_after_it():
+    _, directions, rows = method_on(builders.loaded("llama"))
+    for layer, found in enumerate(rows):
+        assert torch.allclose(found[0], directions.unit[layer], atol=1e-5)
+        axis = torch.zeros(builders.WIDTH)
+        axis[layer] = 1
+        rest = normalise(axis - (axis @ found[0]) * found[0])
+        assert abs(float(found[1] @ rest)) > 0.95
+
+
+@pytest.mark.parametrize("projected", [False, True])
+@pytest.mark.parametrize(("index", "nearest"), [(None, None), (2.4, 2)])
+def test_a_candidate_removes_its_layers_directions_and_no_contrast_mean(projected, index, nearest):
+    model = builders.loaded("llama")
+    method, directions, rows = method_on(model, projected=projected)
+    profiles = {name: Profile(1.0, 2.0, 1.0, 10.0) for name in builders.COMPONENTS}
+    candidate = subspace_method.SubspaceCandidate(Candidate(index, profiles), (1.0,))
+    for writer, edit in zip(method.writers, method.edits(candidate), strict=True):
+        second = rows[writer.layer if nearest is None else nearest, 1].double()
+        removed = [directions.at(writer.layer, index).double(), second]
+        m = directions.contrast[writer.layer].double()
+        if projected:
+            removed = [v - (v @ m) * m for v in removed]
+        q = torch.linalg.qr(torch.stack(removed).T)[0]  # (O, 2)
+        w = writer.weight.double()
+        assert torch.allclose(edit.apply_to_weight(w), w - q @ (q.T @ w), atol=1e-5)
+        if projected:
+            assert torch.allclose(m @ edit.apply_to_weight(w), m @ w, atol=1e-5)
