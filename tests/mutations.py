@@ -496,6 +496,13 @@ MUTANTS = (
         '"gguf_file": None, "dtype": "auto"}\n        )',
         "tests/test_artifacts.py -k dtype",
     ),
+    Mutant(
+        "a GGUF's divergence is taken the wrong way round",
+        "llamarun",
+        "kl(before[at : at + _CHUNK], after[at : at + _CHUNK])",
+        "kl(after[at : at + _CHUNK], before[at : at + _CHUNK])",
+        "tests/test_llamarun.py",
+    ),
     # -- captures of the methods
     Mutant(
         "writers are captured at the first token",
@@ -707,7 +714,7 @@ MUTANTS = (
         "jobs",
         "plan, references[where])",
         "plan)",
-        "tests/test_opening.py -k evaluate",
+        f"{RUN} -k evaluated",
     ),
     # -- planning
     Mutant(

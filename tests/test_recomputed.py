@@ -280,6 +280,26 @@ def test_samples_are_what_the_original_said_and_what_the_edited_model_says(run: 
     assert different
 
 
+def test_an_edited_model_is_evaluated_against_its_base(run: Run, capsys):
+    place = run.folder.parent
+    command = ["evaluate", str(place / "model"), str(run.folder / "model"), "--json", "--quiet"]
+    for side in ("target", "contrast"):
+        command += [f"--{side}", str(place / f"{side}.jsonl")]
+    command += ["--markers", str(place / "markers.txt"), "--direction-size", str(SIZE)]
+    command += ["--eval-size", str(SIZE), "--max-new-tokens", str(NEW_TOKENS)]
+    command += ["--set", f"prompts.response_prefix={PREFIX!r}"]
+    capsys.readouterr()
+    assert cli.main(command) == 0
+    found = json.loads(capsys.readouterr().out)
+    written = AutoModelForCausalLM.from_pretrained(run.folder / "model", dtype=torch.float32)
+    for where, part in (("search", 1), ("holdout", 2)):
+        for name, model in (("original", run.model), ("edited", written)):
+            rate = run.rate(model, run.part("target", part))
+            assert found[where][name]["behaviour_rate"]["value"] == pytest.approx(rate)
+        assert found[where]["original"]["drift"]["value"] < 1e-9
+        check_drift(found[where]["edited"], run.divergences(written, run.part("contrast", part)))
+
+
 def test_the_front_is_what_no_other_trial_beats_and_the_knee_is_chosen(run: Run):
     done = {
         t["number"]: tuple(t["scores"][name]["value"] for name in ("behaviour_rate", "drift"))

@@ -18,6 +18,7 @@ from excise.engine import Plan
 from excise.errors import MeasurementError
 from excise.forward import Forward
 from excise.front import Objective
+from excise.journal import open_study
 from excise.record import ScoreRecord, read_record
 from excise.search import Measured, Search
 from excise.space import distributions, from_params, layer_key
@@ -346,12 +347,14 @@ def test_a_run_that_strengthens_maximises_the_rate(tiny: Path, tmp_path: Path, c
     assert cli.main(job(tiny, out, *extra)) == 0, capsys.readouterr().err
     record = read_record(out)
     assert record.goals == ["maximize", "minimize"]
+    ways = [way.name for way in open_study(out).directions]
+    assert ways == ["MAXIMIZE", "MINIMIZE"]  # as the sampler sees them
     assert record.trials[record.selected].scores["drift"].value == min(
         t.scores["drift"].value for t in record.trials if t.number in record.front
     )
     card = (out / "model" / "README.md").read_text()
-    assert "edited in: that behaviour was strengthened on purpose" in card
-    assert "removed on purpose" not in card
+    assert "edited on purpose to show more of a behaviour of the original model" in card
+    assert "edited on purpose to show less" not in card
     assert 'goal="strengthen"' in card
     no = tmp_path / "no"
     assert cli.main(job(tiny, no, "--strengthen", "--method", "ara")) == 2
