@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -56,3 +58,14 @@ def test_the_command_line_ends_with_130(
     monkeypatch.setattr("excise.inspecting.inspect_model", lambda _: os.kill(os.getpid(), number))
     assert cli.main(["inspect", "demo"]) == 130
     assert capsys.readouterr().err == "excise: interrupted\n"
+
+
+def test_an_interrupt_of_code_given_as_text_is_an_exit_code_too() -> None:
+    """Python would end by the signal: what dataclasses are made of is such code, in every import."""
+    code = (
+        "import sys; from excise import cli, inspecting; "
+        "inspecting.inspect_model = lambda _: exec('raise KeyboardInterrupt'); "
+        "sys.exit(cli.main(['inspect', 'demo']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "excise: interrupted\n")
