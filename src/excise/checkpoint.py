@@ -16,7 +16,7 @@ from typing import Any
 
 from excise.errors import ExciseError, ModelError, first_line
 from excise.folders import check_inside, list_files
-from excise.reading import is_file, read_json
+from excise.reading import check_regular, is_file, read_json
 from excise.shards import Stored, is_pointer, read_header
 from excise.visible import one_line
 
@@ -83,7 +83,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not path.is_symlink() and not path.exists():
         raise ModelError(f"model folder {folder} has no {CONFIG}{_instead(folder)}")
     check_inside(path, folder, ModelError)
-    config = read_json(path, "model configuration", ModelError)
+    config = _read(path, "model configuration")
     _check_types(path, config)
     return config
 
@@ -113,7 +113,18 @@ def read_optional(path: Path) -> dict[str, Any]:
     if not path.is_symlink() and not path.exists():
         return {}
     check_inside(path, path.parent, ModelError)
-    return read_json(path, "model file", ModelError)
+    return _read(path, "model file")
+
+
+def _read(path: Path, what: str) -> dict[str, Any]:
+    check_regular(path, what, ModelError)
+    _check_fetched(path)
+    return read_json(path, what, ModelError)
+
+
+def _check_fetched(path: Path) -> None:
+    if is_pointer(path):
+        raise ModelError(f"{path} is a Git LFS pointer: fetch files with `git lfs pull`")
 
 
 def _instead(folder: Path) -> str:
@@ -297,7 +308,7 @@ def _named_weights(folder: Path) -> str | None:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    data = read_json(index, "checkpoint index", ModelError).get("weight_map")
+    data = _read(index, "checkpoint index").get("weight_map")
     if not isinstance(data, dict) or not all(isinstance(name, str) for name in data.values()):
         raise ModelError(f"checkpoint index {index} has no weight_map that names files")
     return data

@@ -131,10 +131,12 @@ def load(section: ModelSection) -> Loaded:
     if bad is not None:
         raise ModelError(f"model {section.source}: tensor {bad} holds NaN or infinite values")
     model.eval().requires_grad_(False)
+    anatomy = _anatomy(section, model)
+    _try(section, model, anatomy)
     return Loaded(
         model=model,
         tokenizer=tokenizer,
-        anatomy=_anatomy(section, model),
+        anatomy=anatomy,
         source=section.source,
         revision=section.revision or (commit_of(source) if plain else None),
         folder=folder,
@@ -143,6 +145,27 @@ def load(section: ModelSection) -> Loaded:
         quantize=section.quantize,
         offload=offload,
     )
+
+
+def _try(section: ModelSection, model: Any, anatomy: Anatomy) -> None:
+    """Refuse a model that is made, and then cannot be run: settings meet each other in a pass first.
+
+    Not where weights are offloaded: a pass would bring in all of them.
+    """
+    if not anatomy.layers:
+        raise ModelError(
+            f"model {section.source} has no layers: is its config.json another model's?"
+        )
+    if any_offloaded(model):
+        return
+    ids = torch.tensor([[0, 1] * 4], device=device_of(model.get_input_embeddings()))
+    with explained(f"model {section.source}", "cannot be run"), torch.inference_mode():
+        logits = model(input_ids=ids).logits
+    if bool(logits.isnan().any()):
+        raise ModelError(
+            f"model {section.source} gives values that are no numbers in {str(logits.dtype)[6:]}: try "
+            "another with --set model.dtype, or download it again"
+        )
 
 
 def _anatomy(section: ModelSection, model: Any) -> Anatomy:

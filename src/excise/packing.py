@@ -23,6 +23,7 @@ SCALE_DTYPES = ("F64", "F32", "F16", "BF16", "F8_E8M0")
 _FOREIGN = re.compile(
     r"\.(qweight|qzeros|g_idx|weight_packed|weight_shape|absmax|quant_map|SCB)$|\.quant_state\."
 )
+_CLAIM = 60  # characters of what a configuration calls a method
 _WHOLE = ("U8", "I8", "I16", "U16", "I32", "U32")
 
 
@@ -50,7 +51,9 @@ def packing(config: dict[str, Any], tensors: Sequence[Stored], source: str) -> P
     found = config.get("quantization_config")
     found = _inner(config).get("quantization_config") if found is None else found
     settings = found if isinstance(found, dict) else {}
-    claim = None if found is None else str(settings.get("quant_method") or "an unnamed method")
+    claim = (
+        None if found is None else str(settings.get("quant_method") or "an unnamed method")[:_CLAIM]
+    )
     names = {tensor.name for tensor in tensors}
     foreign = next((t for t in tensors if _is_foreign(t, names, claim is not None)), None)
     floats = claim == "compressed-tensors" and settings.get("format") == "float-quantized"
@@ -97,7 +100,7 @@ def _not_unpacked(
             f"model {source} is stored as bitsandbytes packs it: use the checkpoint that it was made "
             "from, with --quantize bnb-4bit or bnb-8bit"
         )
-    more = f" ({settings['format']})" if settings.get("format") else ""
+    more = f" ({str(settings['format'])[:_CLAIM]})" if settings.get("format") else ""
     named = f"{claim}{more}" if claim else "a method that its configuration does not name"
     which = f" (its {tensor.name} is {tensor.dtype})" if tensor is not None else ""
     return (

@@ -23,6 +23,7 @@ BITS |= {f"{sign}{bits}": bits for sign in "IU" for bits in (8, 16, 32, 64)}
 BITS |= {"F8_E4M3": 8, "F8_E5M2": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6}
 FP8 = ("F8_E4M3", "F8_E5M2")
 _LONGEST = 100_000_000  # bytes of a header, as the format's own reader has it
+_NAME = 500  # characters of the name of a tensor
 _WHY = 300  # characters of what is wrong with one, which names others' tensors
 _POINTER = b"version https://git-lfs"
 
@@ -121,6 +122,8 @@ def _parse(file: Path, text: bytes, size: int) -> list[Stored]:
 
 
 def _stored(file: Path, name: str, entry: Any, begin: int) -> Stored:
+    if len(name) > _NAME or not name.isprintable():
+        raise _BadHeader(f"a tensor is named {name[:40]!a}")
     if not isinstance(entry, dict):
         raise _BadHeader(f"tensor {name} is not described")
     dtype = entry.get("dtype")
