@@ -469,7 +469,7 @@ def test_half_a_character(refused, tmp_path):
     rows = [*({"text": f"question {n}"} for n in range(30)), {"text": "half \ud800"}]
     path = tmp_path / "half.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert "half.jsonl cannot be read" in refused("--target", str(path))
+    assert "half.jsonl, line 31 holds half of a character" in refused("--target", str(path))
 
 
 def test_more_text_than_a_model_has_positions(refused, tmp_path, tiny):
