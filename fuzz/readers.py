@@ -40,7 +40,7 @@ def _column(path: Path) -> list[Any]:
         from pyarrow import ArrowException, parquet
 
         try:
-            found: list[Any] = parquet.read_table(path).column("text").to_pylist()
+            found: list[Any] = parquet.read_table(path, columns=["text"]).column("text").to_pylist()
         except ArrowException as error:
             raise ValueError(str(error)) from None
         return found

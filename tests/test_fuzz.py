@@ -1,4 +1,4 @@
-"""The fuzzer: its inputs repeat, and its judge sees what is planted to be wrong."""
+"""The fuzzer: its first inputs, that they repeat, and that its judge sees what is planted to be wrong."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ import pytest
 from fuzz import checks, fuzzing, judge, measuring, preparing
 from fuzz.case import Case
 from fuzz.formats import change_gguf, change_safetensors, parse
-from fuzz.fuzzing import Fuzz
+from fuzz.fuzzing import Fuzz, listing, table
 from fuzz.kinds import KINDS
 from fuzz.mutations import change_json
 from fuzz.running import run
+
+SHORT = 150
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +29,13 @@ def fuzz(tmp_path_factory: pytest.TempPathFactory) -> Fuzz:
     folder = tmp_path_factory.mktemp("fuzz")
     preparing.load_libraries()
     return Fuzz(preparing.ground(folder), folder)
+
+
+def test_nothing_is_wrong_with_the_first_inputs(fuzz: Fuzz):
+    verdicts = fuzz.meet_all(range(SHORT), jobs=1)
+    assert {v.kind for v in verdicts} == set(KINDS)
+    assert {v.code for v in verdicts} >= {0, 2}
+    assert not [v for v in verdicts if v.faults], listing(verdicts, 0) + "\n" + table(verdicts)
 
 
 @pytest.mark.parametrize("kind", ["weights", "gguf", "captured", "journal"])
