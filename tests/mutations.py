@@ -302,7 +302,7 @@ MUTANTS = (
         "divergence is taken the wrong way round",
         "divergence",
         "out.append(kl(p.to(q.device), q.view(s, -1, q.shape[-1])))",
-        "out.append(kl(q.view(s, -1, q.shape[-1]), p.to(q.device)))",
+        "out.append(kl(q.view(s, -1, q.shape[-1]), p.to(q.device).repeat(s, 1, 1)))",
         f"{RUN} -k scores",
     ),
     Mutant(
