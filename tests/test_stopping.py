@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -60,12 +61,14 @@ def test_the_command_line_ends_with_130(
     assert capsys.readouterr().err == "excise: interrupted\n"
 
 
-def test_an_interrupt_of_code_given_as_text_is_an_exit_code_too() -> None:
-    """Python would end by the signal: what dataclasses are made of is such code, in every import."""
-    code = (
-        "import sys; from excise import cli, inspecting; "
-        "inspecting.inspect_model = lambda _: exec('raise KeyboardInterrupt'); "
-        "sys.exit(cli.main(['inspect', 'demo']))"
+def test_an_interrupt_of_code_given_as_text_is_an_exit_code_too(tmp_path: Path) -> None:
+    """`python -m` would end by the signal: dataclasses are made of such code, in every import."""
+    (tmp_path / "struck.py").write_text(
+        "import sys\n"
+        "from excise import cli, inspecting\n"
+        "inspecting.inspect_model = lambda _: exec('raise KeyboardInterrupt')\n"
+        "sys.exit(cli.main(['inspect', 'demo']))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "struck"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (130, "excise: interrupted\n")
