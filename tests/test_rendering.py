@@ -88,6 +88,7 @@ def test_what_a_template_fails_with_is_one_line(renderer, template, words):
         (GROWING, "memory"),
         ("{{ 'x'.center(10 ** 11) }}", "memory"),
         ("{{ 'a' * 5000000 }}", "makes 5,000,000 characters of a conversation of"),
+        ("{{ 'a' * 70000 }}", "makes 70,000 characters of a conversation of"),
         (NESTED.replace("BODY", "{{ 'a' * 1000 }}").replace("99999", "3000"), "memory|makes 9,000"),
         ("{{ '\\ud83d' }}", "half of a character"),
     ],

@@ -22,9 +22,9 @@ from jinja2.utils import Namespace
 from excise.limits import limit_memory
 
 _MEMORY = 1 << 29  # bytes: more than what the process has when it begins
-_LONGEST = (
-    1 << 20
-)  # characters that a template may make of a conversation, beside eight times its own
+# Characters that a template may write around a conversation, beside eight times its own: some write
+# ten thousand. What it writes is read with every prompt.
+_LONGEST = 1 << 16
 _REASON = 200  # characters of a template's own complaint that are passed on
 # What a template may raise; RuntimeError is recursion without end. Anything else ends the process.
 _FAILURES = (
