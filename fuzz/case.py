@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
@@ -15,6 +15,7 @@ from fuzz.mutations import change_file, copy_folder
 Change = Callable[[bytes, Random], tuple[bytes, str]]
 OUT = "out"
 _IN_PLACE = 0.06  # share of changes that put something else in a file's place
+_HARMLESS = 0.08  # share of changes that mean nothing, where there are such
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Place:
     draw: Random
     sound: bool = False
     said: list[str] = field(default_factory=list)
+    harmless: bool = False  # what was changed means nothing
 
     def copied(self, name: str) -> Path:
         """A copy of a part of the ground."""
@@ -52,14 +54,18 @@ class Place:
         to.write_bytes(source.read_bytes())
         return to
 
-    def change(self, path: Path, *ways: Change) -> None:
-        """Change a file by one of the ways, or put something else in its place."""
+    def change(self, path: Path, *ways: Change, harmless: Sequence[Change] = ()) -> None:
+        """Change a file by one of the ways, or put something else in its place, or change it harmlessly."""
         if self.sound:
             return
-        if self.draw.random() < _IN_PLACE:
+        chance = self.draw.random()
+        if chance < _IN_PLACE:
             self.said.append(change_file(path, self.draw))
             return
-        data, what = self.draw.choice(ways)(path.read_bytes(), self.draw)
+        self.harmless = bool(harmless) and chance > 1 - _HARMLESS
+        data, what = self.draw.choice(harmless if self.harmless else ways)(
+            path.read_bytes(), self.draw
+        )
         path.write_bytes(data)
         self.said.append(f"{path.name}: {what}")
 

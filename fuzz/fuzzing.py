@@ -69,10 +69,8 @@ class Fuzz:
         faults += judge.faults_of_files(found, before, case.absent, folder)
         if found.code == 0 and not found.stopped:
             faults += self.results(case, found.out, folder)
-        elif sound and not faults:
-            faults.append(
-                Fault("wrong result", f"undamaged, and refused: {found.err.strip()[:300]}")
-            )
+        elif (sound or place.harmless) and not faults:
+            faults.append(Fault("wrong result", f"refused without need: {found.err.strip()[:300]}"))
         verdict = Verdict(
             number,
             kind,

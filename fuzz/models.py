@@ -9,15 +9,18 @@ from typing import Any
 from fuzz import checks, readers
 from fuzz.case import OUT, Case, Place
 from fuzz.formats import change_gguf, change_safetensors
+from fuzz.harmless import extended, named, padded, reedited, respaced
 from fuzz.mutations import change_bytes, change_json, change_lines
 from fuzz.strangers import STRANGERS
 from fuzz.values import shown, to_json
+
+_JSON = (respaced, extended)
 
 
 def weights(place: Place) -> Case:
     """One file of weights."""
     model = place.copied("model")
-    place.change(model / "model.safetensors", change_safetensors)
+    place.change(model / "model.safetensors", change_safetensors, harmless=[padded])
     return place.model(model, run=0.45)
 
 
@@ -28,7 +31,8 @@ def index(place: Place) -> Case:
     if place.draw.random() < 0.25:
         place.change(place.draw.choice(shards), change_safetensors)
     else:
-        place.change(model / "model.safetensors.index.json", change_json, _change_map)
+        file = model / "model.safetensors.index.json"
+        place.change(file, change_json, _change_map, harmless=[respaced])
     return place.model(model, run=0.5)
 
 
@@ -109,16 +113,16 @@ def _known(values: dict[str, list[Any]]) -> Any:
 def config(place: Place) -> Case:
     """The model's configuration."""
     model = place.copied("model")
-    place.change(model / "config.json", change_json, _known(_CONFIG), _known(_CONFIG))
+    known = _known(_CONFIG)
+    place.change(model / "config.json", change_json, known, known, harmless=_JSON)
     return place.model(model)
 
 
 def generation(place: Place) -> Case:
     """The generation config."""
     model = place.copied("model")
-    place.change(
-        model / "generation_config.json", change_json, _known(_GENERATION), _known(_GENERATION)
-    )
+    known = _known(_GENERATION)
+    place.change(model / "generation_config.json", change_json, known, known, harmless=_JSON)
     return place.model(model, run=0.75)
 
 
@@ -126,9 +130,10 @@ def tokenizer(place: Place) -> Case:
     """tokenizer.json or tokenizer_config.json."""
     model = place.copied("model")
     if place.draw.random() < 0.55:
-        place.change(model / "tokenizer.json", change_json, _change_vocabulary)
+        place.change(model / "tokenizer.json", change_json, _change_vocabulary, harmless=[respaced])
     else:
-        place.change(model / "tokenizer_config.json", change_json, _known(_TOKENIZER))
+        file, known = model / "tokenizer_config.json", _known(_TOKENIZER)
+        place.change(file, change_json, known, harmless=[respaced])
     return place.model(model)
 
 
@@ -190,7 +195,7 @@ def _change_vocabulary(data: bytes, draw: Random) -> tuple[bytes, str]:
 def gguf(place: Place) -> Case:
     """A GGUF file."""
     file = place.copied("model.gguf")
-    place.change(file, change_gguf)
+    place.change(file, change_gguf, harmless=[named])
     return place.model(file, run=0.55)
 
 
@@ -253,8 +258,9 @@ def readme(place: Place) -> Case:
     if place.draw.random() < 0.6:
         matter = place.draw.choice(_MATTER)
         place.put(page, f"---\n{matter}\n---\n\n# A model\n", shown(matter))
+        place.harmless = True
     else:
-        place.change(page, change_bytes, change_lines)
+        place.change(page, change_bytes, change_lines, harmless=[reedited])
     setup, out = place.setup(model=model), place.folder / OUT
 
     def check(_: str) -> Any:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 import tomllib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -13,6 +16,7 @@ from fuzz import checks
 from fuzz.case import Case, Place
 from fuzz.formats import change_gguf, change_safetensors
 from fuzz.ground import METHODS, TRIALS
+from fuzz.harmless import commented, extended, named, reedited, respaced, torn
 from fuzz.mutations import change_bytes, change_json, change_lines, change_toml
 from fuzz.values import odd, shown, to_json, to_toml
 
@@ -59,7 +63,8 @@ def _run(place: Place) -> tuple[Path, str]:
 def record(place: Place) -> Case:
     """The record."""
     run, method = _run(place)
-    place.change(run / "record.json", change_json, _change_record, _change_record)
+    ways = (change_json, _change_record, _change_record)
+    place.change(run / "record.json", *ways, harmless=[respaced, extended])
     return _command(place, run, method, _OF_A_RECORD)
 
 
@@ -128,19 +133,38 @@ def _change_record(data: bytes, draw: Random) -> tuple[bytes, str]:
 
 
 def journal(place: Place) -> Case:
-    """The study, of a finished run or of one that was cut short."""
+    """The study, of a finished run or of one that was cut short; signed anew, as by who knows how."""
     run, method = _run(place)
-    path = run / "study.journal"
-    if place.draw.random() < 0.5:
+    path, cut = run / "study.journal", place.draw.random() < 0.5
+    if cut:
         _interrupt(run, path, place)
-    place.change(path, change_bytes, change_lines, _change_log, _change_log, _change_log)
+    ways = (change_bytes, change_lines, _change_log, _change_log, _change_log)
+    place.change(path, *ways, harmless=[torn] if cut else ())
+    if place.draw.random() < 0.5 and not place.harmless and not place.sound and _sign(path):
+        place.said.append("signed")
+        return Case(["resume", str(run), "--quiet"], lambda _: (), kept=(run,))
     return _command(place, run, method, ("resume",))
+
+
+def _sign(path: Path) -> bool:
+    """Give the lines of a journal their sums, as Excise does; False where they are no logs."""
+    from excise.journal import Journal
+
+    try:
+        logs = (
+            [json.loads(line) for line in path.read_bytes().splitlines()] if path.is_file() else []
+        )
+    except (ValueError, RecursionError):
+        return False
+    if not logs or not all(isinstance(log, dict) for log in logs):
+        return False
+    path.write_bytes(b"")
+    Journal(path).append_logs([{k: v for k, v in log.items() if k != "sum"} for log in logs])
+    return True
 
 
 def _interrupt(run: Path, path: Path, place: Place) -> None:
     """The run as a kill in its last batch leaves it."""
-    import shutil
-
     (run / "record.json").unlink()
     (run / "report.html").unlink()
     shutil.rmtree(run / "model")
@@ -251,12 +275,13 @@ def run_config(place: Place) -> Case:
         holder[name] = value
         return to_toml(tree).encode("utf-8", "surrogatepass"), f"{key} = {shown(value)}"
 
-    place.change(run / "config.toml", change_toml, known, known, known)
+    ways = (change_toml, known, known, known)
+    place.change(run / "config.toml", *ways, harmless=[reedited, commented])
     return _command(place, run, method, ("export", "export", "geometry", "resume"))
 
 
 def captured(place: Place) -> Case:
-    """Directions, or what the method captured."""
+    """Directions, or what the method captured; also with the hashes that are known of it made anew."""
     run, method = _run(place)
     names = sorted(path.name for path in run.glob("*.safetensors"))
     name = place.draw.choice(names)
@@ -267,15 +292,36 @@ def captured(place: Place) -> Case:
         source = draw.choice([*files, run / draw.choice(names)])
         return source.read_bytes(), f"the {source.name} of {source.parent.name}"
 
-    place.change(run / name, change_safetensors, change_safetensors, change_safetensors, swapped)
-    return _command(place, run, method, ("export", "resume"))
+    ways = (change_safetensors, change_safetensors, change_safetensors, swapped)
+    place.change(run / name, *ways)
+    signed = place.draw.random() < 0.5 and not place.sound and (run / name).is_file()
+    if signed:
+        _hash_anew(run, name)
+        place.said.append("signed")
+    case = _command(place, run, method, ("export", "resume"))
+    return replace(case, check=lambda _: ()) if signed else case
+
+
+def _hash_anew(run: Path, name: str) -> None:
+    """Put a file's hash where the run folder holds it: in the record, and in the study."""
+    digest = hashlib.sha256((run / name).read_bytes()).hexdigest()
+    record = json.loads((run / "record.json").read_text(encoding="utf-8"))
+    record["files"] = {**record.get("files", {}), name: digest}
+    (run / "record.json").write_text(json.dumps(record), encoding="utf-8")
+    journal = run / "study.journal"
+    logs = [json.loads(line) for line in journal.read_text(encoding="utf-8").splitlines()]
+    for log in logs:
+        if "files" in log.get("user_attr", {}):
+            log["user_attr"]["files"][name] = digest
+    journal.write_text("".join(json.dumps(log) + "\n" for log in logs), encoding="utf-8")
+    _sign(journal)
 
 
 def from_gguf(place: Place) -> Case:
     """A GGUF of the run's model, which an export folds its edit into."""
     run, method = _run(place)
     file, to = place.copied("model.gguf"), place.folder / "to"
-    place.change(file, change_gguf)
+    place.change(file, change_gguf, harmless=[named])
     arguments = ["export", str(run), "--to", str(to), "--format", "gguf", "--from-gguf", str(file)]
 
     def check(_: str) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 
 from fuzz import readers
 from fuzz.case import Case, Place
+from fuzz.harmless import commented, reedited
 from fuzz.mutations import change_toml
 from fuzz.values import odd, shown, to_toml, toml_value
 
@@ -72,7 +73,7 @@ def settings(place: Place) -> Case:
         value = draw.choice(_SETTINGS[key])
         return _with(tomllib.loads(data.decode()), key, value), f"{key} = {shown(value)}"
 
-    place.change(path, change_toml, known, known)
+    place.change(path, change_toml, known, known, harmless=[reedited, commented])
     return _settled(place, ("--config", str(path)), _values(path))
 
 

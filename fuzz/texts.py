@@ -9,6 +9,7 @@ from typing import Any
 
 from fuzz.case import Case, Place
 from fuzz.ground import ROWS, SIDES
+from fuzz.harmless import commented, reedited
 from fuzz.mutations import change_bytes, change_lines
 from fuzz.values import odd, shown, to_json
 
@@ -118,7 +119,7 @@ def _prompts(place: Place, suffix: str, *ways: Any) -> Case:
     prompts = {side: place.ground.folder / f"{side}{suffix}" for side in SIDES}
     side = place.draw.choice(SIDES)
     prompts[side] = place.copied(f"{side}{suffix}")
-    place.change(prompts[side], *ways)
+    place.change(prompts[side], *ways, harmless=[reedited])
     return place.job(place.setup(prompts=prompts, more=_planned(place)))
 
 
@@ -230,7 +231,8 @@ def markers(place: Place) -> Case:
             draw.choice(["utf-8", "utf-8", "utf-8", "utf-16", "latin-1"]), "replace"
         ), shown(text)
 
-    place.change(path, change_bytes, change_lines, other, other)
+    alike = [reedited, commented]
+    place.change(path, change_bytes, change_lines, other, other, harmless=alike)
     return place.job(place.setup(markers=path))
 
 
