@@ -166,6 +166,16 @@ def test_a_study_that_does_not_say_what_it_belongs_to_is_refused(tmp_path):
         old_study(tmp_path, change)
 
 
+@pytest.mark.parametrize("said", [{"config": [1]}, {"files": [1]}, {"files": {"x": 7}}])
+def test_a_study_that_says_in_no_table_what_it_was_started_with_is_refused(tmp_path, said):
+    def change(log):
+        first = log["op_code"] == 2 and "identity" in log["user_attr"]
+        return [{**log, "user_attr": said}, log] if first else log
+
+    with pytest.raises(RunStateError, match="does not say what it was started with"):
+        old_study(tmp_path, change)
+
+
 @pytest.mark.parametrize(
     "content",
     [

@@ -179,6 +179,10 @@ def open_study(folder: Path) -> optuna.Study | None:
         raise RunStateError(f"{path} is not a readable Excise journal: {_BACK}") from None
     facts = [attributes.get(name) for name in ("identity", "sizing")]
     if all(isinstance(one, dict) for one in facts):
+        config, files = (attributes.get(name, {}) for name in ("config", "files"))
+        typed = isinstance(config, dict) and isinstance(files, dict)
+        if not typed or not all(isinstance(digest, str) for digest in files.values()):
+            raise RunStateError(f"{path} does not say what it was started with: {_BACK}")
         return study
     if trials or any(one is not None for one in facts):
         raise RunStateError(f"{path} does not say what its trials belong to: {_BACK}")
