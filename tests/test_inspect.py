@@ -105,4 +105,4 @@ def test_what_is_no_model(tmp_path, capsys, flag):
     assert cli.main(["inspect", str(tmp_path), *flag]) == 2
     out, err = capsys.readouterr()
     assert not out
-    assert err.splitlines() == [f"excise: model folder {tmp_path} has no .safetensors weights"]
+    assert err.splitlines() == [f"excise: model folder {tmp_path} has no config.json"]
