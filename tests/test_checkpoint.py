@@ -91,6 +91,7 @@ def test_only_gguf_files(folder, tmp_path):
     assert "--set model.gguf_file=a-Q8.gguf" in line
     shutil.copy(folder / "config.json", tmp_path / "q")  # as many of them bring it
     assert "only GGUF files" in refused(tmp_path / "q")
+    assert "has no file 'c.gguf'" in refused(tmp_path / "q", gguf_file="c.gguf")
 
 
 def test_a_gguf_is_known_by_its_first_bytes_and_keeps_its_name(tmp_path):

@@ -202,6 +202,8 @@ def resolve(section: ModelSection) -> Path:
                 f"model {file} is a file and no GGUF: give the folder that holds config.json and weights"
             )
         return full_path(file)
+    if section.gguf_file is not None and is_folder(path):
+        raise ModelError(f"model folder {path} has no file {section.gguf_file!r} (model.gguf_file)")
     if not section.source or path.is_absolute() or section.source.count("/") != 1:
         raise ModelError(_no_source(path, section.source))
     return _download(section)
