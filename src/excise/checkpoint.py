@@ -344,6 +344,25 @@ def _check_shard(path: Path) -> None:
 # -- libraries -------------------------------------------------------------------------------------
 
 
+def check_loaded(info: dict[str, Any], what: str) -> None:
+    """Refuse a model in which Transformers has made up what it did not find.
+
+    Args:
+        info: what `from_pretrained` gives for `output_loading_info`.
+        what: the model, for the message.
+
+    Raises:
+        ModelError: tensors are missing from its weights, or of another shape there.
+    """
+    mismatched = (k[0] if isinstance(k, tuple) else k for k in info["mismatched_keys"])
+    wrong = sorted({*info["missing_keys"], *mismatched})
+    if wrong:
+        raise ModelError(
+            f"{what}: {len(wrong)} tensors are missing from its weights or of the wrong shape, first "
+            f"{wrong[0]}: it would run with random values"
+        )
+
+
 @contextmanager
 def explained(what: str, fault: str = "cannot be loaded") -> Iterator[None]:
     """Within this context a library reads what others made, and whatever it raises is one line.

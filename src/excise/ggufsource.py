@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
-from excise.checkpoint import explained
+from excise.checkpoint import check_loaded, explained
 from excise.errors import ModelError, StorageError, first_line
 from excise.gguffile import GgufFile, check_sizes, gguf_name, name_map, read_shards
 from excise.plain import DTYPE, UNPACKED, Plain, make_room
@@ -117,13 +117,7 @@ def _read(source: Path, shards: Sequence[GgufFile], file: Path) -> tuple[Any, An
             output_loading_info=True,
             **given,
         )
-    mismatched = (k[0] if isinstance(k, tuple) else k for k in info["mismatched_keys"])
-    wrong = sorted({*info["missing_keys"], *mismatched})
-    if wrong:
-        raise ModelError(
-            f"{file.name}: {len(wrong)} tensors are missing from it or of the wrong shape, first "
-            f"{wrong[0]}: it would run with random values"
-        )
+    check_loaded(info, file.name)
     _check_all_read(file, shards, model)
     _turn_as_llama3(file, shards, model)
     return tokenizer, model

@@ -19,6 +19,7 @@ from torch import nn
 from excise.anatomy import Anatomy, describe, has_row
 from excise.checkpoint import (
     check_folder,
+    check_loaded,
     explained,
     is_gguf,
     read_config,
@@ -309,13 +310,7 @@ def _load_model(
             ignore_mismatched_sizes=True,  # so that we can name them ourselves, below
             output_loading_info=True,
         )
-    mismatched = (k[0] if isinstance(k, tuple) else k for k in info["mismatched_keys"])
-    wrong = sorted({*info["missing_keys"], *mismatched})
-    if wrong:
-        raise ModelError(
-            f"model {section.source}: {len(wrong)} tensors are missing from its weights or of the "
-            f"wrong shape, first {wrong[0]}: it would run with random values"
-        )
+    check_loaded(info, f"model {section.source}")
     assert isinstance(model, nn.Module)
     _check_packed(section, model)
     return model
