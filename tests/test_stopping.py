@@ -72,3 +72,15 @@ def test_an_interrupt_of_code_given_as_text_is_an_exit_code_too(tmp_path: Path) 
     command = [sys.executable, "-m", "struck"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (130, "excise: interrupted\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_after_the_work_is_done_changes_nothing(number: signal.Signals) -> None:
+    program = (
+        "import atexit, os, sys; sys.argv = ['excise', 'report', '/none/such']; "
+        f"atexit.register(os.kill, os.getpid(), {int(number)}); "
+        "from excise.cli import main; sys.exit(main())"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=60)
+    assert done.returncode == 2, done.stderr
+    assert b"Traceback" not in done.stderr

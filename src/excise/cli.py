@@ -23,14 +23,18 @@ from excise.stopping import Stoppable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit code."""
+    """Run one command; returns its exit code.
+
+    Args:
+        argv: its words; the process's own by default, which then ends with the command.
+    """
     terminal.prepare()
     arguments = build_parser().parse_args(argv)
     if not arguments.debug:  # it tells of a kernel that it would have downloaded
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         command: Callable[[argparse.Namespace], int] = arguments.command
-        with Stoppable():
+        with Stoppable(last=argv is None):
             return command(arguments)
     except KeyboardInterrupt:
         terminal.complain("interrupted" + _resume_hint(arguments))

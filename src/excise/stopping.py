@@ -15,9 +15,13 @@ class Stoppable:
 
     Leaving it raises a KeyboardInterrupt where one came, whatever the code that it struck made of it:
     libraries turn an interrupt into errors of their own, an import into an ImportError.
+
+    `last`: the process ends with it. How it ends is known then, and a request to end changes it no more;
+    only Ctrl-C does, should the end hang.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, last: bool = False) -> None:
+        self._last = last
         self._asked = False
         self._before: dict[int, Any] = {}
 
@@ -30,7 +34,8 @@ class Stoppable:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            kept = self._last and number != signal.SIGINT
+            signal.signal(number, signal.SIG_IGN if kept else handler)
         # One that struck code given as text, as dataclasses are made of, marks the whole process as
         # ended by SIGINT, whatever its exit code; running any such code takes that mark away.
         eval("0")
