@@ -101,6 +101,7 @@ class Command:
         self.spans: dict[str, float] = {}  # seconds of every phase that has ended
         self.seen: set[str] = {START}
         self._open: list[tuple[str, float]] = [(START, self.begun)]
+        self._over = False
         self._news = threading.Condition()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -113,7 +114,7 @@ class Command:
     def reached(self, phase: str) -> bool:
         """Wait until this phase has begun, or the command has ended; whether it has begun."""
         with self._news:
-            self._news.wait_for(lambda: phase in self.seen or not self._reader.is_alive(), 300)
+            self._news.wait_for(lambda: phase in self.seen or self._over, 300)
         return phase in self.seen
 
     def wait(self, seconds: float) -> int:
@@ -153,6 +154,7 @@ class Command:
                         self._begin(_AFTER + event["phase"], now)
                 self._news.notify_all()
         with self._news:
+            self._over = True
             self._news.notify_all()
 
     def _is_gap(self) -> bool:
