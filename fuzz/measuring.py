@@ -60,7 +60,10 @@ class Model:
         return str(
             self.tokenizer.apply_chat_template(
                 [*turns, {"role": "user", "content": content}],
-                chat_template=_dated(self.template or self.tokenizer.get_chat_template()),
+                chat_template=_dated(
+                    # A byte order mark belongs to the file, not to what it says.
+                    (self.template or self.tokenizer.get_chat_template()).removeprefix("\ufeff")
+                ),
                 tokenize=False,
                 add_generation_prompt=True,
                 **variables,

@@ -209,8 +209,11 @@ def test_a_torn_last_line_is_dropped(tmp_path):
     expected = whole(folder, 16)
     with (folder / journal.FILE).open("ab") as file:
         file.write(b'{"op_code": 5, "worker')
+    torn = (folder / journal.FILE).read_bytes()
     assert trials(search_in(folder)) == expected
+    assert (folder / journal.FILE).read_bytes() == torn  # nothing is written before there is need
     assert whole(folder, 24)[:16] == expected
+    assert trials(search_in(folder))[:16] == expected
 
 
 def test_a_journal_of_another_run_is_refused(tmp_path):

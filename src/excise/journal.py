@@ -84,12 +84,16 @@ class Journal(JournalFileBackend):
         super().__init__(str(path), lock_obj=_HeldAlready())
         self._written, self._sum = check_lines(path)  # lines: Optuna reads what they say
         self._waiting: list[dict[str, Any]] | None = None  # None: nothing has to wait
+        self._path, self._mended = path, False
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         """Write these, or have them wait."""
         if self._waiting is not None:
             self._waiting += json.loads(json.dumps(logs))  # as they come back from the file
             return
+        if not self._mended:  # not before: what is refused stays as it was
+            _drop_torn_line(self._path)
+            self._mended = True
         total, signed = self._sum, []
         for log in logs:
             total = _add(total, json.dumps(log, separators=(",", ":")).encode())
@@ -156,10 +160,10 @@ def create_study(
 
 
 def open_study(folder: Path) -> optuna.Study | None:
-    """The study of a run folder; a line that a power cut left half-written is dropped.
+    """The study of a run folder, without a line that a power cut left half-written.
 
     None when the run was stopped before its study was there and whole: nothing is lost by a new one.
-    Nothing is changed in a file that is not a study of ours.
+    Nothing is changed in the file before the study is written to.
 
     Raises:
         RunStateError: not an Excise journal, or not as it was written.
@@ -168,8 +172,6 @@ def open_study(folder: Path) -> optuna.Study | None:
     path = folder / FILE
     if not os.path.lexists(path) or not _begins(path):
         return None
-    check_lines(path)
-    _drop_torn_line(path)
     try:
         study = optuna.load_study(study_name=STUDY, storage=_storage(path))
         attributes, trials = study.user_attrs, len(study.get_trials(deepcopy=False))
