@@ -115,7 +115,8 @@ def front_matter(path: Path) -> dict[str, Any]:
     try:
         text = path.read_bytes()[:100_000].decode("utf-8-sig")
         found = re.match(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", text, re.S)
-        plain = found is not None and found[1].count("*") < 20 and found[1].count("license:") < 2
+        inside = found[1] if found else ""
+        plain = inside.count("*") < 20 and inside.count("license:") < 2 and "---" not in inside
         data = yaml.safe_load(found[1]) if found and plain else {}
     except (OSError, ValueError, yaml.YAMLError, RecursionError):
         return {}
