@@ -12,7 +12,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -84,9 +84,10 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             for name, value in headers.items():
                 self.send_header(name.replace("_", "-"), value)
             self.send_header("Content-Length", str(len(raw)))
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(raw)
+            with suppress(ConnectionError):  # whoever asked was killed
+                self.end_headers()
+                if self.command != "HEAD":
+                    self.wfile.write(raw)
 
         def token(self) -> str:
             given = self.headers.get("Authorization", "").removeprefix("Bearer ")
