@@ -82,6 +82,7 @@ class Struck:
     phase: str
     code: int
     seconds: float
+    met: bool = False  # it still ran
 
 
 class Command:
@@ -194,9 +195,16 @@ def finish(place: Place, arguments: Sequence[str]) -> Command:
 
 
 def strike(
-    place: Place, arguments: Sequence[str], number: signal.Signals, phase: str, delay: float
+    place: Place,
+    arguments: Sequence[str],
+    number: signal.Signals,
+    phase: str,
+    delay: float,
+    last: str,
 ) -> Struck:
     """Start a command, and send it the signal so many seconds after a phase has begun.
+
+    `last` is what comes after all of them: Python's own end, when the work is done.
 
     Raises:
         Fault: it does not end, ends otherwise than it should, or leaves a process.
@@ -209,11 +217,11 @@ def strike(
     begun = time.monotonic()
     code = command.wait(_PATIENCE)
     found = Struck(
-        arguments[0], number.name, phase, where, code, round(time.monotonic() - begun, 2)
+        arguments[0], number.name, phase, where, code, round(time.monotonic() - begun, 2), not ended
     )
     said = command.said()
     expected = {0} if ended else {0, -number} if number == signal.SIGKILL else {0, 130}
-    if where == START:  # Python itself was not yet there to take it
+    if where in (START, last):  # Python itself is not yet there to take it, or not any more
         expected.add(-number)
     if code not in expected or "Traceback" in said:
         raise Fault(f"{found}: {said}")
@@ -427,10 +435,11 @@ def series(
 
     `within` is the part of a phase's time, from its beginning, in which it is struck.
     """
-    out = []
+    out, last = [], list(work.spans)[-1]
     for index, phase in enumerate(asked):
         delay = draw.uniform(0, within * work.spans[phase])
-        found = strike(work.place, work.arguments(), numbers[index % len(numbers)], phase, delay)
+        number = numbers[index % len(numbers)]
+        found = strike(work.place, work.arguments(), number, phase, delay, last)
         work.after(found)
         out.append(found)
     work.close()
@@ -489,11 +498,11 @@ def _at_all_phases(
     within, missing = 1.0, phases(work)
     while len(out) < moments or (missing and within > _LEAST):
         out += series(work, [number], missing or phases(work), draw, within)
-        met = {one.phase for one in out if one.code}
+        met = {one.phase for one in out if one.met}
         missing = [phase for phase in phases(work) if phase not in met]
         # What was missed went by sooner than it did in the unbroken run.
         within = within / 2 if missing else 1.0
-    counts = collections.Counter(one.phase for one in out if one.code)
+    counts = collections.Counter(one.phase for one in out if one.met)
     slowest = max(one.seconds for one in out)
     words = ", ".join(f"{phase} {count}" for phase, count in counts.items())
     sys.stdout.write(
