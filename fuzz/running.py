@@ -6,6 +6,7 @@ import faulthandler
 import gc
 import logging
 import os
+import resource
 import signal
 import sys
 import tempfile
@@ -18,6 +19,7 @@ from pathlib import Path
 import psutil
 
 SECONDS, BYTES = 60.0, 4 * 2**30
+_SLACK = 2**30
 _POLL, _LOOK = 0.004, 0.05  # seconds between looks at whether it ended, and at its memory
 
 
@@ -66,7 +68,7 @@ def run(
     sys.stderr.flush()
     child = os.fork()
     if child == 0:
-        _be_a_program(function, folder, scratch)
+        _be_a_program(function, folder, scratch, most)
     stopped, peak, looked = "", 0, 0.0
     while True:
         ended, status, usage = os.wait4(child, os.WNOHANG)
@@ -95,12 +97,13 @@ def run(
     )
 
 
-def _be_a_program(function: Callable[[], int], folder: Path, scratch: Path) -> None:
+def _be_a_program(function: Callable[[], int], folder: Path, scratch: Path, most: int) -> None:
     """What a forked child does, to its end."""
     code = 1
     try:
         os.setsid()
         faulthandler.disable()  # a program's own is off
+        _hold_memory(most)
         for number, name in ((1, "stdout"), (2, "stderr")):
             file = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(file, number)
@@ -122,6 +125,12 @@ def _be_a_program(function: Callable[[], int], folder: Path, scratch: Path) -> N
         sys.stderr.flush()
     finally:
         os._exit(code)
+
+
+def _hold_memory(most: int) -> None:
+    """A wall beyond the limit: what grows faster than it is looked at takes no other process's memory."""
+    room = psutil.Process().memory_info().vms + most + _SLACK
+    resource.setrlimit(resource.RLIMIT_AS, (room, room))
 
 
 def _follow_stderr() -> None:
