@@ -83,6 +83,7 @@ class Struck:
     code: int
     seconds: float
     met: bool = False  # it still ran
+    around: tuple[str, ...] = ()  # the phases that this one was within
 
 
 class Command:
@@ -106,6 +107,12 @@ class Command:
         self._news = threading.Condition()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
+
+    @property
+    def open(self) -> list[str]:
+        """The phases that run, innermost last."""
+        with self._news:
+            return [name for name, _ in self._open]
 
     @property
     def phase(self) -> str:
@@ -212,12 +219,19 @@ def strike(
     command = Command(place, arguments)
     command.reached(phase)
     time.sleep(delay)
-    where, ended = command.phase, command.process.poll() is not None
+    (*around, where), ended = command.open, command.process.poll() is not None
     command.process.send_signal(number)
     begun = time.monotonic()
     code = command.wait(_PATIENCE)
     found = Struck(
-        arguments[0], number.name, phase, where, code, round(time.monotonic() - begun, 2), not ended
+        arguments[0],
+        number.name,
+        phase,
+        where,
+        code,
+        round(time.monotonic() - begun, 2),
+        not ended,
+        tuple(around),
     )
     said = command.said()
     expected = {0} if ended else {0, -number} if number == signal.SIGKILL else {0, 130}
@@ -498,7 +512,7 @@ def _at_all_phases(
     within, missing = 1.0, phases(work)
     while len(out) < moments or (missing and within > _LEAST):
         out += series(work, [number], missing or phases(work), draw, within)
-        met = {one.phase for one in out if one.met}
+        met = {name for one in out if one.met for name in (one.phase, *one.around)}
         missing = [phase for phase in phases(work) if phase not in met]
         # What was missed went by sooner than it did in the unbroken run.
         within = within / 2 if missing else 1.0
