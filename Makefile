@@ -68,7 +68,7 @@ kills: venv llama
 	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python tests/kills.py --out runs/kills.json $(KILLS)
 
 families: venv
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/test_families.py -k "not page and not row_is" --families docs/families.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/model/test_families.py -k "not page and not row_is" --families docs/families.md
 
 # Faults put into copies of the source, one at a time: each must be noticed by its tests.
 mutants: venv llama

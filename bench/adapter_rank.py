@@ -11,10 +11,10 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from excise import cli
+from excise.cli import main as cli
 from excise.config import load_config
-from excise.pipeline import run
-from excise.record import read_record
+from excise.report.stored_record import read_record
+from excise.runs.pipeline import run
 
 ERRORS = (0.5, 0.3, 0.2, 0.1, 0.05)
 

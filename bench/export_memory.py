@@ -89,10 +89,10 @@ def merge(source: Path, destination: Path) -> dict[str, Any]:
     """Run in its own process: the merge, and nothing before it but imports."""
     import torch
 
-    from excise.edits import Edit
-    from excise.matching import WriterPlace, list_tensors
-    from excise.merging import write_checkpoint
-    from excise.staging import sha256_of
+    from excise.export.matching import WriterPlace, list_tensors
+    from excise.export.merging import write_checkpoint
+    from excise.files import sha256_of
+    from excise.model.edits import Edit
 
     places = {
         tensor.key.removesuffix(".weight"): WriterPlace(tensor)

@@ -16,8 +16,8 @@ from typing import Any
 
 from torch import nn
 
-from excise.stacking import first_edited
-from excise.tokens import beginning
+from excise.engine.stacking import first_edited
+from excise.prompts.tokens import beginning
 
 
 class Costs:

@@ -12,7 +12,7 @@ import torch
 from plain_loop import PlainLoop
 from speed import floor_ratio
 
-from excise.engine import Plan
+from excise.engine.engine import Plan
 
 PLAIN_CANDIDATES = 6
 SHAPE = {

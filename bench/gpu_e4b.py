@@ -19,10 +19,10 @@ import machine
 import random_model
 import torch
 
-from excise.capture import mean, residual_pass
-from excise.engine import Plan
-from excise.evidence import Divergence, Responses
-from excise.tokens import batches
+from excise.capture.residuals import mean, residual_pass
+from excise.engine.engine import Plan
+from excise.engine.requests import Divergence, Responses
+from excise.prompts.tokens import batches
 
 E4B = {
     "vocab_size": 262_144,

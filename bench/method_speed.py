@@ -20,10 +20,10 @@ import machine
 import torch
 from torch import Tensor
 
-from excise import ara
 from excise.config import RidgeSection
-from excise.ridge import RidgePoint, RidgeStats, basis_for, build, nearest
-from excise.ridge_method import joint_basis
+from excise.methods import ara_math
+from excise.methods.ridge import joint_basis
+from excise.methods.ridge_math import RidgePoint, RidgeStats, basis_for, build, nearest
 
 OUT = Path(__file__).resolve().parent / "method_speed.json"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -103,12 +103,12 @@ def solver() -> dict[str, float]:
     weight = torch.randn(WIDTH, features, device=DEVICE) / features**0.5
     x, xc = inputs(1, P, features) + 0.1, inputs(2, P, features)
     basis_seconds, basis = timed(lambda: basis_for(torch.cat([x, xc]), 2 * P))
-    point = ara.AraPoint(0.5, 0.01, 0.5, 10)
+    point = ara_math.AraPoint(0.5, 0.01, 0.5, 10)
     out = {"basis_seconds": basis_seconds}
     for name, q in (("reduced", basis[None]), ("full", None)):
-        stats = ara.prepare(weight[None], x[None], xc[None], q, None, keep_norms=True)
-        ara.solve(stats, point, 1)
-        seconds, found = timed(ara.solve, stats, point, EVALUATIONS)
+        stats = ara_math.prepare(weight[None], x[None], xc[None], q, None, keep_norms=True)
+        ara_math.solve(stats, point, 1)
+        seconds, found = timed(ara_math.solve, stats, point, EVALUATIONS)
         out[f"{name}_seconds_per_evaluation"] = seconds / found.evaluations
     for count in (40,):
         reduced = basis_seconds + count * out["reduced_seconds_per_evaluation"]

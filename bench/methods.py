@@ -27,9 +27,9 @@ import ridge_variants
 from reopened import reopen
 
 from excise.config import Config, load_config
-from excise.front import hypervolume
-from excise.pipeline import run
 from excise.record import Scores
+from excise.runs.pipeline import run
+from excise.search.pareto import hypervolume
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "methods.json"

@@ -12,7 +12,7 @@ from typing import Any
 
 from methods import RESULTS, VARIANTS, volume
 
-from excise.wording import percent, significant
+from excise.report.formatting import percent, significant
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 LIMITS = (0.0, 0.02, 0.05, 0.1, 0.2)

@@ -57,7 +57,7 @@ def make_gguf(path: Path, kind: str, gigabytes: float) -> int:
     import numpy as np
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
 
-    from excise.ggml import from_float
+    from excise.gguf.ggml import from_float
 
     qtype = GGMLQuantizationType[kind]
     block, size = GGML_QUANT_SIZES[qtype]
@@ -92,9 +92,9 @@ def patch(source: Path, destination: Path, layers: int) -> dict[str, Any]:
     from torch import nn
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    from excise.anatomy import describe
-    from excise.edits import Edit
-    from excise.patching import patch_gguf
+    from excise.gguf.patching import patch_gguf
+    from excise.model.anatomy import describe
+    from excise.model.edits import Edit
 
     config = Qwen3Config(
         hidden_size=D,

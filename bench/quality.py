@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from excise.config import load_config
-from excise.front import hypervolume
-from excise.pipeline import run
 from excise.record import Record, Scores
+from excise.runs.pipeline import run
+from excise.search.pareto import hypervolume
 
 TRIALS = 200
 SEEDS = (0, 1, 2)

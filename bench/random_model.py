@@ -8,16 +8,16 @@ from typing import Any
 
 import torch
 
-from excise.anatomy import describe
+from excise.capture.directions import Directions, normalise
+from excise.checkpoints.loading import Loaded
 from excise.config import EditSection
-from excise.directional import DirectionalMethod
-from excise.directions import Directions, normalise
-from excise.engine import Engine, Plan
-from excise.evidence import Divergence, Responses
-from excise.loading import Loaded
-from excise.profiles import Profile
-from excise.scorers import Markers
-from excise.space import Candidate
+from excise.engine.engine import Engine, Plan
+from excise.engine.requests import Divergence, Responses
+from excise.methods.directional import DirectionalMethod
+from excise.methods.profiles import Profile
+from excise.methods.search_space import Candidate
+from excise.model.anatomy import describe
+from excise.search.scorers import Markers
 
 COMPONENTS = ("attn.o_proj", "mlp.down_proj")
 MARKERS = Markers(("no such phrase",))

@@ -5,16 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from excise import events, stage
+from excise import events
+from excise.checkpoints.loading import Loaded, load
 from excise.config import Config
-from excise.engine import Plan
-from excise.keeping import DIRECTIONS, read_directions
-from excise.loading import Loaded, load
-from excise.methods import Bench, Method
-from excise.panel import Panel
-from excise.planning import from_dict
-from excise.prompts import PromptSets, load_prompt_sets
-from excise.record import Record, read_record
+from excise.engine.batch_sizing import from_dict
+from excise.engine.engine import Plan
+from excise.methods.registry import Bench, Method
+from excise.prompts.sets import PromptSets, load_prompt_sets
+from excise.record import Record
+from excise.report.stored_record import read_record
+from excise.runs import setup
+from excise.runs.run_folder import DIRECTIONS, read_directions
+from excise.search.evaluation import Panel
 
 
 @dataclass(frozen=True)
@@ -31,13 +33,13 @@ def holdout_panel(
     loaded: Loaded,
     sets: PromptSets,
     method: Method,
-    tokens: stage.Tokens,
+    tokens: setup.Tokens,
     config: Config,
     plan: Plan,
 ) -> Panel:
     """A panel over the holdout prompts, ground truth included."""
-    scoring = stage.scoring(config)
-    engine = stage.engine_for(loaded, method.writers, tokens, "holdout", config, plan)
+    scoring = setup.scoring(config)
+    engine = setup.engine_for(loaded, method.writers, tokens, "holdout", config, plan)
     context = scoring.context(sets.target_holdout, sets.contrast_holdout)
     return Panel(engine, scoring.every_trial + scoring.final, context, screen=False)
 
@@ -48,9 +50,9 @@ def reopen(folder: Path, config: Config) -> Reopened:
     known = read_directions(folder / DIRECTIONS)
     assert known is not None
     loaded, sets = load(config.model), load_prompt_sets(config.prompts)
-    tokens = stage.stored_tokens(loaded, sets, config, stage.scoring(config).markers, folder)
-    method = stage.stored_method(loaded, tokens, config, folder, events.ignore)
+    tokens = setup.stored_tokens(loaded, sets, config, setup.scoring(config).markers, folder)
+    method = setup.stored_method(loaded, tokens, config, folder, events.ignore)
     plan = from_dict(record.engine).plan
     panel = holdout_panel(loaded, sets, method, tokens, config, plan)
-    bench = stage.bench_for(loaded, known[0], tokens, config, events.ignore)
+    bench = setup.bench_for(loaded, known[0], tokens, config, events.ignore)
     return Reopened(record, bench, method, panel)

@@ -21,12 +21,13 @@ import optuna
 from methods import job, store, values
 from reopened import holdout_panel
 
-from excise import events, stage
-from excise.loading import load
-from excise.methods import Method
-from excise.panel import Panel
-from excise.planning import size
-from excise.prompts import load_prompt_sets
+from excise import events
+from excise.checkpoints.loading import load
+from excise.engine.batch_sizing import size
+from excise.methods.registry import Method
+from excise.prompts.sets import load_prompt_sets
+from excise.runs import setup
+from excise.search.evaluation import Panel
 
 STACK = 8
 # Candidates that leave more than this of the behaviour are of no interest to anyone.
@@ -69,12 +70,12 @@ def prepared(basis: int | None) -> tuple[Method, Panel]:
         ridge = config.ridge.model_copy(update={"basis": basis})
         config = config.model_copy(update={"ridge": ridge})
     loaded, sets = load(config.model), load_prompt_sets(config.prompts)
-    bare = stage.tokenise(loaded, sets, config)
-    tokens = stage.open_responses(loaded, bare, config, stage.scoring(config).markers)
-    directions, _ = stage.find_directions(loaded, tokens, config.directions, events.ignore)
+    bare = setup.tokenise(loaded, sets, config)
+    tokens = setup.open_responses(loaded, bare, config, setup.scoring(config).markers)
+    directions, _ = setup.find_directions(loaded, tokens, config.directions, events.ignore)
     with tempfile.TemporaryDirectory() as folder:
         stored = Path(folder) / "captured.safetensors"
-        method = stage.method_for(
+        method = setup.method_for(
             loaded, directions, tokens, config, stored, events.ignore, anew=True
         )
     plan = size(loaded, config, 40, 100).plan

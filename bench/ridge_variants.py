@@ -28,14 +28,16 @@ from optuna.distributions import BaseDistribution, FloatDistribution
 from reopened import reopen
 from torch import Tensor
 
-from excise import events, methods, ridge_method, stage
+from excise import events
+from excise.capture.moments import Text, token_moments
 from excise.config import load_config
-from excise.edits import Edit
-from excise.methods import Bench, Kind
-from excise.moments import Text, token_moments
-from excise.profiles import Profile
-from excise.ridge_method import RidgeCandidate, RidgeMethod
-from excise.stacking import Stack
+from excise.engine.stacking import Stack
+from excise.methods import registry, ridge
+from excise.methods.profiles import Profile
+from excise.methods.registry import Bench, Kind
+from excise.methods.ridge import RidgeCandidate, RidgeMethod
+from excise.model.edits import Edit
+from excise.runs import setup
 
 
 class Bound(RidgeMethod):
@@ -123,9 +125,9 @@ def _captured(bench: Bench, how: str) -> dict[str, Tensor]:
         answers = [[0]] * len(tokens["contrast"])  # responses of one token: none of it is read
     if how == "more":
         extra = tokens["contrast_eval"]
-        answers = [*answers, *stage.own_responses(bench.loaded, extra, bench.config)]
+        answers = [*answers, *setup.own_responses(bench.loaded, extra, bench.config)]
         tokens = {"target": tokens["target"], "contrast": [*tokens["contrast"], *extra]}
-    found = ridge_method.capture(
+    found = ridge.capture(
         bench.loaded, bench.writers, tokens, answers, bench.config, bench.on_event
     )
     if how in ("targets", "alike"):
@@ -168,16 +170,16 @@ KINDS = {
     "alike": Written,
 }
 NAMES = (*KINDS, "targets", "more")
-RIDGE = methods.KINDS["ridge"]
+RIDGE = registry.KINDS["ridge"]
 
 
 def install(name: str | None) -> None:
     """Put a variant in ridge's place; None puts ridge back."""
     if name is None:
-        methods.KINDS["ridge"] = RIDGE
+        registry.KINDS["ridge"] = RIDGE
         return
     bind = KINDS.get(name, Bound)
-    methods.KINDS["ridge"] = Kind(lambda b: _captured(b, name), bind, RIDGE.check)
+    registry.KINDS["ridge"] = Kind(lambda b: _captured(b, name), bind, RIDGE.check)
 
 
 @dataclass(frozen=True)
@@ -198,7 +200,7 @@ class Again:
             with_lower = Stack(writers, [edits])
             with_lower.select([0])
             with with_lower.applied():
-                captured = ridge_method.capture(
+                captured = ridge.capture(
                     self.bench.loaded,
                     writers,
                     self.bench.tokens,

@@ -22,7 +22,7 @@ import quality
 import speed
 import torch
 
-from excise.wording import percent, significant
+from excise.report.formatting import percent, significant
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results.json"

@@ -21,23 +21,24 @@ import random_model
 import torch
 from plain_loop import PlainLoop
 
-from excise import events, stage
+from excise import events
+from excise.capture.directions import Directions, normalise
+from excise.checkpoints.loading import Loaded, load
 from excise.config import load_config
-from excise.directional import DirectionalMethod
-from excise.directions import Directions, normalise
-from excise.edits import build, prepare
-from excise.engine import Engine, Original, Plan, Reference
-from excise.evidence import Divergence, Responses
-from excise.front import Objective, Point
-from excise.journal import create_study
-from excise.loading import Loaded, load
-from excise.panel import Panel
-from excise.pipeline import measurer
-from excise.planning import Sizing, size
-from excise.prompts import load_prompt_sets
+from excise.engine.batch_sizing import Sizing, size
+from excise.engine.engine import Engine, Original, Plan, Reference
+from excise.engine.requests import Divergence, Responses
+from excise.methods.directional import DirectionalMethod
+from excise.methods.directional_math import build, prepare
+from excise.methods.search_space import distributions, from_params
+from excise.prompts.sets import load_prompt_sets
 from excise.record import ScoreRecord
-from excise.search import Measure, Measured, Search
-from excise.space import distributions, from_params
+from excise.runs import setup as stage
+from excise.runs.pipeline import measurer
+from excise.search.evaluation import Panel
+from excise.search.journal import create_study
+from excise.search.loop import Measure, Measured, Search
+from excise.search.pareto import Objective, Point
 
 WIDE = {
     "vocab_size": 8192,

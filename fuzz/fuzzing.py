@@ -145,7 +145,7 @@ class Fuzz:
 
 def command(arguments: list[str]) -> int:
     """One command of Excise; its exit code."""
-    from excise.cli import main
+    from excise.cli.main import main
 
     return main(arguments)
 

@@ -72,7 +72,7 @@ class Setup:
 
 def anyway(command: str) -> list[str]:
     """The flag that goes on where the original hardly shows the behaviour, as random models do not."""
-    from excise.cli import build_parser
+    from excise.cli.main import build_parser
 
     group = build_parser()._subparsers
     assert group is not None
@@ -105,7 +105,7 @@ class Ground:
 
 def build(folder: Path) -> Ground:
     """Write all of it; the same on every machine, but for how long things took."""
-    from excise.cli import main
+    from excise.cli.main import main
 
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -277,7 +277,7 @@ def _write_run(ground: Ground, method: str, main: Callable[[list[str]], int]) ->
 
 
 def _geometry(run: Path, copy: Path) -> Any:
-    from excise.jobs import survey
+    from excise.runs.finished_run import survey
 
     shutil.copytree(run, copy)
     found = survey(copy)
@@ -309,7 +309,7 @@ def weights(folder: Path) -> dict[str, str]:
 @contextmanager
 def _steady_journal() -> Iterator[None]:
     """Within this context every journal holds the same times, so that changes of it are the same."""
-    from excise.journal import Journal
+    from excise.search.journal import Journal
 
     write = Journal.append_logs
 

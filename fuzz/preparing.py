@@ -15,15 +15,15 @@ from fuzz.running import run
 _LIBRARIES = (
     *(
         "torch",
-        "excise.cli",
-        "excise.pipeline",
-        "excise.jobs",
-        "excise.reproduce",
-        "excise.console",
+        "excise.cli.main",
+        "excise.runs.pipeline",
+        "excise.runs.finished_run",
+        "excise.runs.reproduce",
+        "excise.cli.console",
     ),
     *(
-        "excise.inspecting",
-        "excise.hub",
+        "excise.cli.inspect_model",
+        "excise.export.hub",
         "optuna",
         "sklearn.ensemble",
         "pyarrow.parquet",

@@ -148,7 +148,7 @@ def journal(place: Place) -> Case:
 
 def _sign(path: Path) -> bool:
     """Give the lines of a journal their sums, as Excise does; False where they are no logs."""
-    from excise.journal import Journal
+    from excise.search.journal import Journal
 
     try:
         logs = (

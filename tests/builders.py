@@ -17,13 +17,13 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from excise.anatomy import describe
+from excise.capture.directions import Directions, normalise
+from excise.checkpoints.loading import Loaded
 from excise.config import EditSection
-from excise.directional import DirectionalMethod
-from excise.directions import Directions, normalise
-from excise.loading import Loaded
-from excise.profiles import Profile
-from excise.space import Candidate
+from excise.methods.directional import DirectionalMethod
+from excise.methods.profiles import Profile
+from excise.methods.search_space import Candidate
+from excise.model.anatomy import describe
 
 VOCABULARY = 300
 WIDTH = 64

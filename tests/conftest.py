@@ -87,7 +87,7 @@ def job(tiny: Path, out: Path, *more: str) -> list[str]:
 def demo_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run on the demo model with both kinds of export."""
     from excise.config import load_config
-    from excise.pipeline import run
+    from excise.runs.pipeline import run
 
     out = tmp_path_factory.mktemp("demo") / "run"
     flags = {
@@ -106,7 +106,7 @@ def demo_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def pass_shapes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """(B, T) of every pass through a model's layers, from now on."""
-    from excise.forward import Forward
+    from excise.model.forward import Forward
 
     shapes: list[tuple[int, ...]] = []
     through = Forward.through

@@ -11,14 +11,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from excise.anatomy import Anatomy
+from excise.capture.directions import Directions, normalise
+from excise.checkpoints.discovery import anatomy_of
+from excise.checkpoints.loading import Loaded
 from excise.config import EditSection
-from excise.directional import DirectionalMethod
-from excise.directions import Directions, normalise
-from excise.discovering import anatomy_of
-from excise.loading import Loaded
-from excise.profiles import Profile
-from excise.space import Candidate
+from excise.methods.directional import DirectionalMethod
+from excise.methods.profiles import Profile
+from excise.methods.search_space import Candidate
+from excise.model.anatomy import Anatomy
 
 WIDTH, LAYERS = 32, 4
 PLACEHOLDER = 1000  # of images and sounds: an id that no text of a test holds

@@ -19,8 +19,8 @@ from transformers import (
     MixtralForCausalLM,
 )
 
+from excise.checkpoints.loading import resolve
 from excise.config import ModelSection
-from excise.loading import resolve
 
 DEMO = resolve(ModelSection(source="demo"))
 VOCABULARY = 1024

@@ -31,7 +31,7 @@ import hub_server
 import psutil
 from conftest import job, write_prompts
 
-from excise.record import read_record
+from excise.report.stored_record import read_record
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP)
 START = "start"  # before the first event

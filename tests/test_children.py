@@ -15,9 +15,10 @@ from typing import Any
 import psutil
 import pytest
 
-from excise import children, launcher, llamacpp, llamarun
+from excise import children, launcher
 from excise.errors import ExportError
-from excise.llamarun import GgufModel
+from excise.gguf import engine, llamacpp
+from excise.gguf.engine import GgufModel
 
 SHOW = """
 import json, os, sys
@@ -173,7 +174,7 @@ BOUND = "import sys, time\nout = sys.stdout.buffer\nout.write(b'{}\\n')\nout.flu
 def test_nonsense_of_a_worker_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: str
 ) -> None:
-    monkeypatch.setattr(llamarun, "_WORKER", script(tmp_path, f"{BOUND}out.write({answer})\n"))
+    monkeypatch.setattr(engine, "_WORKER", script(tmp_path, f"{BOUND}out.write({answer})\n"))
     for ask in (
         lambda model: model.read([1, 2], 1),
         lambda model: model.greedy([1, 2], frozenset(), 4),
@@ -189,7 +190,7 @@ def test_nonsense_of_a_worker_is_one_line(
 def test_a_worker_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(children, "_PATIENCE", 0.5)
     monkeypatch.setattr(children, "_LOOK", 0.1)
-    monkeypatch.setattr(llamarun, "_WORKER", script(tmp_path, f"{BOUND}time.sleep(60)\n"))
+    monkeypatch.setattr(engine, "_WORKER", script(tmp_path, f"{BOUND}time.sleep(60)\n"))
     begun = time.monotonic()
     with (
         GgufModel(tmp_path / "x.gguf", 8) as model,

@@ -341,7 +341,7 @@ def test_a_run_started_with_relative_names_is_resumed_from_anywhere(tmp_path, mo
     """config.toml is all that a resume has: what it names must still be found."""
     from pathlib import Path
 
-    from excise import cli
+    from excise.cli import main as cli
 
     monkeypatch.chdir(tmp_path)
     for name in ("t.txt", "c.txt", "m.txt"):

@@ -15,8 +15,9 @@ import pytest
 from conftest import job
 from kills import facts
 
-from excise import artifacts, cli, pipeline
+from excise.cli import main as cli
 from excise.events import PhaseStarted, Progress
+from excise.runs import artifacts, pipeline
 
 
 def start(arguments: list[str]) -> subprocess.Popen[bytes]:
@@ -133,9 +134,9 @@ def test_a_full_disk_is_one_line_and_exit_code_1(
 
         monkeypatch.setattr(JournalFileBackend, "append_logs", full)
     elif name == "write_text":
-        monkeypatch.setattr("excise.staging.os.fsync", full)
+        monkeypatch.setattr("excise.files.os.fsync", full)
     else:
-        monkeypatch.setattr("excise.keeping.save_file", full)
+        monkeypatch.setattr("excise.runs.run_folder.save_file", full)
     assert cli.main(job(tiny, out)) == 1
     error = capsys.readouterr().err
     assert "No space left on device" in error

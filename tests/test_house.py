@@ -7,63 +7,91 @@ import re
 import subprocess
 import sys
 import time
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 import excise
-from excise.cli import build_parser
+from excise.cli.main import build_parser
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "excise"
-MODULES = sorted(SOURCE.glob("*.py"))
+MODULES = sorted(SOURCE.rglob("*.py"))
+FOLDERS = sorted(path.parent for path in SOURCE.glob("*/__init__.py"))
 
-# Bottom to top, as ARCHITECTURE.md lists them: a module imports only from those before it.
+# Bottom to top, as ARCHITECTURE.md draws them: a folder imports only from those before it. "" is the root.
 ORDER = (
-    "errors visible reading folders trees shards checkpoint staging limits launcher children "
-    "config events parquetworker promptfiles prompts intervals evidence weights swapping anatomy "
-    "directions edits experts kvcache blueprints lean forward probing discovering fitting "
-    "gguffile packing plain ggufsource tokenizing loading templates templateworker rendering "
-    "dressing tokens geometry capture profiles subspace ridge lbfgs ara space directional moments "
-    "subspace_method ridge_method ara_method methods stacking passes decoding drafts answering "
-    "divergence engine opening planning refining folding scorers front record wording digest "
-    "markdown caveats usage recipe journal search ledger panel keeping stage baseline licence "
-    "identity terms placing figures geometry_page card report matching merging export ggml "
-    "patching llamaquant llamacpp ggufexport llamaworker llamarun ggufcheck ollama artifacts "
-    "finish pipeline jobs reproduce hub inspecting terminal stopping reporter console arguments "
-    "cli"
-).split()
+    *("", "model", "checkpoints", "prompts", "capture", "methods", "engine", "search"),
+    *("report", "export", "gguf", "runs", "cli"),
+)
 
-PURE = "directions geometry profiles edits subspace ridge lbfgs ara space front intervals".split()
+PURE = (
+    *("model/edits", "capture/directions", "capture/geometry", "methods/profiles"),
+    *("methods/search_space", "methods/directional_math", "methods/subspace_math"),
+    *("methods/ridge_math", "methods/ara_math", "methods/lbfgs", "search/pareto"),
+    "search/intervals",
+)
+
+
+def name_of(path: Path) -> str:
+    """A module's path below the package, without its ending."""
+    return path.relative_to(SOURCE).with_suffix("").as_posix()
+
+
+def folder_of(module: str) -> str:
+    """The folder of a module that is named as `name_of` does."""
+    return module.rpartition("/")[0]
 
 
 def imported(path: Path) -> set[str]:
-    """Modules of the package that a module imports, wherever in it."""
+    """Modules of the package that a module imports, wherever in it, named as `name_of` does."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.module == "excise":
-            names |= {alias.name for alias in node.names if (SOURCE / f"{alias.name}.py").exists()}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("excise."):
-            names.add(node.module.split(".")[1])
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "excise":
+            base = "/".join((node.module or "").split(".")[1:])
+            names |= {
+                found
+                for found in (base, *(f"{base}/{alias.name}".strip("/") for alias in node.names))
+                if (SOURCE / f"{found}.py").exists()
+            }
     return names
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_imports_go_one_way(path: Path):
-    if path.stem == "__init__":
+    if name_of(path) == "__init__":  # its names load on first use
         return
-    place = ORDER.index(path.stem)
-    assert imported(path) <= set(ORDER[:place])
+    allowed = ORDER[: ORDER.index(folder_of(name_of(path))) + 1]
+    assert {name for name in imported(path) if folder_of(name) not in allowed} == set()
+
+
+def test_modules_of_a_folder_import_each_other_one_way():
+    graph = {name_of(path): imported(path) for path in MODULES if path.name != "__init__.py"}
+    assert tuple(TopologicalSorter(graph).static_order())  # raises where there is a circle
+
+
+def test_folders_have_a_promise_and_a_readable_size():
+    assert {folder.name for folder in FOLDERS} == set(ORDER[1:])
+    tree = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    for folder in FOLDERS:
+        modules = [p for p in folder.glob("*.py") if not p.name.startswith("__")]
+        assert 4 <= len(modules) <= 12, folder.name
+        promise = ast.get_docstring(ast.parse((folder / "__init__.py").read_text("utf-8")))
+        assert promise is not None
+        assert "\n" not in promise
+        assert re.search(rf"{folder.name}/ .*", tree), folder.name
 
 
 @pytest.mark.parametrize("name", PURE)
 def test_pure_modules_see_no_model(name: str):
     text = (SOURCE / f"{name}.py").read_text(encoding="utf-8")
     assert "transformers" not in text
-    assert not imported(SOURCE / f"{name}.py") & {"anatomy", "loading", "engine", "forward"}
+    live = {"model/anatomy", "model/forward", "checkpoints/loading", "engine/engine"}
+    assert not imported(SOURCE / f"{name}.py") & live
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_rooms_are_small(path: Path):
     text = path.read_text(encoding="utf-8")
     assert text.count("\n") <= 420
@@ -74,7 +102,7 @@ def test_rooms_are_small(path: Path):
 
 def test_only_the_terminal_is_printed_to_and_only_the_command_line_exits():
     for path in MODULES:
-        if path.stem in ("terminal", "cli"):
+        if name_of(path) in ("cli/terminal", "cli/main", "cli/__main__"):
             continue
         # Children get a small environment, made of ours.
         allowed = {"os.environ"} if path.stem == "children" else set()
@@ -152,7 +180,7 @@ def test_the_command_line_is_what_the_contract_says():
 
 
 def test_help_is_quick_because_it_imports_nothing_heavy():
-    heavy = "import sys, excise.cli; excise.cli.build_parser(); "
+    heavy = "import sys, excise.cli.main; excise.cli.main.build_parser(); "
     heavy += (
         "print([m for m in ('torch', 'transformers', 'optuna', 'pydantic') if m in sys.modules])"
     )
@@ -166,7 +194,7 @@ def test_help_is_quick_because_it_imports_nothing_heavy():
 def test_every_module_stands_in_architecture_md():
     text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
     for path in MODULES:
-        assert path.stem == "__init__" or f"`{path.stem}`" in text, path.stem
+        assert path.stem.startswith("__") or re.search(rf"\b{path.stem}\b", text), name_of(path)
 
 
 def test_every_dependency_has_its_reason():

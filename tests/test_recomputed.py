@@ -19,7 +19,7 @@ from conftest import job
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from excise import cli
+from excise.cli import main as cli
 
 SIZE, NEW_TOKENS, LAYERS = 10, 4, 6  # SIZE rows of each file for each part, in their order
 PREFIX, WINSOR = "now ", 0.9

@@ -12,16 +12,19 @@ import pytest
 import torch
 from conftest import job
 
-from excise import cli, planning, refining
+from excise.cli import main as cli
 from excise.config import SearchSection, load_config, validate
-from excise.engine import Plan
+from excise.engine import batch_sizing
+from excise.engine.engine import Plan
 from excise.errors import MeasurementError
-from excise.forward import Forward
-from excise.front import Objective
-from excise.journal import open_study
-from excise.record import ScoreRecord, read_record
-from excise.search import Measured, Search
-from excise.space import distributions, from_params, layer_key
+from excise.methods.search_space import distributions, from_params, layer_key
+from excise.model.forward import Forward
+from excise.record import ScoreRecord
+from excise.report.stored_record import read_record
+from excise.search import refinement
+from excise.search.journal import open_study
+from excise.search.loop import Measured, Search
+from excise.search.pareto import Objective
 
 CPU = torch.device("cpu")
 
@@ -34,8 +37,8 @@ def refiner_of(family: str = "qwen3", *, strengthen: bool = False):
     answers = {
         s: builders.token_ids(6, seed=9 + n, shortest=3, longest=6) for n, s in enumerate("tc")
     }
-    both = [refining.texts(loaded, prompts[s], answers[s]) for s in "tc"]
-    return loaded, method, refining.Refiner(loaded, method, *both), prompts, answers
+    both = [refinement.texts(loaded, prompts[s], answers[s]) for s in "tc"]
+    return loaded, method, refinement.Refiner(loaded, method, *both), prompts, answers
 
 
 def plain_loss(loaded, method, prompts, answers, candidate, weight):
@@ -87,7 +90,7 @@ def test_loss_and_gradient_do_not_depend_on_how_much_is_held_at_once(monkeypatch
     found = []
     for rows, tokens in ((8, 1000), (2, 5)):
         shapes.clear()
-        monkeypatch.setattr(refining, "_ROWS", rows)
+        monkeypatch.setattr(refinement, "_ROWS", rows)
         room = property(lambda self, n=tokens: 8 * n * self.vocabulary)
         monkeypatch.setattr(Forward, "chunk_bytes", room)
         _, method, refiner, _, _ = refiner_of()
@@ -263,7 +266,7 @@ def test_nothing_to_refine_towards_is_said(tiny: Path):
     tokens = {s: builders.token_ids(4) for s in ("target", "contrast")}
     config = load_config(sets=("scores.max_new_tokens=3",))
     with pytest.raises(MeasurementError, match="none of the original's first 4 responses shows"):
-        refining.refiner_for(loaded, method, tokens, config, lambda _: False)
+        refinement.refiner_for(loaded, method, tokens, config, lambda _: False)
 
 
 def test_a_run_with_nothing_to_refine_ends_with_what_it_found(tiny: Path, tmp_path: Path, capsys):
@@ -281,12 +284,12 @@ def test_rows_stand_alone_where_padding_is_not_trusted():
     bare = replace(loaded, anatomy=replace(loaded.anatomy, padding=False))
     method = builders.method(loaded)
     rows, answers = builders.token_ids(5, 3), builders.token_ids(5, 4, shortest=3)
-    both = [refining.texts(loaded, rows, answers)] * 2
+    both = [refinement.texts(loaded, rows, answers)] * 2
     candidate = builders.candidates(2)[1]
     strengths = torch.full((len(method.writers),), 0.5, dtype=torch.float64)
     losses = []
     for one in (loaded, bare):
-        refiner = refining.Refiner(one, method, *both)
+        refiner = refinement.Refiner(one, method, *both)
         losses.append(float(refiner.loss(candidate.index, strengths, 0.1)))
     parts = refiner._target
     assert len(parts) == len(rows)
@@ -301,11 +304,11 @@ def test_responses_to_direction_prompts_are_had_within_the_free_memory(monkeypat
     loaded = builders.loaded("qwen3")
     prompts = {"contrast": builders.token_ids(40, 5)}
     config = validate({"scores": {"max_new_tokens": 8}})
-    roomy = refining.direction_engine(loaded, prompts, config)
+    roomy = refinement.direction_engine(loaded, prompts, config)
     assert (roomy.plan.rows, roomy.plan.decode) == (Plan().rows, Plan().decode)
     few = SimpleNamespace(available=10**6)
-    monkeypatch.setattr(planning.psutil, "virtual_memory", lambda: few)
-    tight = refining.direction_engine(loaded, prompts, config)
+    monkeypatch.setattr(batch_sizing.psutil, "virtual_memory", lambda: few)
+    tight = refinement.direction_engine(loaded, prompts, config)
     longest = max(map(len, prompts["contrast"])) + 8
     assert tight.plan.fits("rows", longest) < 40 < roomy.plan.fits("rows", longest)
     for engine in (roomy, tight):
@@ -318,7 +321,7 @@ def test_responses_to_direction_prompts_are_had_within_the_free_memory(monkeypat
 
 @pytest.mark.parametrize("name", ["directional", "subspace", "ridge"])
 def test_strengthening_pushes_the_other_way(name):
-    from test_methods import method_of, params_of
+    from tests.methods.test_registry import method_of, params_of
 
     loaded, bench, _, removes = method_of(name)
     _, _, _, adds = method_of(name, goal="strengthen")

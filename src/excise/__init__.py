@@ -15,8 +15,8 @@ _EXPORTS = {
     "ExciseError": "errors",
     "Record": "record",
     "load_config": "config",
-    "run": "pipeline",
-    "scorer": "scorers",
+    "run": "runs.pipeline",
+    "scorer": "search.scorers",
 }
 
 __all__ = ["Config", "ExciseError", "Record", "__version__", "load_config", "run", "scorer"]
@@ -24,9 +24,9 @@ __all__ = ["Config", "ExciseError", "Record", "__version__", "load_config", "run
 if TYPE_CHECKING:
     from excise.config import Config, load_config
     from excise.errors import ExciseError
-    from excise.pipeline import run
     from excise.record import Record
-    from excise.scorers import scorer
+    from excise.runs.pipeline import run
+    from excise.search.scorers import scorer
 
 
 def __getattr__(name: str) -> Any:

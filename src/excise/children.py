@@ -20,7 +20,7 @@ from pathlib import Path
 import psutil
 
 from excise.errors import ExportError
-from excise.staging import temporary
+from excise.files import temporary
 
 # What a program needs to find itself, its libraries and its place for files; nothing else is passed on.
 _PASSED = frozenset(

@@ -1,0 +1,1 @@
+"""What is measured of the original: residuals, moments, directions, geometry."""

@@ -1,0 +1,287 @@
+"""A plain copy of a checkpoint that comes quantised: what is searched, edited and exported.
+
+FP8 with scales per block, row or tensor, and MXFP4 as gpt-oss stores it. Each packed tensor is
+unpacked by its format's own formula, rounded once to bfloat16, and stored under the name that the
+unquantised model has; every other tensor is copied as it is, also those that no class loads. The copy
+lives in a scratch folder and goes when the model does.
+
+Where only the configuration says that weights are packed, the copy differs in that configuration alone.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from excise.checkpoints.model_folder import CONFIG, INDEX, is_other_form, read_tensors
+from excise.checkpoints.quantisation import (
+    SCALES,
+    Packing,
+    check_mxfp4,
+    check_scale,
+    is_pair,
+    spread_of,
+)
+from excise.checkpoints.safetensors_headers import BITS, FP8, Stored
+from excise.errors import ModelError, StorageError
+from excise.files import Claim, temporary
+from excise.folders import list_files
+
+DTYPE = torch.bfloat16
+# Of activations: they mean nothing without the kernels that use them.
+_DROPPED = ("activation_scale", "input_scale", "k_scale", "v_scale")
+_FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_WORDS = {"fp8": "FP8", "mxfp4": "MXFP4", "compressed-tensors": "FP8 (compressed-tensors)"}
+UNPACKED = "The source is {}, unpacked to bfloat16; all figures and exports are of that."
+_LEFT_OVER = (
+    "The source's configuration says that it is quantised with {}, and its weights are plain: they are "
+    "what was measured, and an export's configuration says nothing of it."
+)
+
+
+@dataclass(frozen=True)
+class Plain:
+    """A plain copy: its folder, which goes with `scratch`, and a sentence on what it is a copy of."""
+
+    folder: Path
+    note: str
+    scratch: Claim
+
+
+def unpack(
+    folder: Path, files: Sequence[Path], config: dict[str, Any], found: Packing
+) -> Plain | None:
+    """A plain copy of the safetensors checkpoint in `folder`; None where it is plain and says so.
+
+    Args:
+        folder: the checkpoint.
+        files: its weight files.
+        config: its config.json.
+        found: as `packing` gave it.
+
+    Raises:
+        ModelError: a packed tensor lacks its scales, or they do not fit. StorageError: no room.
+    """
+    if found.method is None and found.claim is None:
+        return None
+    packed = _Tensors(files)
+    plans = {} if found.method is None else {f: list(_plan(packed, f, found.block)) for f in files}
+    rest = [
+        folder / file for file in list_files(folder, ModelError) if not _is_made_anew(file, plans)
+    ]
+    need = (4 if found.method == "mxfp4" else 2) * sum(file.stat().st_size for file in plans)
+    scratch = make_room(need + sum(file.stat().st_size for file in rest))
+    target = scratch.path
+    for file in rest:
+        _take(file, target / file.relative_to(folder))
+    total = sum(_write(target / file.name, plan) for file, plan in plans.items())
+    if plans:
+        weight_map = {name: file.name for file, plan in plans.items() for name, *_ in plan}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        _write_json(target / INDEX, index)
+    _write_json(target / CONFIG, _without(config))
+    note = _LEFT_OVER.format(found.claim)
+    if found.method is not None:
+        note = UNPACKED.format(_WORDS[found.method])
+    return Plain(target, note, scratch)
+
+
+class _Tensors:
+    """All tensors of a checkpoint, by name, wherever they are stored."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self.by_name = {tensor.name: tensor for tensor in read_tensors(files)}
+        self.names = set(self.by_name)
+
+    def of_file(self, file: Path) -> list[Stored]:
+        """Those of one file, in the order of their names."""
+        return sorted((t for t in self.by_name.values() if t.file == file), key=lambda t: t.name)
+
+    def get(self, name: str) -> Stored:
+        """Where a tensor is stored.
+
+        Raises:
+            ModelError: there is none.
+        """
+        if name not in self.by_name:
+            raise ModelError(
+                f"the checkpoint has no tensor {name}, which another one is packed with"
+            )
+        return self.by_name[name]
+
+    def read(self, name: str) -> Tensor:
+        """The stored tensor."""
+        with safe_open(self.get(name).file, framework="pt") as file:
+            return file.get_tensor(name)  # type: ignore[no-any-return]
+
+
+# Name, shape and dtype of a tensor of the copy, and how it is made.
+_Planned = tuple[str, tuple[int, ...], str, Callable[[], Tensor]]
+
+
+def _plan(found: _Tensors, file: Path, block: tuple[int, int] | None) -> Iterator[_Planned]:
+    """What goes into the plain copy of one file."""
+    for tensor in found.of_file(file):
+        name, shape = tensor.name, tensor.shape
+        plain = name.removesuffix("_blocks")
+        if is_pair(name, found.names):
+            check_mxfp4(tensor, found.get(f"{plain}_scales"))
+            rows, groups, half = shape[-3:]
+            sides = (*shape[:-3], groups * half * 2, rows)
+            yield plain, sides, "BF16", partial(_mxfp4_of, found, plain)
+        elif tensor.dtype in FP8:
+            ends = (name + end for end in SCALES if name + end in found.names)
+            scale = found.get(next(ends, f"{name}{SCALES[0]}"))
+            check_scale(tensor, scale, block)
+            yield name, shape, "BF16", partial(_fp8_of, found, name, scale.name, block)
+        elif not _is_aside(name, found):
+            yield name, shape, tensor.dtype, partial(_as_stored, tensor)
+
+
+def _as_stored(tensor: Stored) -> Tensor:
+    return torch.frombuffer(tensor.read_bytes(), dtype=torch.uint8) if tensor.elements else _NOTHING
+
+
+_NOTHING = torch.empty(0, dtype=torch.uint8)
+
+
+def _is_aside(name: str, found: _Tensors) -> bool:
+    """Whether a tensor only serves another one that is unpacked."""
+    if name.endswith(_DROPPED):
+        return True
+    if name.endswith("_scales"):
+        return name.removesuffix("_scales") + "_blocks" in found.names
+    base = next((name.removesuffix(end) for end in SCALES if name.endswith(end)), None)
+    return base is not None and base in found.names and found.get(base).dtype in FP8
+
+
+def fp8(weight: Tensor, scale: Tensor, block: tuple[int, int] | None) -> Tensor:
+    """Unpacked weight (..., O, I), from FP8 and its scales.
+
+    Args:
+        weight: FP8.
+        scale: one number, one a row (..., O, 1), or one a block (..., O / b, I / c), the last of which
+            may be cut.
+        block: (b, c), where the configuration gives it.
+    """
+    values, scales = weight.float(), scale.float()
+    spread = spread_of(weight.shape, scale.shape, block)
+    if spread == "blocks" and block is not None:
+        for side, length in zip((-2, -1), block, strict=True):
+            scales = scales.repeat_interleave(length, side).narrow(side, 0, values.shape[side])
+    elif spread == "rows" and scales.dim() < values.dim():
+        scales = scales[..., None]
+    return (values * scales).to(DTYPE)
+
+
+def _fp8_of(found: _Tensors, name: str, scale: str, block: tuple[int, int] | None) -> Tensor:
+    return fp8(found.read(name), found.read(scale), block)
+
+
+def _mxfp4_of(found: _Tensors, plain: str) -> Tensor:
+    return mxfp4(found.read(f"{plain}_blocks"), found.read(f"{plain}_scales"))
+
+
+def mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
+    """Unpacked weight (E, I, O), from blocks (E, O, G, 16) of two values a byte and scales (E, O, G).
+
+    The low half of a byte comes first; a scale is an exponent of two with bias 127 (OCP MX 1.0).
+    """
+    table = torch.tensor([*_FP4, *(-x for x in _FP4)], dtype=DTYPE)
+    values = torch.stack([table[(blocks & 15).int()], table[(blocks >> 4).int()]], dim=-1)
+    values = torch.ldexp(values.flatten(-2), scales.int()[..., None] - 127)
+    return values.flatten(-2).mT.to(DTYPE).contiguous()
+
+
+# -- files -----------------------------------------------------------------------------------------
+
+
+def make_room(room: int) -> Claim:
+    """A scratch folder on a disk with room for so many bytes.
+
+    Raises:
+        StorageError: there is no such room.
+    """
+    place = Path(tempfile.gettempdir())
+    free = shutil.disk_usage(place).free
+    if room > free:
+        raise StorageError(
+            f"unpacking the checkpoint needs up to {room / 1e9:.1f} GB in {place}, where "
+            f"{free / 1e9:.1f} GB are free: set TMPDIR to a larger disk"
+        )
+    return temporary("plain")
+
+
+def _write(path: Path, plan: list[_Planned]) -> int:
+    """Write a safetensors file tensor by tensor; returns the bytes of its tensors."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, shape, dtype, _ in plan:
+        size = math.prod(shape) * BITS[dtype] // 8
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    try:
+        with path.open("xb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for name, shape, dtype, make in plan:
+                data = make().contiguous().view(-1).view(torch.uint8)
+                assert 8 * data.numel() == math.prod(shape) * BITS[dtype], name
+                file.write(data.numpy().data)
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror or error}") from None
+    return at
+
+
+def _is_made_anew(file: Path, plans: Mapping[Path, Any]) -> bool:
+    """Whether a file of the source is written anew, or is weights that the copy does without."""
+    name = file.name
+    if is_other_form(name):
+        return True
+    beside = file.parent == Path()
+    return beside and (
+        name == CONFIG or (bool(plans) and (name.endswith(".safetensors") or name == INDEX))
+    )
+
+
+def _without(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration that says nothing of quantisation."""
+    plain = {key: value for key, value in config.items() if key != "quantization_config"}
+    if isinstance(plain.get("text_config"), dict):
+        inner = plain["text_config"]
+        plain["text_config"] = {k: v for k, v in inner.items() if k != "quantization_config"}
+    return plain
+
+
+def _write_json(path: Path, data: dict[str, Any]) -> None:
+    try:
+        path.write_text(json.dumps(data, indent=1), encoding="utf-8")
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def _take(file: Path, target: Path) -> None:
+    """A second name of a file, or a copy where that cannot be: on another disk, of another user's.
+
+    No link: those that lead out of a model's folder are followed nowhere, not even ours.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            target.hardlink_to(file.resolve())
+        except OSError:
+            shutil.copyfile(file, target)
+    except OSError as error:
+        raise StorageError(f"cannot write {target}: {error.strerror or error}") from None

@@ -1,0 +1,165 @@
+"""How a checkpoint is quantised: by its tensors, whatever its configuration says.
+
+Quantising and merging leave settings behind, so that plain weights are called packed; and packed ones
+come without a word.
+
+Shapes: O and I a writer's out and in features.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from excise.checkpoints.safetensors_headers import FP8, Stored
+from excise.errors import ModelError
+
+# Suffixes of the scales of an FP8 weight; an inverse scale is multiplied all the same.
+SCALES = ("_scale_inv", "_scale")
+SCALE_DTYPES = ("F64", "F32", "F16", "BF16", "F8_E8M0")
+# By which tensors that are packed some other way are known: names, and matrices of whole numbers.
+_FOREIGN = re.compile(
+    r"\.(qweight|qzeros|g_idx|weight_packed|weight_shape|absmax|quant_map|SCB)$|\.quant_state\."
+)
+_CLAIM = 60  # characters of what a configuration calls a method
+_WHOLE = ("U8", "I8", "I16", "U16", "I32", "U32")
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How a checkpoint says that it is quantised, and how its tensors are.
+
+    Attributes:
+        claim: the method that its configuration names; None where it names none.
+        method: "fp8", "mxfp4" or "compressed-tensors"; None where all tensors are plain.
+        block: sides of the blocks that share a scale, where the configuration gives them.
+    """
+
+    claim: str | None
+    method: str | None
+    block: tuple[int, int] | None = None
+
+
+def packing(config: dict[str, Any], tensors: Sequence[Stored], source: str) -> Packing:
+    """How a checkpoint is quantised, by its tensors.
+
+    Raises:
+        ModelError: in a way that cannot be taken apart.
+    """
+    found = config.get("quantization_config")
+    found = _inner(config).get("quantization_config") if found is None else found
+    settings = found if isinstance(found, dict) else {}
+    claim = (
+        None if found is None else str(settings.get("quant_method") or "an unnamed method")[:_CLAIM]
+    )
+    names = {tensor.name for tensor in tensors}
+    foreign = next((t for t in tensors if _is_foreign(t, names, claim is not None)), None)
+    floats = claim == "compressed-tensors" and settings.get("format") == "float-quantized"
+    fp8 = next((t for t in tensors if t.dtype in FP8), None)
+    mxfp4 = any(is_pair(t.name, names) for t in tensors)
+    if foreign is None and fp8 is None and not mxfp4:
+        return Packing(claim, None)
+    if foreign is not None or not (claim in (None, "fp8", "mxfp4") or floats):
+        raise ModelError(_not_unpacked(claim, settings, source, foreign or fp8))
+    if fp8 is not None and claim is None and not any(fp8.name + end in names for end in SCALES):
+        raise ModelError(
+            f"model {source} stores {fp8.name} in FP8 without its scales: use the checkpoint that it "
+            "was made from"
+        )
+    name = "mxfp4" if mxfp4 and fp8 is None else claim if floats else "fp8"
+    return Packing(claim, name, _block(settings, source))
+
+
+def _inner(config: dict[str, Any]) -> dict[str, Any]:
+    inner = config.get("text_config")
+    return inner if isinstance(inner, dict) else {}
+
+
+def _is_foreign(tensor: Stored, names: set[str], claimed: bool) -> bool:
+    """Whether a tensor is packed in a way that is not known here."""
+    if _FOREIGN.search(tensor.name) or tensor.dtype in ("F4", "F6_E2M3", "F6_E3M2"):
+        return True
+    base = re.sub("_(blocks|scales)$", "", tensor.name)
+    if len(tensor.shape) < 2 or tensor.dtype not in _WHOLE or is_pair(f"{base}_blocks", names):
+        return False
+    return claimed or tensor.name.endswith("weight")  # masks are kept as whole numbers too
+
+
+def is_pair(name: str, names: set[str]) -> bool:
+    """Whether a tensor is the values of an MXFP4 pair."""
+    return name.endswith("_blocks") and f"{name.removesuffix('_blocks')}_scales" in names
+
+
+def _not_unpacked(
+    claim: str | None, settings: dict[str, Any], source: str, tensor: Stored | None
+) -> str:
+    if claim == "bitsandbytes":
+        return (
+            f"model {source} is stored as bitsandbytes packs it: use the checkpoint that it was made "
+            "from, with --quantize bnb-4bit or bnb-8bit"
+        )
+    more = f" ({str(settings['format'])[:_CLAIM]})" if settings.get("format") else ""
+    named = f"{claim}{more}" if claim else "a method that its configuration does not name"
+    which = f" (its {tensor.name} is {tensor.dtype})" if tensor is not None else ""
+    return (
+        f"model {source} is quantised with {named}, which cannot be unpacked here{which}: use the "
+        "checkpoint that it was made from, or one in FP8, MXFP4 or GGUF"
+    )
+
+
+def _block(settings: dict[str, Any], source: str) -> tuple[int, int] | None:
+    block = settings.get("weight_block_size")
+    if block is None:
+        return None
+    if isinstance(block, list) and len(block) == 2 and all(type(b) is int and b > 0 for b in block):
+        return block[0], block[1]
+    raise ModelError(
+        f"model {source}: quantization_config.weight_block_size is {block!a}, not two sides of a block"
+    )
+
+
+def spread_of(
+    shape: Sequence[int], scale: Sequence[int], block: tuple[int, int] | None
+) -> str | None:
+    """What each number of an FP8 weight's scales is for: "one", "rows" or "blocks"; None if nothing."""
+    shape, scale = tuple(shape), tuple(scale)
+    if block is not None and len(shape) > 1 and len(scale) == len(shape):
+        parts = (-(-side // length) for side, length in zip(shape[-2:], block, strict=True))
+        if scale == (*shape[:-2], *parts):
+            return "blocks"
+    if all(side == 1 for side in scale) and len(scale) <= len(shape):
+        return "one"
+    if len(shape) > 1 and scale in (shape[:-1], (*shape[:-1], 1)):
+        return "rows"
+    return None
+
+
+def check_scale(tensor: Stored, scale: Stored, block: tuple[int, int] | None) -> None:
+    """Whether `scale` is the scales of an FP8 tensor.
+
+    Raises:
+        ModelError: it cannot be.
+    """
+    if scale.dtype in SCALE_DTYPES and spread_of(tensor.shape, scale.shape, block) is not None:
+        return
+    raise _damaged(scale, tensor, f" in blocks of {list(block)}" if block else "")
+
+
+def check_mxfp4(blocks: Stored, scales: Stored) -> None:
+    """Whether two tensors are values and scales of MXFP4.
+
+    Raises:
+        ModelError: they cannot be.
+    """
+    fits = len(blocks.shape) >= 3 and blocks.shape[-1] == 16 and scales.shape == blocks.shape[:-1]
+    if not fits or (blocks.dtype, scales.dtype) != ("U8", "U8"):
+        raise _damaged(scales, blocks, "")
+
+
+def _damaged(scale: Stored, tensor: Stored, more: str) -> ModelError:
+    return ModelError(
+        f"{scale.name} {list(scale.shape)} ({scale.dtype}) does not scale {tensor.name} "
+        f"{list(tensor.shape)} ({tensor.dtype}){more}: the checkpoint is damaged"
+    )

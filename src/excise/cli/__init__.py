@@ -1,0 +1,1 @@
+"""The command line: arguments, progress, tables, exit codes. The only part that prints."""

@@ -1,0 +1,223 @@
+"""Records on a terminal: tables and panels, of texts that others wrote."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console, Group, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from excise.cli import terminal
+from excise.record import Record, Scores, TrialRecord
+from excise.report import formatting
+from excise.visible import visible
+
+if TYPE_CHECKING:
+    from excise.runs.reproduce import Reproduction
+
+# Names that leave room for figures in 80 columns.
+_SHORT = {"drift_first": "first token", "restored": "restored", "kept": "kept"}
+
+
+def show_result(record: Record, out: Path) -> None:
+    """What a run found: the front, the choice, its figures, a few responses, and where things lie."""
+    show("", front_table(record), figures_table(record), *_samples(record), _places(record, out))
+
+
+def show(*parts: RenderableType) -> None:
+    """Tables and panels on standard output."""
+    like = Console()  # how standard output takes colours and lines
+    page = _Page()
+    console = Console(
+        file=page, width=like.width, force_terminal=like.is_terminal, no_color=like.no_color
+    )
+    for part in parts:
+        console.print(part)
+    terminal.out(page.getvalue())
+
+
+class _Page(io.StringIO):
+    """Text for standard output, drawn with the characters that it has."""
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        """Standard output's."""
+        return terminal.encoding()
+
+
+def _row(table: Table, *cells: str | Text, style: str = "") -> None:
+    """A row of these texts as they are: what looks like markup is none."""
+    texts = [cell if isinstance(cell, Text) else Text(visible(cell)) for cell in cells]
+    table.add_row(*texts, style=style)
+
+
+def front_table(record: Record, *, most: int = 12) -> Table:
+    """The front, thinned evenly when it is long; the selected trial is marked."""
+    trials = [record.trial(number) for number in record.front]
+    shown = _thin(trials, most, record.selected)
+    of = f", {len(shown)} shown" if len(shown) < len(trials) else ""
+    table = _table(f"Front: {len(trials)} of {len(record.trials)} trials{of}")
+    table.add_column("trial", justify="right")
+    names = list(dict.fromkeys([*record.objectives, "drift_first"]))
+    for name in names:
+        # One word to a line, so that the words at the end fit a line of 80 characters.
+        head = Text("\n".join(visible(_called(name)).split()))
+        table.add_column(head, justify="right", vertical="bottom")
+    table.add_column("", style="dim")
+    for trial in shown:
+        mine = trial.number == record.selected
+        words = formatting.assess(trial.scores, record.baseline)
+        _row(
+            table,
+            f"{'* ' if mine else ''}{trial.number}",
+            *(_value(name, trial.scores) for name in names),
+            words.replace(" of the behaviour", "").removeprefix("makes "),
+            style="bold" if mine else "",
+        )
+    return table
+
+
+def figures_table(record: Record) -> Table:
+    """The chosen edit beside the original, on search and on holdout prompts."""
+    number = record.chosen().number
+    table = _table(f"\nChosen: trial {number} by {visible(record.selection)}")
+    table.add_column("")
+    for heading in ("original", "edited (95 %)"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("", style="dim")
+    chosen = record.chosen().scores
+    parts: list[tuple[str, Scores, Scores]] = [
+        ("on search prompts", record.baseline | record.final_baseline, chosen | record.final),
+        ("on holdout prompts", record.holdout_baseline, record.holdout),
+    ]
+    for where, before, after in parts:
+        if after:
+            _row(table, Text(where, style="dim"))
+        for name, score in after.items():
+            n = formatting.sample(name, score)
+            row = _value(name, before), formatting.measured(name, score), n
+            _row(table, f"  {_called(name)}", *row)
+            for group, part in (score.parts or {}).items():
+                old = (before[name].parts or {}).get(group) if name in before else None
+                was = "–" if old is None else formatting.number(name, old.value)
+                now = formatting.measured(name, part)
+                _row(table, f"    {group}", was, now, formatting.sample(name, part))
+    return table
+
+
+def _called(name: str) -> str:
+    """A score's name at the head of a column or a row."""
+    return _SHORT.get(name, formatting.title(name).lower())
+
+
+def _table(title: str | None = None, *, header: bool = True) -> Table:
+    """A table without lines: columns two spaces apart."""
+    return Table(
+        title=None if title is None else Text(title),
+        title_justify="left",
+        show_header=header,
+        box=None,
+        pad_edge=False,
+        padding=(0, 2, 0, 0),
+    )
+
+
+def _samples(record: Record) -> list[Panel]:
+    panels = []
+    for sample in record.samples[:3]:
+        lines = [
+            Text.assemble(("before  ", "dim"), visible(sample.before, lines=True) or "(empty)"),
+            Text.assemble(("after   ", "dim"), visible(sample.after, lines=True) or "(empty)"),
+        ]
+        if sample.answer is not None:
+            lines.append(Text.assemble(("truth   ", "dim"), visible(sample.answer, lines=True)))
+        title = Text(visible(sample.prompt), style="bold")
+        panels.append(Panel(Group(*lines), title=title, title_align="left", border_style="dim"))
+    return panels
+
+
+def _places(record: Record, out: Path) -> Table:
+    table = _table(header=False)
+    table.add_column(style="dim")
+    table.add_column(overflow="fold")
+    for artifact in record.artifacts:
+        name = "edited model" if artifact.format == "safetensors" else artifact.format
+        _row(table, name, str(out / artifact.path))
+        _row(table, f"{name}'s card", str(out / artifact.path / "README.md"))
+    _row(table, "report", str(out / "report.html"))
+    _row(table, "record", str(out / "record.json"))
+    return table
+
+
+def comparison_table(rows: list[tuple[str, Scores, Scores]]) -> Table:
+    """(set, original's scores, edited model's scores) as a table."""
+    table = _table()
+    for heading in ("", "original", "edited", "on"):
+        table.add_column(heading, justify="left" if heading in ("", "on") else "right")
+    for where, before, after in rows:
+        for name, score in after.items():
+            _row(
+                table,
+                formatting.title(name),
+                formatting.measured(name, before.get(name)),
+                formatting.measured(name, score),
+                f"{where}, {formatting.sample(name, score)}",
+            )
+    return table
+
+
+_GEOMETRY = {
+    "layer": "layer",
+    "target_norm": "target norm",
+    "contrast_norm": "contrast norm",
+    "difference_norm": "difference",
+    "cosine": "cosine",
+    "silhouette": "silhouette",
+    "auc": "AUC",
+    "effective_rank": "rank",
+}
+
+
+def geometry_table(layers: list[dict[str, float]]) -> Table:
+    """What `excise geometry` found, a row per layer."""
+    table = _table()
+    for heading in _GEOMETRY.values():
+        table.add_column(heading, justify="right")
+    for row in layers:
+        values = (row[key] for key in _GEOMETRY if key != "layer")
+        _row(table, f"{row['layer']:.0f}", *(formatting.significant(value) for value in values))
+    return table
+
+
+def show_reproduction(found: Reproduction) -> None:
+    """What `excise reproduce` found: hashes, what differs and whether it matters, the verdict."""
+    table = _table()
+    for heading in ("", "record", "now", ""):
+        table.add_column(heading)
+    for one in found.rebuilt:
+        words = "not on the record" if one.then is None else "same bytes"
+        words = words if one.same else "other bytes"
+        _row(table, one.format, (one.then or "–")[:12], one.now[:12], words)
+    for part in found.differences:
+        words = "can change weights" if part.matters else "cannot change weights"
+        _row(table, part.what, part.then, part.now, words)
+    show(table)
+    for name in found.left_out:
+        terminal.say(f"{name}: not rebuilt; `excise export --format {name}` writes it from the run")
+    terminal.say(found.verdict)
+
+
+def _thin(trials: list[TrialRecord], most: int, always: int | None) -> list[TrialRecord]:
+    if len(trials) <= most:
+        return trials
+    step = (len(trials) - 1) / (most - 1)
+    kept = {round(i * step) for i in range(most)}
+    return [t for i, t in enumerate(trials) if i in kept or t.number == always]
+
+
+def _value(name: str, scores: Scores) -> str:
+    return formatting.number(name, scores[name].value) if name in scores else "–"

@@ -1,0 +1,324 @@
+"""Commands and exit codes. Nothing heavy is imported before a command needs it."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from excise.cli import terminal
+from excise.cli.arguments import PROMPT_FLAGS, parser
+from excise.cli.signals import Stoppable
+from excise.errors import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    ExciseError,
+)
+from excise.reading import full_path, is_file, is_folder
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code.
+
+    Args:
+        argv: its words; the process's own by default, which then ends with the command.
+    """
+    terminal.prepare()
+    arguments = build_parser().parse_args(argv)
+    if not arguments.debug:  # it tells of a kernel that it would have downloaded
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    try:
+        command: Callable[[argparse.Namespace], int] = arguments.command
+        with Stoppable(last=argv is None):
+            return command(arguments)
+    except KeyboardInterrupt:
+        terminal.complain("interrupted" + _resume_hint(arguments))
+        return EXIT_INTERRUPTED
+    except ExciseError as error:
+        if arguments.debug:
+            traceback.print_exc()
+        terminal.complain(str(error))
+        return error.exit_code
+    except BrokenPipeError:
+        # The reader of a pipe went away: not our failure, and nothing more can be said to it.
+        unfinished = getattr(arguments, "json_events", False)  # its reader went away while it ran
+        return EXIT_FAILED if unfinished else EXIT_DONE
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line, whole: a test freezes it."""
+    return parser(
+        {
+            "demo": _demo,
+            "run": _run,
+            "resume": _resume,
+            "front": _front,
+            "export": _export,
+            "reproduce": _reproduce,
+            "push": _push,
+            "evaluate": _evaluate,
+            "inspect": _inspect,
+            "geometry": _geometry,
+            "report": _report,
+        }
+    )
+
+
+def _config(arguments: argparse.Namespace, model: str) -> Any:
+    """The configuration that the flags make."""
+    from excise.config import load_config
+
+    given = vars(arguments)
+    flags: dict[str, Any] = {"model.source": _absolute(model)}
+    plain = {
+        "method": "method",
+        "seed": "seed",
+        "quantize": "model.quantize",
+        "direction_size": "prompts.direction_size",
+        "eval_size": "prompts.eval_size",
+        "max_new_tokens": "scores.max_new_tokens",
+        "trials": "search.trials",
+        "startup_trials": "search.startup_trials",
+        "refine": "search.refine",
+    }
+    flags |= {key: given[flag] for flag, key in plain.items() if given.get(flag) is not None}
+    if given["strengthen"]:
+        flags["goal"] = "strengthen"
+    if given["markers"] is not None:
+        flags |= {"scores.markers": [], "scores.markers_file": _absolute(given["markers"])}
+    if given["chat_template"] is not None:
+        flags["prompts.chat_template"] = _absolute(given["chat_template"])
+    for name in PROMPT_FLAGS:
+        if given[name] is not None:
+            flags[f"prompts.{name}"] = {"source": _absolute(given[name])}
+    return load_config(
+        behaviour=arguments.behaviour,
+        file=arguments.config,
+        flags=flags,
+        sets=tuple(arguments.sets),
+    )
+
+
+def _absolute(name: str) -> str:
+    """A file or folder by its full path, so that a run can be resumed from anywhere; else an id."""
+    path = Path(name)
+    local = name != "demo" and (is_file(path) or is_folder(path))
+    return str(full_path(path)) if local else name
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from excise.config import load_config
+
+    trials = 120 if arguments.trials is None else arguments.trials
+    flags = {"model.source": "demo", "search.trials": trials, "seed": arguments.seed or 0}
+    config = load_config(behaviour="demo", flags=flags)
+    return _do_run(config, arguments.out, arguments, resume=False)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    config = _config(arguments, arguments.model)
+    return _do_run(config, arguments.out, arguments, resume=False)
+
+
+def _resume(arguments: argparse.Namespace) -> int:
+    from excise.errors import RunStateError
+    from excise.reading import is_file
+    from excise.runs.resume_terms import CONFIG, read_terms
+
+    if not is_file(arguments.folder / CONFIG):
+        raise RunStateError(f"{arguments.folder} holds no config.toml: it is not a run folder")
+    config = read_terms(arguments.folder, trust=arguments.trust_run, trials=arguments.trials)
+    return _do_run(config, arguments.folder, arguments, resume=True)
+
+
+def _do_run(config: Any, out: Path, arguments: argparse.Namespace, *, resume: bool) -> int:
+    from excise.cli.console import show_result
+    from excise.cli.progress import Reporter
+    from excise.runs.pipeline import run
+
+    arguments.run = out
+    anyway = getattr(arguments, "anyway", False)
+    with Reporter(quiet=arguments.quiet, json_events=arguments.json_events) as on_event:
+        record = run(config, out, on_event, resume=resume, anyway=anyway)
+    if not arguments.json_events:
+        with terminal.beside_the_work():
+            show_result(record, out)
+    return EXIT_DONE
+
+
+def _front(arguments: argparse.Namespace) -> int:
+    from excise.cli import console
+    from excise.report.stored_record import read_record
+
+    record = read_record(arguments.folder)
+    if arguments.json:
+        trials = [record.trial(n).model_dump(mode="json") for n in record.front]
+        terminal.show_json(
+            {"objectives": record.objectives, "selected": record.selected, "front": trials}
+        )
+    else:
+        console.show(console.front_table(record, most=1000))
+    return EXIT_DONE
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from excise.cli.progress import Reporter
+    from excise.runs.finished_run import export_run
+
+    with Reporter(quiet=arguments.quiet, json_events=arguments.json_events) as on_event:
+        artifact = export_run(
+            arguments.folder,
+            arguments.to,
+            format_name=arguments.format_name,
+            trial=arguments.trial,
+            select=arguments.select,
+            options=_export_options(arguments),
+            trust_run=arguments.trust_run,
+            on_event=on_event,
+        )
+    if not _as_event(
+        arguments,
+        {**artifact.model_dump(include={"trial", "format", "sha256"}), "path": str(arguments.to)},
+    ):
+        with terminal.beside_the_work():
+            terminal.say(f"trial {artifact.trial} as {artifact.format}: {arguments.to}")
+    return EXIT_DONE
+
+
+def _export_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Settings of the configuration's export section, None where a flag was not given."""
+    types = arguments.quantize
+    base, tools = arguments.from_gguf, arguments.llama_cpp
+    return {
+        "adapter_rank": arguments.rank,
+        "adapter_error": arguments.error,
+        "quantize": None if types is None else tuple(filter(None, types.split(","))),
+        "from_gguf": None if base is None else str(full_path(base)),
+        "llama_cpp": None if tools is None else str(tools.resolve()),
+    }
+
+
+def _reproduce(arguments: argparse.Namespace) -> int:
+    from excise.cli import console
+    from excise.cli.progress import Reporter
+    from excise.runs.reproduce import reproduce
+
+    with Reporter(quiet=arguments.quiet, json_events=arguments.json_events) as on_event:
+        found = reproduce(
+            arguments.record,
+            arguments.out,
+            trial=arguments.trial,
+            sets=arguments.sets,
+            on_event=on_event,
+        )
+    verdict = {"trial": found.trial, "same": found.same, "verdict": found.verdict}
+    if not _as_event(arguments, verdict):
+        with terminal.beside_the_work():
+            console.show_reproduction(found)
+    return EXIT_DONE if found.same else EXIT_FAILED
+
+
+def _push(arguments: argparse.Namespace) -> int:
+    from excise.cli.progress import Reporter
+    from excise.export.hub import push
+
+    with Reporter(quiet=arguments.quiet, json_events=arguments.json_events) as on_event:
+        done = push(
+            arguments.folder,
+            arguments.repo,
+            format_name=arguments.format_name,
+            trial=arguments.trial,
+            place=arguments.place,
+            public=arguments.public,
+            on_event=on_event,
+        )
+    if not _as_event(arguments, {"address": done.address, "public": done.public}):
+        with terminal.beside_the_work():
+            terminal.say(f"{'public' if done.public else 'private'}: {done.address}")
+    return EXIT_DONE
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from excise.cli import console
+    from excise.cli.progress import Reporter
+    from excise.runs.finished_run import evaluate
+
+    config = _config(arguments, arguments.base)
+    with Reporter(quiet=arguments.quiet, json_events=arguments.json_events) as on_event:
+        rows = evaluate(config, arguments.edited, on_event)
+    found = {
+        where: {
+            "original": {k: v.model_dump(exclude_none=True) for k, v in before.items()},
+            "edited": {k: v.model_dump(exclude_none=True) for k, v in after.items()},
+        }
+        for where, before, after in rows
+    }
+    if arguments.json:
+        terminal.show_json(found)
+    elif not _as_event(arguments, found):
+        console.show(console.comparison_table(rows))
+    return EXIT_DONE
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from excise.cli import console
+    from excise.cli.inspect_model import inspect_model, inspection_table
+
+    found = inspect_model(arguments.model)
+    if arguments.json:
+        terminal.show_json(found)
+    else:
+        console.show(inspection_table(found))
+    return EXIT_DONE
+
+
+def _geometry(arguments: argparse.Namespace) -> int:
+    from excise.cli import console
+    from excise.cli.progress import Reporter
+    from excise.runs.finished_run import GEOMETRY, survey
+
+    with Reporter(quiet=arguments.quiet, json_events=arguments.json_events) as on_event:
+        layers = survey(
+            arguments.folder, on_event, arguments.projection, trust_run=arguments.trust_run
+        )
+    if arguments.json:
+        terminal.show_json({"layers": layers})
+    elif not _as_event(arguments, {"layers": layers}):
+        with terminal.beside_the_work():
+            console.show(console.geometry_table(layers))
+            terminal.say(str(arguments.folder / GEOMETRY))
+    return EXIT_DONE
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from excise.report.stored_record import read_record
+    from excise.runs.results import write_pages
+    from excise.search.journal import hold
+
+    read_record(arguments.folder)  # where there is none, not even a lock is left there
+    with hold(arguments.folder):
+        write_pages(arguments.folder, read_record(arguments.folder))
+    with terminal.beside_the_work():
+        terminal.say(str(arguments.folder / "report.html"))
+    return EXIT_DONE
+
+
+def _as_event(arguments: argparse.Namespace, result: dict[str, Any]) -> bool:
+    """Say what a command found as the last of its events, where it was asked for events."""
+    if arguments.json_events:
+        from excise.events import Result
+
+        terminal.show_json(Result(result).as_dict(), indent=None)
+    return bool(arguments.json_events)
+
+
+def _resume_hint(arguments: argparse.Namespace) -> str:
+    """How to go on with a run; "" where none has begun."""
+    folder = getattr(arguments, "run", None)
+    if folder is None or not (folder / "config.toml").is_file():
+        return ""
+    return f"; what was finished is kept: go on with `excise resume {folder}`"

@@ -1,0 +1,1 @@
+"""Candidates in, evidence out; it knows no method and no scorer."""

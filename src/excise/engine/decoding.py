@@ -1,0 +1,171 @@
+"""Greedy decoding of many rows at once: finished rows leave the batch, decided ones finish early.
+
+Knows rows and tokens; knows nothing of candidates, except through the `regroup` call that tells the
+stack which rows are left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from excise.engine.requests import Decided, Response
+from excise.model.forward import Forward
+from excise.model.kv_cache import select_rows
+
+# Rows are taken out of the batch once this share of it is finished: each time copies the cache.
+_COMPACT_AT = 0.25
+
+
+class ResponseTree:
+    """All responses seen, as a tree of tokens, so that a text is decoded and judged only once.
+
+    Most rows repeat what others said: the same prompt under another candidate, the same phrase.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        deciders: frozenset[Decided] | None,
+        spoken: tuple[int, ...] = (),
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._spoken = spoken
+        self._deciders = deciders
+        self._children: dict[tuple[int, int], int] = {}
+        self._from: list[tuple[int, int]] = [(0, 0)]  # a node's parent, and the token after that
+        self._length: list[int] = [0]
+        self._final: list[bool] = [False]
+        self._responses: dict[tuple[int, bool], Response] = {}
+
+    def step(self, node: int, token: int) -> int:
+        """The node reached from `node` by one more token."""
+        key = (node, token)
+        child = self._children.get(key)
+        if child is None:
+            settled = self._settled((*self.tokens(node), token))  # first: a decider may raise
+            child = self._children[key] = len(self._from)
+            self._from.append(key)
+            self._length.append(self._length[node] + 1)
+            self._final.append(settled)
+        return child
+
+    def _settled(self, tokens: tuple[int, ...]) -> bool:
+        if self._deciders is None:
+            return False
+        text = self.text(tokens)
+        return all(decided(text) for decided in self._deciders)
+
+    def tokens(self, node: int) -> tuple[int, ...]:
+        """The tokens on the way to a node; only the last of them is kept with it."""
+        found = []
+        while node:
+            node, token = self._from[node]
+            found.append(token)
+        return tuple(reversed(found))
+
+    def length(self, node: int) -> int:
+        """How many tokens stand on the way to a node."""
+        return self._length[node]
+
+    def is_decided(self, node: int) -> bool:
+        """Whether the verdict on this response can no longer change."""
+        return self._final[node]
+
+    def response(self, node: int, ended: bool) -> Response:
+        """The response that this node stands for, made once: most rows end where others did."""
+        if (node, ended) not in self._responses:
+            tokens = self.tokens(node)
+            self._responses[node, ended] = Response(tokens, self.text(tokens), ended)
+        return self._responses[node, ended]
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """Text of response tokens, without special tokens, after what every response begins with."""
+        return str(self._tokenizer.decode([*self._spoken, *tokens], skip_special_tokens=True))
+
+
+class Transcript:
+    """What every row of a batch has said so far, and which rows are through."""
+
+    def __init__(self, tree: ResponseTree, rows: int, ends: frozenset[int], limit: int) -> None:
+        """`ends`: tokens that end a response; `limit`: most tokens of one."""
+        self._tree, self._ends, self._limit = tree, ends, limit
+        self._nodes = [0] * rows
+        self._done: dict[int, Response] = {}
+
+    def say(self, row: int, token: int) -> None:
+        """A row's next token; it is through once its response has ended or its verdict is settled."""
+        node = self._nodes[row] = self._tree.step(self._nodes[row], token)
+        ended = token in self._ends
+        if ended or self.room(row) == 0 or self._tree.is_decided(node):
+            self._done[row] = self._tree.response(node, ended)
+
+    def said(self, row: int) -> tuple[int, ...]:
+        """The tokens of a row so far."""
+        return self._tree.tokens(self._nodes[row])
+
+    def room(self, row: int) -> int:
+        """How many tokens a row may still say."""
+        return self._limit - self._tree.length(self._nodes[row])
+
+    def is_open(self, row: int) -> bool:
+        """Whether a row has more to say."""
+        return row not in self._done
+
+    def open_rows(self) -> list[int]:
+        """The rows that have more to say."""
+        return [row for row in range(len(self._nodes)) if row not in self._done]
+
+    def responses(self) -> list[Response]:
+        """Every row's response, once all are through."""
+        return [self._done[row] for row in range(len(self._nodes))]
+
+
+def greedy(
+    forward: Forward,
+    transcript: Transcript,
+    alive: list[int],
+    first: Tensor,
+    mask: Tensor,
+    cache: Any,
+    regroup: Callable[[list[int]], None],
+) -> None:
+    """Decode rows to their end.
+
+    Args:
+        forward: the model.
+        transcript: what the rows have said, and what they say from here on.
+        alive: the rows of the transcript that the batch holds.
+        first: (B,) the next token of each, already chosen.
+        mask: (B, T) mask of what was read so far, whose states `cache` holds.
+        cache: key-value cache with room for all that the rows may still say.
+        regroup: told which rows are still in the batch, whenever that changes.
+    """
+    device, seen = mask.device, mask.shape[1]  # logits may come from another device
+    tokens = first.to(device)
+    positions = mask.sum(-1)
+    rooms = list(map(transcript.room, alive))
+    # A row that is through may stay for a while; it must not run out of positions meanwhile.
+    last = positions + torch.tensor(rooms, device=device) - 1
+    mask = torch.cat([mask, mask.new_ones(len(alive), max(rooms))], dim=1)
+    while True:
+        for row, token in zip(alive, tokens.tolist(), strict=True):
+            if transcript.is_open(row):
+                transcript.say(row, token)
+        open_slots = [slot for slot, row in enumerate(alive) if transcript.is_open(row)]
+        if not open_slots:
+            return
+        if len(open_slots) <= (1 - _COMPACT_AT) * len(alive):
+            alive = [alive[slot] for slot in open_slots]
+            picked = torch.tensor(open_slots, device=device)
+            tokens, mask = tokens[picked], mask[picked]
+            positions, last = positions[picked], last[picked]
+            select_rows(cache, open_slots)
+            regroup(alive)
+        seen += 1
+        hidden = forward.hidden(tokens[:, None], mask[:, :seen], positions[:, None], cache)
+        positions = torch.minimum(positions + 1, last)
+        tokens = forward.greedy(hidden[:, -1]).to(device)

@@ -1,0 +1,397 @@
+"""One batched pass answers every scorer's request, for C candidates at once.
+
+Rows are candidates x prompts, candidate-major, each carrying its candidate's edit at every writer of
+the untouched model. What the layers below a candidate's first edit give is shared (`passes`), and
+responses that were given before are read, not decoded (`answering`).
+
+Shapes: C candidates, S of them in one stack, P prompts, B rows, T tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from excise.checkpoints.loading import Loaded
+from excise.engine.decoding import ResponseTree, Transcript
+from excise.engine.drafts import Drafts
+from excise.engine.kl import divergences
+from excise.engine.passes import Passes, Rows
+from excise.engine.requests import Decided, Divergence, Evidence, Request, Response, Responses
+from excise.engine.responses import Answering
+from excise.engine.stacking import CandidateEdits, Stack, first_edited
+from excise.errors import MeasurementError, MemoryExhausted, is_out_of_memory
+from excise.model.anatomy import Writer
+from excise.model.forward import Forward
+from excise.model.kv_cache import can_join
+from excise.model.parameters import any_offloaded, let_go
+from excise.prompts.tokens import beginning, end_tokens, pad_token, same_length
+
+R = TypeVar("R")
+Limit = Literal["rows", "decode"]
+
+_FIRST_STACK = 4  # the first stack of a search is smaller by this factor
+_EDIT_BYTES = 4 * 2**30  # the edits of a stack are copied into one tensor per writer
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How large a pass is.
+
+    Attributes:
+        rows: bounds candidates x prompts of a pass over whole prompts.
+        stack: candidates of one pass.
+        decode: bounds candidates x prompts that decode together, one token each per pass.
+        reuse: run layers below a candidate's first edited one once for all candidates.
+        tokens: bounds both by the length of texts, response included: rows x tokens of the longest.
+        pairs: as `tokens`, of rows x tokens x tokens in passes over whole prompts; what one of the
+            bounds leaves of the memory is what the other may take.
+    """
+
+    rows: int = 256
+    stack: int = 8
+    decode: int = 1024
+    reuse: bool = True
+    tokens: int | None = None
+    pairs: int | None = None
+
+    def fits(self, limit: Limit, longest: int) -> int:
+        """Rows of a pass of either kind whose longest text has so many tokens; at least one."""
+        rows: int = getattr(self, limit)
+        share = self._share(limit, longest)
+        return max(1, min(rows, int((1 + 1e-9) / share))) if share else rows
+
+    def less(self, limit: Limit, longest: int, rows: int) -> Plan:
+        """The same with as much less room as leaves so many rows of such texts."""
+        if self.tokens is None:
+            return replace(self, tokens=rows * longest)
+        left = rows * self._share(limit, longest)
+        pairs = None if self.pairs is None else max(1, int(self.pairs * left))
+        return replace(self, tokens=max(1, int(self.tokens * left)), pairs=pairs)
+
+    def _share(self, limit: Limit, longest: int) -> float:
+        """Of the room that there is, what one such text takes."""
+        share = longest / self.tokens if self.tokens else 0.0
+        if self.pairs and limit == "rows":
+            share += longest * longest / self.pairs
+        return share
+
+
+@dataclass(frozen=True)
+class Original:
+    """The original model's responses to one side's prompts, and its states while it gave them."""
+
+    responses: list[Response]
+    states: list[Tensor]  # per prompt (tokens, D): the state that predicts each response token
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Another engine's original model, to measure this engine's model against."""
+
+    originals: dict[str, Original]
+    forward: Forward  # gives the original's logits; only its head is needed
+
+
+class Engine:
+    """Measures candidates on one side's prompts each: `prompts` maps side -> token ids."""
+
+    def __init__(
+        self,
+        loaded: Loaded,
+        writers: Sequence[Writer],
+        prompts: dict[str, list[list[int]]],
+        *,
+        max_new_tokens: int,
+        plan: Plan | None = None,
+        reference: Reference | None = None,
+        spoken: Sequence[int] = (),
+    ) -> None:
+        self.plan = plan or Plan()
+        self.spoken = tuple(spoken)  # the last tokens of every prompt that belong to its response
+        self.writers = writers
+        self.prompts = prompts
+        self.limit = max_new_tokens
+        self._loaded = loaded
+        self._forward = Forward(loaded.model, loaded.anatomy)
+        self._ends = end_tokens(loaded.model, loaded.tokenizer)
+        pad = pad_token(loaded.model, loaded.tokenizer)
+        self._joins = can_join(self._forward.cache(1))
+        self._follows = self._joins and loaded.anatomy.padding  # drafts
+        shares = self._joins and not any_offloaded(loaded.model)
+        self._passes = Passes(
+            self._forward,
+            loaded.anatomy,
+            pad,
+            reuse=self.plan.reuse,
+            beginnings=[beginning(side) for side in prompts.values()] if shares else [],
+        )
+        self._drafts: dict[str, Drafts] = {}
+        self._learning = False
+        self._originals: dict[str, Original] = dict(reference.originals) if reference else {}
+        self._reference = reference.forward if reference else self._forward
+        self._trees: dict[frozenset[Decided] | None, ResponseTree] = {}
+
+    def measure(
+        self,
+        candidates: Sequence[CandidateEdits],
+        requests: Sequence[Request],
+        only: dict[str, int] | None = None,
+    ) -> list[Evidence]:
+        """Answer all requests for every candidate, in their order.
+
+        Args:
+            candidates: each an edit or None per writer; all None is the original model.
+            requests: duplicates are answered once; of several `Responses` to one side, each is
+                decoded until all of them are decided.
+            only: side -> number of its first prompts to measure; all of them by default.
+
+        Raises:
+            MemoryExhausted: one row does not fit.
+            MeasurementError: the model's logits are not finite.
+        """
+        found: dict[int, Evidence] = {}
+        with torch.inference_mode():
+            answers = any(isinstance(request, Responses) for request in requests)
+            learns = self._learning and self._follows and only is None and answers
+            for numbers, stack in self._stacks(candidates, learns):
+                with self._passes.of_one_stack():
+                    evidence = self._measure_stack(stack, requests, only or {})
+                found.update(zip(numbers, evidence, strict=True))
+                if learns:
+                    self._learn(evidence)
+        return [found[number] for number in range(len(candidates))]
+
+    @contextmanager
+    def learning(self) -> Iterator[None]:
+        """What candidates say within this context, those after them are expected to say.
+
+        That saves time. Responses stay what they are, but for near ties that a pass of another shape
+        rounds the other way.
+        """
+        self._learning = True
+        try:
+            yield
+        finally:
+            self._learning = False
+
+    def _learn(self, evidence: Sequence[Evidence]) -> None:
+        for one in evidence:
+            for side, responses in one.responses.items():
+                self._drafts.setdefault(side, Drafts()).add(responses)
+
+    def original(self, side: str) -> Original:
+        """The original model's whole responses to a side's prompts, measured once."""
+        if side not in self._originals:
+            with torch.inference_mode(), self._passes.of_one_stack():
+                bare = Stack(self.writers, [[None] * len(self.writers)])
+                numbers = list(range(len(self.prompts[side])))
+                responses = self._answer(side, None, bare, numbers)[0]
+                read = self._read(side, responses)
+                states = self._spread(read, bare, numbers, self._whole_lengths(side, responses))[0]
+            if not all(bool(torch.isfinite(rows).all()) for rows in states):
+                raise MeasurementError(
+                    "the model's hidden states are not finite: try --set model.dtype=float32"
+                )
+            self._originals[side] = Original(responses, states)
+        return self._originals[side]
+
+    def as_reference(self) -> Reference:
+        """What another engine needs to measure its model against this one's original.
+
+        The layers are let go of: only the head is kept, so that two models never fill the memory.
+        """
+        for side in self.prompts:
+            self.original(side)
+        layers = self._loaded.anatomy.layers
+        for layer in layers:
+            let_go(layer)
+        return Reference(self._originals, self._forward)
+
+    def _stacks(
+        self, candidates: Sequence[CandidateEdits], learns: bool
+    ) -> Iterator[tuple[list[int], Stack]]:
+        """Candidates in stacks; those that begin at like layers share one, so more is reused.
+
+        Where later stacks learn from the first, that is smaller: it decodes what they will read.
+        """
+        firsts = [first_edited(self.writers, edits) for edits in candidates]
+        order = sorted(range(len(candidates)), key=lambda n: (firsts[n], n))
+        fit = max(1, _EDIT_BYTES // max([1, *map(_edit_bytes, candidates)]))
+        while order:
+            size = min(self.plan.stack, fit)
+            if learns and not self._drafts:
+                size = max(1, size // _FIRST_STACK)
+            numbers, order = order[:size], order[size:]
+            yield numbers, Stack(self.writers, [candidates[n] for n in numbers])
+
+    def _measure_stack(
+        self, stack: Stack, requests: Sequence[Request], only: dict[str, int]
+    ) -> list[Evidence]:
+        evidence = [Evidence() for _ in range(stack.size)]
+        for side in dict.fromkeys(request.side for request in requests):
+            ours = [request for request in requests if request.side == side]
+            numbers = list(range(len(self.prompts[side])))[: only.get(side)]
+            wanted = [request for request in ours if isinstance(request, Responses)]
+            if wanted:
+                answers = self._answer(side, _until_all(wanted), stack, numbers)
+                for one, responses in zip(evidence, answers, strict=True):
+                    one.responses[side] = responses
+            if any(isinstance(request, Divergence) for request in ours):
+                lengths = self._whole_lengths(side, self.original(side).responses)
+                values = self._spread(self._diverge(side), stack, numbers, lengths)
+                for one, per_prompt in zip(evidence, values, strict=True):
+                    one.divergence[side] = per_prompt
+        return evidence
+
+    # -- batches, and what to do when one does not fit -------------------------------------------
+
+    def _spread(
+        self,
+        work: Callable[[Stack, list[int], list[int]], list[list[R]]],
+        stack: Stack,
+        numbers: list[int],
+        lengths: list[int],
+        limit: Limit = "rows",
+    ) -> list[list[R]]:
+        """Run `work` on chunks of prompts for all candidates of a stack; per candidate, per prompt.
+
+        Prompts of like `lengths` share a chunk. When memory runs out the chunk is halved (prompts
+        first, then candidates) and later chunks of such texts stay as small.
+        """
+        found: dict[tuple[int, int], R] = {}
+        order = sorted(numbers, key=lambda n: (-lengths[n], n))
+        padding = self._loaded.anatomy.padding
+        groups = [order] if padding else same_length(order, lengths)
+        waiting = [(list(range(stack.size)), group) for group in groups]
+        with stack.applied():
+            while waiting:
+                members, chunk = waiting.pop(0)
+                fits = self.plan.fits(limit, lengths[chunk[0]])
+                if len(members) * len(chunk) > fits:
+                    waiting = _cut(members, chunk, fits) + waiting
+                    continue
+                try:
+                    answers = work(stack, members, chunk)
+                except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    answers = None
+                if answers is None:  # outside the handler, so that its traceback frees the tensors
+                    self._back_off(limit, lengths[chunk[0]], len(members) * len(chunk))
+                    waiting.insert(0, (members, chunk))
+                    continue
+                for member, values in zip(members, answers, strict=True):
+                    found.update(((member, n), v) for n, v in zip(chunk, values, strict=True))
+        return [[found[member, n] for n in numbers] for member in range(stack.size)]
+
+    def _back_off(self, limit: Limit, longest: int, rows: int) -> None:
+        """Plan with half of a pass that did not fit."""
+        self._passes.forget()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if rows == 1:
+            raise MemoryExhausted(
+                "out of memory with one prompt at a time: use a smaller model, a smaller dtype, "
+                "shorter prompts or --max-new-tokens, or a device with more memory"
+            )
+        self.plan = self.plan.less(limit, longest, max(1, rows // 2))
+
+    # -- the three kinds of work -----------------------------------------------------------------
+
+    def _answer(
+        self, side: str, deciders: frozenset[Decided] | None, stack: Stack, numbers: list[int]
+    ) -> list[list[Response]]:
+        """Greedy responses, with the help of drafts where they are known and pay."""
+        if deciders not in self._trees:
+            self._trees[deciders] = ResponseTree(self._loaded.tokenizer, deciders, self.spoken)
+        tree, prompts = self._trees[deciders], self.prompts[side]
+        lengths = [len(prompt) + self.limit for prompt in prompts]
+        joins = self._joins
+        drafts = self._drafts.get(side) if self._follows else None
+
+        def work(stack: Stack, members: list[int], chunk: list[int]) -> list[list[Response]]:
+            transcript = Transcript(tree, len(members) * len(chunk), self._ends, self.limit)
+            answering = Answering(
+                self._passes,
+                stack,
+                members,
+                chunk,
+                prompts,
+                transcript,
+                # Caches that do not join have to be filled in one pass.
+                rows=self.plan.fits("rows", lengths[chunk[0]])
+                if joins
+                else len(members) * len(chunk),
+            )
+            if drafts is not None:
+                answering.follow(drafts)
+            else:
+                answering.decode()
+            return _per_member(transcript.responses(), len(members))
+
+        return self._spread(work, stack, numbers, lengths, "decode" if joins else "rows")
+
+    def _read(self, side: str, responses: list[Response]) -> Any:
+        """Teacher-forced states at the tokens that predict each response: (tokens, D) per prompt."""
+
+        def work(stack: Stack, members: list[int], chunk: list[int]) -> list[list[Tensor]]:
+            texts = [responses[n].tokens for n in chunk]
+            whole = [(*self.prompts[side][n], *t[:-1]) for n, t in zip(chunk, texts, strict=True)]
+            keep = max(len(t) for t in texts)
+            hidden = self._passes.read(stack, Rows.grid(members, whole), keep)
+            grouped = hidden.view(len(members), len(chunk), *hidden.shape[1:])
+            return [
+                [row[keep - len(t) :] for row, t in zip(rows, texts, strict=True)]
+                for rows in grouped
+            ]
+
+        return work
+
+    def _diverge(self, side: str) -> Any:
+        original = self.original(side)
+        read = self._read(side, original.responses)
+        chunk_bytes = self._forward.chunk_bytes
+
+        def work(stack: Stack, members: list[int], chunk: list[int]) -> list[list[Tensor]]:
+            states = read(stack, members, chunk)
+            before = torch.cat([original.states[n] for n in chunk])
+            after = torch.stack([torch.cat(rows) for rows in states])
+            values = divergences(self._reference, before, self._forward, after, chunk_bytes)
+            sizes = [len(original.responses[n].tokens) for n in chunk]
+            return [list(row.split(sizes)) for row in values.double().cpu()]
+
+        return work
+
+    def _whole_lengths(self, side: str, responses: list[Response]) -> list[int]:
+        pairs = zip(self.prompts[side], responses, strict=True)
+        return [len(ids) + len(response.tokens) for ids, response in pairs]
+
+
+def _edit_bytes(edits: CandidateEdits) -> int:
+    return sum(edit.left.nbytes + edit.right.nbytes for edit in edits if edit is not None)
+
+
+def _until_all(wanted: Sequence[Responses]) -> frozenset[Decided] | None:
+    """Whose verdicts must be settled; None when one asker needs the whole text."""
+    deciders = [request.decided for request in wanted]
+    some = frozenset(decided for decided in deciders if decided is not None)
+    return some if len(some) and None not in deciders else None
+
+
+def _cut(members: list[int], numbers: list[int], rows: int) -> list[tuple[list[int], list[int]]]:
+    """(candidates, prompts): all that one pass of at most so many rows has room for, and the rest."""
+    some = max(1, min(len(members), rows))
+    size = max(1, rows // some)
+    first = [(members[m : m + some], numbers[:size]) for m in range(0, len(members), some)]
+    return [*first, (members, numbers[size:])] if numbers[size:] else first
+
+
+def _per_member(rows: list[R], members: int) -> list[list[R]]:
+    size = len(rows) // members
+    return [rows[start : start + size] for start in range(0, len(rows), size)]

@@ -1,0 +1,161 @@
+"""Greedy responses of a stack's candidates to prompts: drafts are read, the rest is decoded.
+
+Rows are candidates x prompts, candidate-major. B rows, P prompts, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from excise.engine.decoding import Transcript, greedy
+from excise.engine.drafts import Drafts, cheaper_than_decoding
+from excise.engine.passes import After, Passes, Past, Rows, Text
+from excise.engine.stacking import Stack
+from excise.model.kv_cache import join
+
+Part = tuple[Rows, After | None]  # rows of one pass, and what they have read before
+
+
+class Answering:
+    """Responses of `members`, candidates of one stack, to `numbers`, prompts of one side.
+
+    All of it is measured under `stack.applied()`, in passes of at most `rows` rows.
+    """
+
+    def __init__(
+        self,
+        passes: Passes,
+        stack: Stack,
+        members: Sequence[int],
+        numbers: Sequence[int],
+        prompts: Sequence[list[int]],
+        transcript: Transcript,
+        *,
+        rows: int,
+    ) -> None:
+        self._passes, self._stack = passes, stack
+        self._members, self._numbers = members, numbers
+        self._prompts = [tuple(prompts[number]) for number in numbers]
+        self._transcript = transcript
+        self._most = rows
+        self._owners = Rows.grid(members, self._prompts).owners
+
+    def decode(self) -> None:
+        """Prompts in passes of so many rows, then all rows decode together."""
+        self._decode(list(range(len(self._owners))), self._prompt_parts(), len(self._members))
+
+    def follow(self, drafts: Drafts) -> None:
+        """Read what each row is likely to say, as far as it says so; decode what is left."""
+        first, past = self._filled(self._prompt_parts(), len(self._members), 0)
+        for row, token in enumerate(first.tolist()):
+            self._transcript.say(row, token)
+        pays = True
+        while pays and (likely := self._likely(drafts)):
+            pays = self._read_drafts(likely, past)
+        left = self._transcript.open_rows()
+        if left:
+            some = [left[start : start + self._most] for start in range(0, len(left), self._most)]
+            parts: list[Part] = [(self._rows(part), After(past, part)) for part in some]
+            del past  # the parts hold it until they have been read
+            self._decode(left, parts, 1)
+
+    def _prompt_parts(self) -> list[Part]:
+        """All candidates with some of the prompts each, in passes of so many rows."""
+        step = max(1, self._most // len(self._members))
+        prompts = self._prompts
+        parts = [prompts[start : start + step] for start in range(0, len(prompts), step)]
+        return [(Rows.grid(self._members, part), None) for part in parts]
+
+    def _likely(self, drafts: Drafts) -> dict[int, Text]:
+        """What the open rows may be expected to go on with, for those where anything is known."""
+        found = {}
+        for row in self._transcript.open_rows():
+            number = self._numbers[row % len(self._numbers)]
+            draft = drafts.after(number, self._transcript.said(row))
+            if draft:
+                found[row] = draft[: self._transcript.room(row)]
+        return found
+
+    def _read_drafts(self, likely: dict[int, Text], past: Past) -> bool:
+        """One reading of every draft; its row says the model's tokens until they leave the draft.
+
+        Returns whether that was cheaper than to decode what they said.
+        """
+        texts = {row: (*self._text(row), *draft[:-1]) for row, draft in likely.items()}
+        new = {row: len(self._transcript.said(row)) + len(likely[row]) - 1 for row in likely}
+        # Rows with the same text stand together, so that they share a pass.
+        order = sorted(likely, key=lambda row: (-new[row], texts[row], row))
+        tokens = self._most * past.mask.shape[1]  # of a pass over whole prompts
+        gained = 0
+        while order:
+            most = max(1, min(tokens // new[order[0]], 2 * self._most))
+            some, order = sorted(order[:most]), order[most:]
+            keep = max(len(likely[row]) for row in some)
+            rows = Rows([self._owners[row] for row in some], [texts[row] for row in some])
+            hidden = self._passes.read(self._stack, rows, keep, After(past, some))
+            wanted = torch.zeros(len(some), keep, dtype=torch.bool)
+            for slot, row in enumerate(some):
+                wanted[slot, keep - len(likely[row]) :] = True
+            said = iter(self._passes.forward.greedy(hidden[wanted.to(hidden.device)]).tolist())
+            for row in some:
+                gained += self._compare(row, likely[row], [next(said) for _ in likely[row]])
+        return cheaper_than_decoding(gained, sum(new.values()))
+
+    def _compare(self, row: int, draft: Text, said: list[int]) -> int:
+        """Say the tokens up to the first that is not the draft's; returns how many."""
+        for count, (expected, token) in enumerate(zip(draft, said, strict=True), start=1):
+            self._transcript.say(row, token)
+            if token != expected or not self._transcript.is_open(row):
+                return count
+        return len(draft)
+
+    def _decode(self, rows: list[int], parts: list[Part], groups: int) -> None:
+        """Read what rows have so far, part by part, then decode them together."""
+        room = max(map(self._transcript.room, rows))
+        first, past = self._filled(parts, groups, room)
+
+        def regroup(alive: list[int]) -> None:
+            self._stack.select([self._owners[row] for row in alive])
+
+        regroup(rows)
+        forward = self._passes.forward
+        greedy(forward, self._transcript, rows, first, past.mask, past.cache, regroup)
+
+    def _filled(self, parts: list[Part], groups: int, room: int) -> tuple[Tensor, Past]:
+        """The next token of every row, and the past of all of them with room for more.
+
+        Every part holds rows of the same `groups` candidates, or `groups` is 1. The list of parts is
+        emptied, so that what they went on from need not stay in memory beside what they make of it.
+        """
+        alone = len(parts) == 1
+        ours = room if alone else 0
+        filled = [self._passes.fill(self._stack, rows, ours, after) for rows, after in parts]
+        parts.clear()
+        pasts = [past for _, past in filled]
+        width = max(past.mask.shape[1] for past in pasts)
+        mask = _together([_padded(past.mask, width) for past in pasts], groups)
+        cache = pasts[0].cache
+        if not alone:
+            empty = self._passes.forward.cache(width + room)
+            cache = join([past.cache for past in pasts], empty, groups, width)
+        hidden = _together([hidden for hidden, _ in filled], groups)
+        return self._passes.forward.greedy(hidden), Past(cache, mask)
+
+    def _rows(self, rows: list[int]) -> Rows:
+        return Rows([self._owners[row] for row in rows], [self._text(row) for row in rows])
+
+    def _text(self, row: int) -> Text:
+        return (*self._prompts[row % len(self._prompts)], *self._transcript.said(row))
+
+
+def _together(parts: list[Tensor], groups: int) -> Tensor:
+    """Rows of all parts in one tensor; each part holds rows of the same candidates, candidate-major."""
+    by_group = [part.view(groups, -1, *part.shape[1:]) for part in parts]
+    return torch.cat(by_group, dim=1).flatten(0, 1)
+
+
+def _padded(mask: Tensor, width: int) -> Tensor:
+    return torch.nn.functional.pad(mask, (width - mask.shape[1], 0))

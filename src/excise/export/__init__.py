@@ -1,0 +1,1 @@
+"""Edits folded into checkpoints and adapters, and their upload."""

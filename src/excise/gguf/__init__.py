@@ -1,0 +1,1 @@
+"""GGUF: files written, patched, run by llama.cpp and measured there."""

@@ -1,0 +1,181 @@
+"""Arbitrary-rank ablation of a model's writers: what is captured, its search space, and its edits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
+from torch import Tensor
+
+from excise.capture.moments import few_prompts, last_rows, stacked_biases
+from excise.checkpoints.loading import Loaded
+from excise.config import Config
+from excise.errors import ConfigError
+from excise.events import OnEvent
+from excise.methods.ara_math import AraPoint, AraStats, build, prepare
+from excise.methods.ridge_math import basis_for
+from excise.model.anatomy import Anatomy, Writer
+from excise.model.edits import Edit
+
+MOST_NEIGHBOURS = 15
+# Writers are solved together in parts of about this many bytes, the optimiser's history included.
+_PART_BYTES = {"cpu": 2 * 2**30, "cuda": 16 * 2**30}
+_HISTORY = 24  # copies of the unknowns that the optimiser keeps
+
+
+@dataclass(frozen=True)
+class AraCandidate:
+    """One point of the space: the layers first <= l < last are edited, all of them alike."""
+
+    first: int
+    last: int
+    point: AraPoint
+
+
+def capture(
+    loaded: Loaded,
+    writers: Sequence[Writer],
+    tokens: Mapping[str, list[list[int]]],
+    on_event: OnEvent,
+) -> dict[str, Tensor]:
+    """Every writer's inputs at the last prompt token, under "WRITER/target" and "WRITER/contrast"."""
+    out: dict[str, Tensor] = {}
+    for side in ("target", "contrast"):
+        rows = last_rows(loaded, writers, tokens[side], f"capture {side} writers", on_event)
+        out |= {f"{w.name}/{side}": r.inputs for w, r in zip(writers, rows, strict=True)}
+    return out
+
+
+class AraMethod:
+    """Prepared once per run; a candidate's edits are a function of the candidate alone."""
+
+    name = "ara"
+
+    def __init__(
+        self, writers: Sequence[Writer], layers: int, captured: Mapping[str, Tensor], config: Config
+    ) -> None:
+        self.writers = writers
+        self._layers = layers
+        self._iterations = config.ara.iterations
+        self._groups: list[tuple[list[int], AraStats]] = []
+        few, self.notes = few_prompts(writers, captured)
+        alike: dict[tuple[Any, ...], list[int]] = {}
+        bases: dict[int, Tensor | None] = {}
+        for number, writer in enumerate(writers):
+            if number in few:
+                continue
+            rows = [captured[f"{writer.name}/{side}"] for side in ("target", "contrast")]
+            bases[number] = basis = _basis(torch.cat(rows))
+            span = rows[0].shape[1] if basis is None else len(basis)
+            key = (writer.like.device, *writer.shape, *map(len, rows), span)
+            alike.setdefault(key, []).append(number)
+        for members in alike.values():
+            stats = _stats([writers[n] for n in members], [bases[n] for n in members], captured,
+                           keep_norms=config.edit.row_norms == "full")  # fmt: skip
+            self._groups.append((members, stats))
+        wanted = config.ara.neighbours or MOST_NEIGHBOURS
+        contrast = max((s.contrast.shape[1] for _, s in self._groups), default=1)
+        self._neighbours = min(wanted, contrast)
+
+    def space(self) -> dict[str, BaseDistribution]:
+        """The search space, in the published ranges."""
+        half = self._layers // 2
+        return {
+            "first_layer": IntDistribution(0, half),
+            "last_layer": IntDistribution(half + 1, self._layers),
+            "preserve": FloatDistribution(0.0, 1.0),
+            "steer": FloatDistribution(1e-4, 1.0, log=True),
+            "overshoot": FloatDistribution(0.0, 1.3),
+            "neighbours": IntDistribution(1, self._neighbours),
+        }
+
+    def candidate(self, params: Mapping[str, Any]) -> AraCandidate:
+        """The candidate that these parameters name."""
+        return AraCandidate(
+            int(params["first_layer"]),
+            int(params["last_layer"]),
+            AraPoint(
+                preserve=float(params["preserve"]),
+                steer=float(params["steer"]),
+                overshoot=float(params["overshoot"]),
+                neighbours=int(params["neighbours"]),
+            ),
+        )
+
+    def edits(self, candidate: AraCandidate) -> list[Edit | None]:
+        """One edit per writer; None for layers that the candidate leaves alone.
+
+        Raises:
+            MeasurementError: an edit ran away.
+        """
+        out: list[Edit | None] = [None] * len(self.writers)
+        for members, stats in self._groups:
+            chosen = [
+                g
+                for g, number in enumerate(members)
+                if candidate.first <= self.writers[number].layer < candidate.last
+            ]
+            unknowns = stats.start[0].numel() * stats.start.element_size()
+            room = _PART_BYTES.get(stats.start.device.type, _PART_BYTES["cuda"])
+            step = max(1, room // (_HISTORY * unknowns))
+            for start in range(0, len(chosen), step):
+                some = chosen[start : start + step]
+                names = [self.writers[members[g]].key for g in some]
+                edits = build(stats, some, candidate.point, self._iterations, names)
+                for g, edit in zip(some, edits, strict=True):
+                    out[members[g]] = edit
+        return out
+
+
+def _basis(rows: Tensor) -> Tensor | None:
+    """Orthonormal rows that span these inputs; None where they are no fewer than the features."""
+    if len(rows) >= rows.shape[1]:
+        return None
+    return basis_for(rows, len(rows))
+
+
+def _stats(
+    writers: Sequence[Writer],
+    bases: Sequence[Tensor | None],
+    captured: Mapping[str, Tensor],
+    *,
+    keep_norms: bool,
+) -> AraStats:
+    device = writers[0].like.device
+    target, contrast = (
+        torch.stack([captured[f"{w.name}/{side}"] for w in writers]).to(device)
+        for side in ("target", "contrast")
+    )
+    some = [basis for basis in bases if basis is not None]
+    return prepare(
+        torch.stack([w.weight.float() for w in writers]),
+        target,
+        contrast,
+        torch.stack(some).to(device) if some else None,
+        stacked_biases(writers),
+        keep_norms=keep_norms,
+    )
+
+
+def check(config: Config, prompts: int, _anatomy: Anatomy) -> None:
+    """Whether arbitrary-rank ablation can be set up as configured.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    if config.goal == "strengthen":
+        raise ConfigError(
+            "ara moves outputs to contrast outputs and cannot strengthen a behaviour: "
+            "use --method directional, subspace or ridge"
+        )
+    wanted = config.ara.neighbours
+    if wanted is not None and wanted > prompts:
+        raise ConfigError(
+            f"ara.neighbours is {wanted}, and only {prompts} contrast prompts give directions: "
+            "lower it, or raise prompts.direction_size"
+        )
+    if config.edit.row_norms == "pre":
+        raise ConfigError('edit.row_norms "pre" is for directions: use "full" or "none" with ara')

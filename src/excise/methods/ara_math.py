@@ -1,0 +1,210 @@
+"""Arbitrary-rank ablation (ARA): the published objective, solved in reduced coordinates. Pure maths.
+
+Of one writer W (O, I), with X_c and X_t its inputs at the contrast and target prompts' last token and
+Y = X W^T, minimise over W'
+
+    w_p mean((X_c W'^T - Y_c)^2) + w_s [D_k(X_t W'^T, Y_c) - c D_k(X_t W'^T, Y_t)]
+
+where D_k is the mean Euclidean distance to the k nearest rows; W' = M, or W' = n * rownormalise(M) with n
+the row norms of W. The gradient in M lies in the span of the captured inputs, apart from each row's own
+direction where norms are kept, which changes nothing. So with Q (S, I) orthonormal rows that span the
+inputs, M = W_perp + C Q with W_perp fixed: outputs need only C and Z = X Q^T, and the rows' norms only
+|W_perp|^2 + |C|^2. S is at most P + N where plain coordinates have I.
+
+For c > 1 without kept norms the target term is unbounded below: edits that grow beyond all measure are
+refused with a reason.
+
+Shapes: G writers of one shape, P target and N contrast prompts, O and I out and in features, S the
+span's dimensions, K neighbours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from excise.errors import MeasurementError
+from excise.methods.lbfgs import Minimum, minimise
+from excise.model.edits import Edit
+
+_SMALLEST = 1e-12
+# A change this many times the size of the matrix is no edit any more.
+RUNAWAY = 10.0
+
+
+@dataclass(frozen=True)
+class AraPoint:
+    """What a candidate asks of every writer that it edits."""
+
+    preserve: float  # w_p
+    steer: float  # w_s
+    overshoot: float  # c
+    neighbours: int  # k
+
+
+@dataclass(frozen=True)
+class AraStats:
+    """What is prepared once for G writers of one shape.
+
+    Attributes:
+        basis: (G, S, I) orthonormal rows that span the inputs, or None where they span everything.
+        start: (G, O, S) W in the basis.
+        outside: (G, O) squared norms of the rows' parts outside the basis; zeros without a basis.
+        norms: (G, O) row norms of W.
+        target, contrast: (G, P, S) and (G, N, S) inputs in the basis.
+        target_out, contrast_out: (G, P, O) and (G, N, O) outputs without bias, less `centre`.
+        centre: (G, 1, O) mean contrast output: distances do not change with it, and rounding is less.
+        biases: (G, O), or None.
+        keep_norms: W' has the row norms of W.
+    """
+
+    basis: Tensor | None
+    start: Tensor
+    outside: Tensor
+    norms: Tensor
+    target: Tensor
+    contrast: Tensor
+    target_out: Tensor
+    contrast_out: Tensor
+    centre: Tensor
+    biases: Tensor | None
+    keep_norms: bool
+
+    def take(self, members: Tensor) -> AraStats:
+        """The same of some of the writers."""
+
+        def of(t: Tensor | None) -> Tensor | None:
+            return None if t is None else t[members]
+
+        return AraStats(
+            of(self.basis),
+            self.start[members],
+            self.outside[members],
+            self.norms[members],
+            self.target[members],
+            self.contrast[members],
+            self.target_out[members],
+            self.contrast_out[members],
+            self.centre[members],
+            of(self.biases),
+            self.keep_norms,
+        )
+
+
+def prepare(
+    weights: Tensor,
+    target: Tensor,
+    contrast: Tensor,
+    basis: Tensor | None,
+    biases: Tensor | None,
+    *,
+    keep_norms: bool,
+) -> AraStats:
+    """Statistics of weights (G, O, I) with inputs (G, P, I) and (G, N, I).
+
+    `basis` (G, S, I) must span the inputs; None works in plain coordinates, S = I.
+    """
+    squares = weights.square().sum(-1)
+    start = weights if basis is None else weights @ basis.mT
+    outside = (squares - start.square().sum(-1)).clamp_min(0)
+    t, c = ((x if basis is None else x @ basis.mT) for x in (target, contrast))
+    target_out, contrast_out = t @ start.mT, c @ start.mT
+    centre = contrast_out.mean(1, keepdim=True)
+    return AraStats(
+        basis,
+        start,
+        torch.zeros_like(outside) if basis is None else outside,
+        squares.sqrt(),
+        t,
+        c,
+        target_out - centre,
+        contrast_out - centre,
+        centre,
+        biases,
+        keep_norms,
+    )
+
+
+def objective(stats: AraStats, c: Tensor, point: AraPoint) -> Tensor:
+    """The objective (G,) at coordinates c (G, O, S); differentiable."""
+    matrix = scales(stats, c)[..., None] * c
+    kept = stats.contrast @ matrix.mT - stats.centre
+    moved = stats.target @ matrix.mT - stats.centre
+    preserve = (kept - stats.contrast_out).square().mean((1, 2))
+    away = nearest_distance(moved, stats.contrast_out, point.neighbours)
+    home = nearest_distance(moved, stats.target_out, point.neighbours)
+    return point.preserve * preserve + point.steer * (away - point.overshoot * home)
+
+
+def scales(stats: AraStats, c: Tensor) -> Tensor:
+    """What rows of M are multiplied with (G, O): ones, or what gives them their old norms."""
+    if not stats.keep_norms:
+        return torch.ones_like(stats.norms)
+    return stats.norms / (stats.outside + c.square().sum(-1)).clamp_min(_SMALLEST).sqrt()
+
+
+def nearest_distance(rows: Tensor, others: Tensor, k: int) -> Tensor:
+    """Mean Euclidean distance (G,) of rows (G, P, O) to their k nearest of others (G, N, O)."""
+    sizes = rows.square().sum(-1)[:, :, None] + others.square().sum(-1)[:, None]
+    squares = torch.baddbmm(sizes, rows, others.mT, alpha=-2.0)  # (G, P, N)
+    near = squares.topk(min(k, others.shape[1]), dim=-1, largest=False).values
+    # A row that is where it was has distance nought, where the root has no slope.
+    floor = 1e-6 * others.detach().square().sum(-1).mean(1)[:, None, None] + _SMALLEST
+    return (near.clamp_min(0) + floor).sqrt().mean((1, 2))
+
+
+def solve(stats: AraStats, point: AraPoint, iterations: int) -> Minimum:
+    """Minimise from W on: coordinates (G, O * S), one problem per writer."""
+    shape = stats.start.shape[1:]
+
+    def evaluate(flat: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        part = stats if len(numbers) == len(stats.start) else stats.take(numbers)
+        with torch.enable_grad():
+            c = flat.view(-1, *shape).detach().requires_grad_()
+            values = objective(part, c, point)
+            (gradient,) = torch.autograd.grad(values.sum(), c)
+        return values.detach(), gradient.flatten(1)
+
+    return minimise(evaluate, stats.start.flatten(1), iterations=iterations)
+
+
+def build(
+    stats: AraStats, members: list[int], point: AraPoint, iterations: int, names: list[str]
+) -> list[Edit]:
+    """The edits of the writers `members`; `names` are theirs, for what is said of a runaway.
+
+    Raises:
+        MeasurementError: an edit ran away.
+    """
+    part = stats.take(torch.tensor(members, device=stats.start.device))
+    with torch.inference_mode(mode=False):
+        found = solve(part, point, iterations)
+    c = found.points.view_as(part.start)
+    change = c - part.start
+    factor = scales(part, c)
+    moved = torch.linalg.vector_norm((factor[..., None] * c - part.start).flatten(1), dim=1)
+    whole = torch.linalg.vector_norm(part.norms, dim=1)
+    for name, share in zip(names, (moved / whole.clamp_min(_SMALLEST)).tolist(), strict=True):
+        if not share <= RUNAWAY:  # a NaN is not either
+            raise MeasurementError(
+                f"ara: the edit of {name} ran away: its change is {share:.3g} times the matrix "
+                f"(overshoot {point.overshoot:.3g}; above 1 the objective has no least value)"
+            )
+    out, span = change.shape[1:]
+    eye = torch.eye(min(out, span), dtype=c.dtype, device=c.device)
+    if out <= span:  # the smaller rank holds it as well
+        left = eye.expand(len(c), *eye.shape)
+        right = -change if part.basis is None else -change @ part.basis
+    else:
+        left = -change
+        right = part.basis if part.basis is not None else eye.expand(len(c), *eye.shape)
+    edits = []
+    for g in range(len(c)):
+        scale = factor[g] if part.keep_norms else None
+        shift = None
+        if scale is not None and part.biases is not None:
+            shift = part.biases[g] * (1 - scale)
+        edits.append(Edit(left[g], right[g], scale, shift))
+    return edits

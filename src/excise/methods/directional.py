@@ -1,0 +1,85 @@
+"""The directional method: a model's writers, grouped by shape, and any candidate's edits of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from optuna.distributions import BaseDistribution
+from torch import Tensor
+
+from excise.capture.directions import Directions
+from excise.config import EditSection
+from excise.methods.directional_math import GroupStats, build, prepare
+from excise.methods.search_space import Candidate, distributions, from_params
+from excise.model.anatomy import Writer
+from excise.model.edits import Edit
+
+
+class DirectionalMethod:
+    """Prepared once per run; a candidate's edits are a function of the candidate alone.
+
+    `strengthen` adds the direction in place of removing it: strengths count as negative.
+    """
+
+    name = "directional"
+    notes: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        writers: Sequence[Writer],
+        directions: Directions,
+        section: EditSection,
+        *,
+        strengthen: bool = False,
+    ) -> None:
+        self.writers = writers
+        self.directions = directions
+        self.layers = directions.unit.shape[0]
+        self.sign = -1.0 if strengthen else 1.0
+        self._groups: list[tuple[list[int], GroupStats]] = []
+        alike: dict[tuple[Any, ...], list[int]] = {}
+        for number, w in enumerate(writers):
+            alike.setdefault((w.component, w.shape, w.like.device), []).append(number)
+        for members in alike.values():
+            chosen = [writers[number] for number in members]
+            stats = prepare(
+                [w.weight for w in chosen],
+                [w.layer for w in chosen],
+                directions,
+                row_norms=section.row_norms,
+                gains=[w.gain if section.post_norms else None for w in chosen],
+                biases=[w.bias for w in chosen],
+            )
+            self._groups.append((members, stats))
+
+    def space(self) -> dict[str, BaseDistribution]:
+        """The search space: see `space.distributions`."""
+        components = tuple(dict.fromkeys(writer.component for writer in self.writers))
+        return distributions(components, self.layers)
+
+    def candidate(self, params: Mapping[str, Any]) -> Candidate:
+        """The candidate that these parameters name."""
+        return from_params(params)
+
+    def edits(self, candidate: Candidate) -> list[Edit | None]:
+        """One edit per writer; None where the candidate's strength is zero."""
+        strengths = [candidate.strength(w.component, w.layer) for w in self.writers]
+        edits = self.graded(candidate.index, torch.tensor(strengths, dtype=torch.float64))
+        return [edit if strength else None for edit, strength in zip(edits, strengths, strict=True)]
+
+    def graded(self, index: float | None, strengths: Tensor) -> list[Edit | None]:
+        """Edits at `strengths` (W), one per writer, through which gradients flow to the strengths.
+
+        None for groups of writers in which no strength differs from zero.
+        """
+        out: list[Edit | None] = [None] * len(self.writers)
+        for members, stats in self._groups:
+            some = self.sign * strengths[members]
+            if not strengths.requires_grad and not bool(some.any()):
+                continue
+            group = build(stats, index, some)
+            for g, number in enumerate(members):
+                out[number] = group.one(g)
+        return out

@@ -1,0 +1,1 @@
+"""A live model: where its writers are, and its forward pass, whole or in parts."""

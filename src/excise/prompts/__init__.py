@@ -1,0 +1,1 @@
+"""From prompt files and templates to batches of token ids."""

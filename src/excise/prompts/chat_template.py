@@ -1,0 +1,311 @@
+"""How a prompt is put to the model: its chat template, thinking switches, and where an answer begins.
+
+Decided once per run, by what the template itself says and renders, never by a model's name; whatever
+was decided is in the record. Knows text only: token ids are made in `tokens`, and templates are
+rendered in `rendering`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import html
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from excise.config import PromptSection
+from excise.errors import ModelError
+from excise.prompts.template_rendering import Chat, Look, Renderer, TemplateRefusal
+from excise.prompts.template_sources import own_template, read_template
+
+# What a model without a chat template is given: documented in the README.
+PLAIN_FORMAT = "Question: {prompt}\nAnswer:"
+
+# Variables by which templates switch thinking, with their values for off and on (None: no value).
+_SWITCHES: dict[str, tuple[Any, Any]] = {
+    "enable_thinking": (False, True),
+    "thinking": (False, True),
+    "reasoning": (False, True),
+    "thinking_budget": (0, None),
+}
+_EFFORT = "reasoning_effort"  # off is "none", in templates that know this value
+# How templates write an empty thinking block: opened, what stands inside, closed.
+_BLOCKS = (
+    ("<think>", "\n\n", "</think>\n\n"),
+    ("<thinking>", "\n\n", "</thinking>\n\n"),
+    ("<thought>", "\n\n", "</thought>\n\n"),
+    ("<seed:think>", "", "</seed:think>"),
+    ("[THINK]", "", "[/THINK]"),
+    ("<|START_THINKING|>", "", "<|END_THINKING|>"),
+    ("<|channel>thought", "\n", "<channel|>"),
+)
+_QUESTION, _ANSWER = "What is the capital of France?", "It is Paris."
+_SYSTEM = "Answer in one sentence."
+
+
+@dataclass(frozen=True)
+class Dressing:
+    """Everything that stands around a prompt's text.
+
+    Attributes:
+        template: the chat template; None for the plain format.
+        origin: what the template is, in words.
+        system: the system prompt.
+        folded: the template takes no system turn, so the system prompt opens the user's.
+        listed: the template wants a message's content as a list of parts.
+        variables: what the template is given beside the messages and the tokenizer's own tokens.
+        tokens: the latter: "bos_token" and such.
+        header: text after the generation prompt, up to where an answer begins.
+        notes: what was decided, a sentence each.
+    """
+
+    template: str | None
+    origin: str
+    system: str | None = None
+    folded: bool = False
+    listed: bool = False
+    variables: dict[str, Any] = field(default_factory=dict)
+    tokens: dict[str, Any] = field(default_factory=dict)
+    header: str = ""
+    notes: tuple[str, ...] = ()
+
+    def render(self, renderer: Renderer, texts: Sequence[str]) -> list[str]:
+        """Prompts as the model sees them, up to where their answers begin.
+
+        Raises:
+            ModelError: the chat template cannot render one, or leaves its text out.
+        """
+        if self.template is None:
+            plain = [PLAIN_FORMAT.format(prompt=text) for text in texts]
+            return plain if self.system is None else [f"{self.system}\n\n{text}" for text in plain]
+        found = [turns + self.header for turns in self.turns(renderer, texts)]
+        for number, (text, turns) in enumerate(zip(texts, found, strict=True), start=1):
+            if not stands_whole(text, turns):
+                raise ModelError(
+                    f"{self.origin} leaves out the text of prompt {number}, {text!r:.60}: give another "
+                    "one with --chat-template"
+                )
+        return found
+
+    def turns(
+        self, renderer: Renderer, texts: Sequence[str], answer: str | None = None
+    ) -> list[str]:
+        """What the template makes of questions, and of their answer if there is one.
+
+        Raises:
+            ModelError: the template cannot render one.
+        """
+        assert self.template is not None
+        chats = [self._chat(text, answer) for text in texts]
+        variables = {**self.tokens, **self.variables}
+        return renderer.render(self.template, self.origin, chats, variables, prompt=answer is None)
+
+    def _chat(self, text: str, answer: str | None) -> Chat:
+        system, messages = self.system, []
+        if system is not None and self.folded:
+            text = f"{system}\n\n{text}"
+        elif system is not None:
+            messages.append({"role": "system", "content": self._content(system)})
+        messages.append({"role": "user", "content": self._content(text)})
+        if answer is not None:
+            messages.append({"role": "assistant", "content": self._content(answer)})
+        return messages
+
+    def _content(self, text: str) -> Any:
+        return [{"type": "text", "text": text}] if self.listed else text
+
+    def as_dict(self) -> dict[str, Any]:
+        """What the record and the study keep: JSON-ready, without the system prompt's text."""
+        text = self.template
+        return {
+            "template": self.origin,
+            "template_sha256": None if text is None else hashlib.sha256(text.encode()).hexdigest(),
+            "variables": self.variables,
+            "header": self.header,
+            "notes": list(self.notes),
+        }
+
+
+def dress(
+    tokenizer: Any, section: PromptSection, renderer: Renderer, folder: Path | None = None
+) -> Dressing:
+    """Decide how prompts are put to the model of this tokenizer.
+
+    Args:
+        tokenizer: the model's.
+        section: what the configuration says of prompts.
+        renderer: renders the template.
+        folder: the model's, which may keep a template beside the tokenizer's files.
+
+    Raises:
+        ModelError: the chat template cannot be read, cannot render, or leaves out what it is given.
+    """
+    given = section.chat_template
+    found = own_template(tokenizer, folder) if given is None else read_template(given)
+    if found is None:
+        note = "No chat template: prompts are put in the plain format that the README shows."
+        return Dressing(None, "plain format", section.system, notes=(note,))
+    text, origin = found
+    notes = [] if given is None else [f"Prompts are put with the {origin}."]
+    look = renderer.look(text, origin, _EFFORT)
+    held = _hold_date(look, section.date)
+    variables, said = _switches(look, section.thinking)
+    tokens = plain_tokens(tokenizer)
+    plain = Dressing(held + text, origin, variables=variables, tokens=tokens)
+    dressing = _with_system(plain, renderer, section.system)
+    header = "" if section.thinking else _header(dressing, renderer)
+    notes += said
+    if held:
+        notes.append(f"The template writes the date: it is held at {section.date} (prompts.date).")
+    if dressing.folded:
+        notes.append("The template takes no system turn: the system prompt opens the user's turn.")
+    if header:
+        notes.append(f"Every prompt is led up to the answer, past its thinking: {header!r}.")
+    return replace(dressing, header=header, notes=tuple(notes))
+
+
+def after_answer(dressing: Dressing, renderer: Renderer) -> str:
+    """What the template writes after a response; "" where it cannot render one."""
+    if dressing.template is None:
+        return ""
+    try:
+        (answered,) = dressing.turns(renderer, [_QUESTION], _ANSWER)
+    except TemplateRefusal:
+        return ""
+    _, found, after = answered.rpartition(_ANSWER)
+    return after.strip() if found else ""
+
+
+def stands_whole(text: str, rendered: str) -> bool:
+    """Whether a text stands in what a template made of it: white space aside, as it is or escaped.
+
+    Templates trim; a few write text as HTML or JSON, and the model was trained to read it so.
+    """
+    forms = [(text, rendered), (text, html.unescape(rendered))]
+    forms += [(json.dumps(text, ensure_ascii=a)[1:-1], rendered) for a in (False, True)]
+    return any("".join(form.split()) in "".join(whole.split()) for form, whole in forms)
+
+
+def closing(text: str) -> str:
+    """What closes the thinking block that `text` opens last and has nothing in yet; "" without one."""
+    for opened, inside, closed in _BLOCKS:
+        _, tag, rest = text.rpartition(opened)
+        if tag and not rest.strip():
+            return inside.removeprefix(rest) + closed
+    return ""
+
+
+def after_markup(text: str) -> str:
+    """The part of a response's beginning that stands after any thinking block."""
+    for _, _, closed in _BLOCKS:
+        text = text.rpartition(closed.strip())[2]
+    return text
+
+
+# -- templates -------------------------------------------------------------------------------------
+
+
+def plain_tokens(tokenizer: Any) -> dict[str, Any]:
+    """The tokenizer's special tokens by name, as Transformers gives them to templates."""
+    return {
+        name: [str(one) for one in value] if isinstance(value, list | tuple) else str(value)
+        for name, value in tokenizer.special_tokens_map.items()
+    }
+
+
+def _hold_date(look: Look, day: date) -> str:
+    """Source that goes before the template so that its clock stands still; "" where it has none.
+
+    Token ids that change from day to day could not be resumed, exported or compared.
+    """
+    if look.clock is None:
+        return ""
+    known = {text: _written(day, text) for text in look.clock}
+    return (
+        "{% macro strftime_now(format) %}"
+        "{{ " + json.dumps(known) + f'.get(format, "{day}")' + " }}{% endmacro %}{{ '' }}"
+    )
+
+
+def _written(day: date, form: str) -> str:
+    try:
+        return day.strftime(form)
+    except ValueError:  # no format of a date, or half of a character
+        return str(day)
+
+
+def _switches(look: Look, thinking: bool) -> tuple[dict[str, Any], list[str]]:
+    """Values of the template's thinking switches, and what to say about them."""
+    values = {
+        name: (on if thinking else off)
+        for name, (off, on) in _SWITCHES.items()
+        if name in look.names and (off, on)[thinking] is not None
+    }
+    if _EFFORT in look.names and not thinking and "none" in look.values:
+        values[_EFFORT] = "none"
+    if not values:
+        return {}, []
+    said = ", ".join(f"{name}={json.dumps(value)}" for name, value in values.items())
+    return values, [f"Thinking is switched {'on' if thinking else 'off'} in the template: {said}."]
+
+
+def _with_system(plain: Dressing, renderer: Renderer, system: str | None) -> Dressing:
+    """The form of messages that the template takes, and renders whole.
+
+    Raises:
+        ModelError: there is none.
+    """
+    form, refusal = _form(plain, renderer, system)
+    if form is not None:
+        return form
+    if system is None:
+        with_one, _ = _form(plain, renderer, _SYSTEM)
+        if with_one is not None and not with_one.folded:
+            raise ModelError(
+                f"{plain.origin} needs a system turn: give one, --set prompts.system=TEXT"
+            )
+    raise refusal or ModelError(
+        f"{plain.origin} leaves out the text of prompts: give another one with --chat-template"
+    )
+
+
+def _form(
+    plain: Dressing, renderer: Renderer, system: str | None
+) -> tuple[Dressing | None, TemplateRefusal | None]:
+    """The first form of messages that is rendered whole, else why the first that is refused is."""
+    folds = (False,) if system is None else (False, True)
+    forms = [replace(plain, system=system, folded=folded) for folded in folds]
+    # Templates of multimodal models often loop over a message's parts.
+    forms += [replace(form, listed=True) for form in forms]
+    first = None
+    for form in forms:
+        try:
+            (turns,) = form.turns(renderer, [_QUESTION])
+        except TemplateRefusal as refusal:
+            first = first or refusal
+            continue
+        whole = stands_whole(_QUESTION, turns) and stands_whole(system or "", turns)
+        if whole and "'type':" not in turns:  # not a list of parts as Python would write it
+            return form, None
+    return None, first
+
+
+def _header(dressing: Dressing, renderer: Renderer) -> str:
+    """What stands between the generation prompt and an answer, where that is more than white space.
+
+    The template itself shows it: in a conversation that has been answered (gpt-oss names the final
+    channel there), or by leaving a thinking block open.
+    """
+    (prompt,) = dressing.turns(renderer, [_QUESTION])
+    try:
+        (answered,) = dressing.turns(renderer, [_QUESTION], _ANSWER)
+    except TemplateRefusal:
+        answered = ""
+    if answered.startswith(prompt):
+        header, found, _ = answered[len(prompt) :].partition(_ANSWER)
+        if found and header.strip():
+            return header
+    return closing(prompt)

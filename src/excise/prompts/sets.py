@@ -1,0 +1,191 @@
+"""Read prompt sets, hash them, and split them into direction, search and holdout parts.
+
+Knows nothing of files' formats (`promptfiles`), nor of tokenizers or models.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from datetime import date
+from decimal import Decimal
+from typing import Any
+
+from excise.config import PromptSection, PromptSource
+from excise.errors import PromptError
+from excise.prompts.prompt_files import LONGEST, read_rows
+from excise.reading import is_whole
+
+_MOST = 100_000  # prompts of one set
+_LARGEST = 1 << 28  # characters of one set
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt. `answer` is its known true answer, `group` a label that reports split by."""
+
+    text: str
+    answer: str | None = None
+    group: str | None = None
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """The prompts of one role and where they came from; `sha256` is over their texts."""
+
+    role: str
+    source: str
+    prompts: tuple[Prompt, ...]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the texts, in order, so that a changed file is noticed."""
+        return _digest([prompt.text for prompt in self.prompts])
+
+    @property
+    def labels_sha256(self) -> str:
+        """Hash of the answers and groups, in order."""
+        return _digest([f"{prompt.answer!r} {prompt.group!r}" for prompt in self.prompts])
+
+
+def _digest(texts: list[str]) -> str:
+    return hashlib.sha256(b"".join(text.encode("utf-8") + b"\0" for text in texts)).hexdigest()
+
+
+@dataclass(frozen=True)
+class PromptSets:
+    """All six roles of a run. The holdout may be empty: then nothing is measured on it."""
+
+    target: PromptSet
+    contrast: PromptSet
+    target_eval: PromptSet
+    contrast_eval: PromptSet
+    target_holdout: PromptSet
+    contrast_holdout: PromptSet
+
+    def all(self) -> tuple[PromptSet, ...]:
+        """The sets, in the order of their roles."""
+        return tuple(vars(self).values())
+
+
+def load_prompt_sets(section: PromptSection) -> PromptSets:
+    """Read every role of `section`.
+
+    Without sources for evaluation, the rows after the first `direction_size` evaluate. Without
+    sources for the holdout, the rows after the first `eval_size` of those are the holdout. A prompt
+    that an earlier part has is left out of a later one, so that the holdout is never seen before.
+
+    Raises:
+        PromptError: a set is missing, unreadable, empty or equal to its counterpart.
+    """
+    sides = {side: _load_side(section, side) for side in ("target", "contrast")}
+    sets = PromptSets(**{s.role: s for side in sides.values() for s in side})
+    _check_distinct(sets)
+    return sets
+
+
+def _load_side(section: PromptSection, side: str) -> tuple[PromptSet, PromptSet, PromptSet]:
+    source: PromptSource | None = getattr(section, side)
+    eval_source: PromptSource | None = getattr(section, f"{side}_eval")
+    holdout_source: PromptSource | None = getattr(section, f"{side}_holdout")
+    if source is None:
+        raise PromptError(f"no {side} prompts: give --{side} FILE or a --behaviour that names them")
+    n, m, h = section.direction_size, section.eval_size, section.holdout_size
+    whole = None if h is None else n + m + h
+    rows = read_prompts(source, limit=n if eval_source else whole)
+    direction, rest = rows[:n], rows[n:]
+    where = eval_source or source
+    if eval_source is not None:
+        rest = read_prompts(eval_source)
+    rest = _without(rest, direction)
+    if not rest:
+        raise PromptError(
+            f"{where.source}: all of its rows are used for the direction (direction_size {n}): "
+            f"give --{side}-eval with other prompts, more rows, or a smaller --direction-size"
+        )
+    held = holdout_source or where
+    holdout = rest[m:] if holdout_source is None else read_prompts(holdout_source)
+    holdout = _without(holdout, direction + rest[:m])
+    return (
+        PromptSet(side, source.source, direction),
+        PromptSet(f"{side}_eval", where.source, rest[:m]),
+        PromptSet(f"{side}_holdout", held.source, holdout[:h]),
+    )
+
+
+def _without(rows: tuple[Prompt, ...], seen: tuple[Prompt, ...]) -> tuple[Prompt, ...]:
+    texts = {prompt.text for prompt in seen}
+    return tuple(prompt for prompt in rows if prompt.text not in texts)
+
+
+def _check_distinct(sets: PromptSets) -> None:
+    for a, b in (
+        (sets.target, sets.contrast),
+        (sets.target_eval, sets.contrast_eval),
+        (sets.target_holdout, sets.contrast_holdout),
+    ):
+        if not len(a) or not len(b):
+            continue
+        shared = {p.text for p in a.prompts} & {p.text for p in b.prompts}
+        if shared:
+            raise PromptError(
+                f"{a.role} and {b.role} share {len(shared)} of their prompts "
+                f"({a.source}, {b.source}): the behaviour's prompts and the others must differ"
+            )
+
+
+def read_prompts(source: PromptSource, limit: int | None = None) -> tuple[Prompt, ...]:
+    """The first `limit` prompts of a source, in order; blank ones are dropped.
+
+    Raises:
+        PromptError: missing or empty file, missing column, unknown suffix, unreachable dataset; a row that
+            is not text, or far more text than a prompt set has.
+    """
+    prompts: list[Prompt] = []
+    size = 0
+    for where, row in read_rows(source):
+        prompt = _prompt(source, row, where)
+        if not prompt.text:
+            continue
+        prompts.append(prompt)
+        size += sum(len(part or "") for part in (prompt.text, prompt.answer, prompt.group))
+        if size > _LARGEST or len(prompts) > _MOST:
+            raise PromptError(
+                f"prompt set {source.source} has more than {_MOST:,} prompts, or {_LARGEST:,} characters: "
+                "give a part of it"
+            )
+        if len(prompts) == limit:
+            break
+    if not prompts:
+        raise PromptError(f"prompt set {source.source} is empty: it needs at least one prompt")
+    return tuple(prompts)
+
+
+def _prompt(source: PromptSource, row: dict[str, Any], where: str) -> Prompt:
+    if isinstance(row[source.column], bool):
+        raise PromptError(f"{where}: column {source.column!r:.60} holds bool, not text")
+    columns = (source.column, source.answer_column, source.group_column)
+    text, *optional = (None if c is None else _text(row[c], c, where) for c in columns)
+    return Prompt("" if text is None else text.strip(), *optional)
+
+
+def _text(value: Any, column: str, where: str) -> str | None:
+    """A value as text; None where there is none, as where a number is missing."""
+    if value is None or value != value:  # NaN
+        return None
+    if not isinstance(value, str | bool | int | float | Decimal | date):
+        kind = type(value).__name__
+        raise PromptError(f"{where}: column {column!r:.60} holds {kind}, not text: {value!r:.60}")
+    text = str(value)
+    if len(text) > LONGEST:
+        raise PromptError(
+            f"{where}: a text of {len(text):,} characters, where at most {LONGEST:,} are read"
+        )
+    if not is_whole(text):
+        raise PromptError(
+            f"{where}: column {column!r:.60} holds half of a character (a lone surrogate): remove it"
+        )
+    return text

@@ -1,0 +1,1 @@
+"""A record read, checked and shown: card, pages, tables. None of it loads torch."""

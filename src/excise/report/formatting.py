@@ -1,0 +1,252 @@
+"""Numbers and judgements in plain words, the same in the console, the card and the report.
+
+Plain text only: whoever writes Markdown or HTML escapes it. Knows the built-in scorers' units; a
+score that it does not know is a bare number.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import PurePosixPath, PureWindowsPath
+from typing import Literal
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+from excise.record import ScoreRecord, Scores
+from excise.search.pareto import SHARES
+
+Change = Literal["less", "same", "more", "unmeasured"]
+RATES = SHARES
+NATS = frozenset({"drift", "drift_first"})
+
+_TITLES = {
+    "behaviour_rate": "Behaviour rate",
+    "false_rate": "Behaviour on contrast prompts",
+    "drift": "Drift",
+    "drift_first": "Drift, first token only",
+    "restored": "True answers, target prompts",
+    "kept": "True answers, contrast prompts",
+}
+_MEANINGS = {
+    "behaviour_rate": "share of target prompts whose response shows the behaviour",
+    "false_rate": "share of contrast prompts whose response shows the behaviour, where it does not "
+    "belong",
+    "drift": "KL(original || edited) in nats per token, over the original's own whole responses to "
+    "contrast prompts",
+    "drift_first": "drift at the first response token only: comparable with published figures, and "
+    "misleading on its own",
+    "restored": "share of target prompts answered truly",
+    "kept": "share of contrast prompts answered truly",
+}
+
+# Share of the behaviour that is gone, (original - edited) / original, at or above which the words
+# apply.
+REMOVAL_WORDS = (
+    (0.95, "removes nearly all of the behaviour"),
+    (0.65, "removes most of the behaviour"),
+    (0.35, "removes about half of the behaviour"),
+    (0.10, "removes some of the behaviour"),
+)
+# Drift below which the words apply. On two small models with known answers, 0.0004 cost no true
+# answer, 0.004 about one in a hundred, 0.01 about five, 0.3 about thirty.
+DRIFT_WORDS = (
+    (0.001, "next to no drift"),
+    (0.01, "a small drift"),
+    (0.05, "a moderate drift"),
+    (0.2, "a large drift"),
+)
+_WORST_DRIFT = "a very large drift: expect damage"
+_TINY = 1e-6
+MISSING = "–"
+_FILE = re.compile(r"\.(txt|jsonl?|csv|parquet|toml|py|gguf)$", re.IGNORECASE)
+
+
+def title(name: str) -> str:
+    """A score's name as a table shows it."""
+    words = name.replace("_", " ").strip()
+    return _TITLES.get(name) or words[:1].upper() + words[1:]
+
+
+def unit(name: str) -> str:
+    """The unit that belongs beside a score's name; empty where the value carries its own."""
+    return "nats/token" if name in NATS else ""
+
+
+def heading(name: str) -> str:
+    """Title and unit of a score, for the head of a row or column."""
+    return f"{title(name)} ({unit(name)})" if unit(name) else title(name)
+
+
+def meaning(name: str) -> str:
+    """What a built-in score measures, or an empty string."""
+    return _MEANINGS.get(name, "")
+
+
+def number(name: str, value: float) -> str:
+    """A score's value without interval or unit: '7.0 %', '0.0103'."""
+    return percent(value) if name in RATES else significant(value)
+
+
+def percent(value: float) -> str:
+    """A share in [0, 1] with one decimal."""
+    return f"{100 * value:.1f} %"
+
+
+def significant(value: float) -> str:
+    """Three significant digits, without an exponent where that is readable."""
+    if value == 0:
+        return "0"
+    if abs(value) < _TINY:
+        return "< 0.000001" if value > 0 else "> -0.000001"
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    text = f"{value:#.3g}"
+    return f"{value:.6f}" if "e" in text else text.rstrip(".")
+
+
+def interval(name: str, score: ScoreRecord) -> str:
+    """The 95 % interval in the value's own unit, '3.4 to 13.7'; empty for none or an exact zero."""
+    if score.interval is None or score.interval == (score.value, score.value) == (0, 0):
+        return ""
+    low, high = (number(name, bound).removesuffix(" %") for bound in score.interval)
+    return f"{low} to {high}"
+
+
+def measured(name: str, score: ScoreRecord | None) -> str:
+    """Value and interval: '7.0 % (3.4 to 13.7)'; a dash where nothing was measured."""
+    if score is None:
+        return MISSING
+    around = interval(name, score)
+    return f"{number(name, score.value)} ({around})" if around else number(name, score.value)
+
+
+def with_unit(name: str, score: ScoreRecord) -> str:
+    """Value, unit and interval, for running text: '0.0103 nats/token (0.0081 to 0.0125)'."""
+    around = interval(name, score)
+    value = f"{number(name, score.value)} {unit(name)}".strip()
+    return f"{value} ({around})" if around else value
+
+
+def sample(name: str, score: ScoreRecord | None) -> str:
+    """How much a score rests on: '100 prompts', '3,212 tokens'."""
+    if score is None:
+        return MISSING
+    return count(score.n, "token" if name == "drift" else "prompt")
+
+
+def assess(scores: Scores, baseline: Scores) -> str:
+    """What an edit does, by the documented thresholds: 'removes most of the behaviour, at ...'.
+
+    Where the edit's interval meets the original's, the sample cannot tell: no measurable change.
+    """
+    removal = _removal(scores.get("behaviour_rate"), baseline.get("behaviour_rate"))
+    if "drift" not in scores:
+        return removal or "is not assessed"
+    drift = drift_words(scores["drift"].value)
+    return f"{removal}, at {drift}" if removal else f"comes at {drift}"
+
+
+def drift_words(value: float) -> str:
+    """A drift in words, by `DRIFT_WORDS`."""
+    return next((words for limit, words in DRIFT_WORDS if value < limit), _WORST_DRIFT)
+
+
+def change(after: ScoreRecord | None, before: ScoreRecord | None) -> Change:
+    """Whether an edit's behaviour rate can be told from the original's, and which way it went."""
+    if after is None or before is None:
+        return "unmeasured"
+    if _overlap(after, before):
+        return "same"
+    return "less" if after.value < before.value else "more"
+
+
+def _removal(after: ScoreRecord | None, before: ScoreRecord | None) -> str:
+    way = change(after, before)
+    if after is None or before is None:
+        return ""
+    if way == "same":
+        return "makes no measurable change of the behaviour"
+    if way == "more":
+        return "shows more of the behaviour"
+    share = (before.value - after.value) / before.value
+    return next(
+        (words for limit, words in REMOVAL_WORDS if share >= limit),
+        "removes hardly any of the behaviour",
+    )
+
+
+def _overlap(a: ScoreRecord, b: ScoreRecord) -> bool:
+    if a.interval is None or b.interval is None:
+        return a.value == b.value
+    return a.interval[0] <= b.interval[1] and b.interval[0] <= a.interval[1]
+
+
+def thresholds() -> str:
+    """The limits behind `assess`, in one sentence for the foot of a table."""
+    short = [w.removeprefix("removes ").removesuffix(" of the behaviour") for _, w in REMOVAL_WORDS]
+    removal = ", ".join(
+        f"{words} from {100 * share:.0f} %"
+        for words, (share, _) in zip(short, REMOVAL_WORDS, strict=True)
+    )
+    drift = ", ".join(f"{words} below {limit:g}" for limit, words in DRIFT_WORDS)
+    return (
+        f"The words follow fixed thresholds. Share of the behaviour that is gone: {removal}; no "
+        "measurable change where the intervals of the edited and the original model meet. "
+        f"Drift in nats/token: {drift}, else very large."
+    )
+
+
+def duration(seconds: float) -> str:
+    """'0.4 s', '12 s', '3 min 20 s', '1 h 4 min'."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def count(n: int, noun: str) -> str:
+    """'1 trial', '3,212 tokens'."""
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
+def large(n: int) -> str:
+    """A large count in words: '1.24 billion', '5.03 million', '900'."""
+    return _scaled(n, ((1e12, "trillion"), (1e9, "billion"), (1e6, "million")))
+
+
+def size(n: int) -> str:
+    """Bytes in decimal units: '2.47 GB'."""
+    return _scaled(n, ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")), " bytes")
+
+
+def _scaled(n: int, scales: tuple[tuple[float, str], ...], small: str = "") -> str:
+    for power, word in scales:
+        if n >= power:
+            return f"{n / power:.3g} {word}"
+    return f"{n:,}{small}"
+
+
+def public_source(source: str) -> str:
+    """A source as it may be published: a Hub id stays, a path loses its folders."""
+    if "\\" in source or re.match(r"^[A-Za-z]:", source):
+        return PureWindowsPath(source).name or source
+    path = PurePosixPath(source)
+    is_path = source.startswith(("/", ".", "~")) or source.count("/") > 1
+    return (path.name or source) if is_path or _FILE.search(source) else source
+
+
+def hub_id(source: str) -> str | None:
+    """`source` where it has the form owner/name of a Hub id, else None."""
+    if source.count("/") != 1 or public_source(source) != source:
+        return None
+    try:
+        validate_repo_id(source)
+    except HFValidationError:
+        return None
+    return source

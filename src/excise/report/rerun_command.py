@@ -1,0 +1,109 @@
+"""The `excise run` command that repeats a record: its settings where they differ from the defaults.
+
+Pure. Paths lose their folders and texts put around prompts are left out, so that the command can be
+published; `withheld` says which settings those are.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from typing import Any
+
+from excise.config import Config, PromptSource, behaviours, load_config
+from excise.record import Record
+from excise.report.formatting import public_source
+
+_FLAGS = {
+    "method": "--method",
+    "model.quantize": "--quantize",
+    "search.trials": "--trials",
+    "search.startup_trials": "--startup-trials",
+    "search.refine": "--refine",
+    "seed": "--seed",
+    "prompts.target.source": "--target",
+    "prompts.contrast.source": "--contrast",
+    "prompts.target_eval.source": "--target-eval",
+    "prompts.contrast_eval.source": "--contrast-eval",
+    "prompts.direction_size": "--direction-size",
+    "prompts.eval_size": "--eval-size",
+    "prompts.chat_template": "--chat-template",
+    "scores.markers_file": "--markers",
+    "scores.max_new_tokens": "--max-new-tokens",
+}
+# The card never holds text that is put to the model.
+_WITHHELD = ("prompts.system", "prompts.prefix", "prompts.suffix", "prompts.response_prefix")
+_ALWAYS = ("search.trials", "seed")
+# Said in a place of their own, or not part of what was measured.
+_ELSEWHERE = ("model.source", "behaviour")
+
+
+def command(record: Record, *, out: str = "DIR") -> str:
+    """The command in shell syntax, one option a line."""
+    config, base = _flatten(record.config), _base(record)
+    config.setdefault("seed", record.seed)
+    words = [["excise", "run", public_source(record.model.source)], ["--out", out]]
+    if record.behaviour in behaviours():
+        words.append(["--behaviour", record.behaviour])
+    elif config.get("behaviour"):
+        words.append(["--set", f"behaviour={record.behaviour}"])
+    hidden = (*_WITHHELD, *_ELSEWHERE)
+    words += [
+        _option(key, value)
+        for key, value in sorted(config.items(), key=_order)
+        if key not in hidden
+        and (key in _ALWAYS or _public(key, value) != _public(key, base.get(key)))
+    ]
+    return " \\\n    ".join(shlex.join(word) for word in words)
+
+
+def withheld(record: Record) -> list[str]:
+    """Settings that the run had and that `command` leaves out."""
+    config = _flatten(record.config)
+    return [key for key in _WITHHELD if config.get(key)]
+
+
+def _base(record: Record) -> dict[str, Any]:
+    """What the options of the command are added to."""
+    builtin = record.behaviour in behaviours()
+    config = load_config(behaviour=record.behaviour) if builtin else Config()
+    flat = _flatten(config.model_dump(mode="json"))
+    fields = PromptSource(source="").model_dump(mode="json", exclude={"source"})
+    for role in record.config.get("prompts") or {}:
+        for field, value in fields.items():
+            flat.setdefault(f"prompts.{role}.{field}", value)
+    return flat
+
+
+def _flatten(tree: dict[str, Any], path: str = "") -> dict[str, Any]:
+    """Nested tables as dotted keys; keys without a value are left out."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{path}{key}.")
+        elif value is not None:
+            flat[f"{path}{key}"] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def _public(key: str, value: Any) -> Any:
+    """The value as it may be published: the names of files without their folders."""
+    paths = (".source", ".files", ".markers_file", ".chat_template", ".llama_cpp", ".from_gguf")
+    if not key.endswith(paths):
+        return value
+    if isinstance(value, list):
+        return [public_source(str(item)) for item in value]
+    return public_source(value) if isinstance(value, str) else value
+
+
+def _order(item: tuple[str, Any]) -> tuple[int, str]:
+    flags = list(_FLAGS)
+    return (flags.index(item[0]) if item[0] in flags else len(flags), item[0])
+
+
+def _option(key: str, value: Any) -> list[str]:
+    if key in _FLAGS:
+        return [_FLAGS[key], str(_public(key, value))]
+    # JSON's strings, numbers, booleans and lists are TOML's too.
+    text = json.dumps(_public(key, value), ensure_ascii=False)
+    return ["--set", f"{key}={text}"]

@@ -1,0 +1,293 @@
+"""Jobs on what a run left behind, and on models that others edited: export, survey, evaluate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from excise.capture.geometry import Projection, check_projection, describe_layers, embed, project
+from excise.checkpoints.loading import Loaded, load, resolve
+from excise.checkpoints.model_folder import read_config, weight_files
+from excise.config import Config, ModelSection, validate
+from excise.engine.batch_sizing import Sizing, from_dict, size, usual_length
+from excise.errors import ConfigError, OutputError, RunStateError
+from excise.events import Notice, OnEvent, ignore, phase
+from excise.files import check_destination, write_text
+from excise.gguf.export import plan_gguf
+from excise.prompts.sets import PromptSet, PromptSets, load_prompt_sets
+from excise.reading import is_file, is_whole
+from excise.record import ArtifactRecord, Record, Scores
+from excise.report.geometry_page import projection_page
+from excise.report.stored_record import FILE as RECORD
+from excise.report.stored_record import read_record, write_record
+from excise.runs import setup
+from excise.runs.artifacts import Checker, check_exports, export
+from excise.runs.results import write_pages
+from excise.runs.resume_terms import check_terms, read_terms
+from excise.runs.run_folder import check_files
+from excise.runs.study_identity import digests, fingerprint, identity
+from excise.search import journal
+from excise.search.evaluation import Panel
+from excise.search.loop import points
+from excise.search.pareto import Objective, Point, choose
+from excise.search.scorers import Markers, read_markers
+
+Part = Literal["eval", "holdout"]
+GEOMETRY = "geometry.html"
+_NO_GGUF = {"quantize": (), "llama_cpp": None, "from_gguf": None}  # of a run that also wrote GGUF
+# How residuals come to two dimensions, and what these are called.
+_PROJECTIONS = {
+    "pca": (project, ("First principal axis", "Second principal axis")),
+    "umap": (embed, ("UMAP 1", "UMAP 2")),
+}
+
+
+def export_run(
+    folder: Path,
+    to: Path,
+    *,
+    format_name: str = "safetensors",
+    trial: int | None = None,
+    select: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    trust_run: bool = False,
+    on_event: OnEvent = ignore,
+) -> ArtifactRecord:
+    """Write one trial of a finished run in `to`, measured again; the run's record is added to.
+
+    Args:
+        folder: the run.
+        to: a folder that does not exist yet.
+        format_name: one of `config.Format`.
+        trial: which trial; by default the selected one.
+        select: a rule instead of a number: knee, drift<=X, rate<=X.
+        options: settings of `config.ExportSection` that are not the run's own.
+        trust_run: let code run that the run folder names: scorers, a model's own, llama.cpp's.
+        on_event: told of progress.
+
+    Raises:
+        ConfigError: an option is out of its range.
+        RunStateError: no such run or trial, its settings, files, model or prompts have changed, or it
+            names code and is not trusted.
+        OutputError: `to` exists.
+    """
+    read_record(folder)  # where there is none, this is no run: not even a lock is left there
+    check_destination(to)
+    if not is_whole(str(to)):
+        raise OutputError(f"{str(to)!r} is not UTF-8 text: give --to another name")
+    if to.exists():
+        raise OutputError(f"{to} exists: give --to a new folder")
+    given = {k: v for k, v in (options or {}).items() if v is not None}
+    gguf = format_name.startswith("gguf")
+    unused = ("export.llama_cpp",) if not gguf or "llama_cpp" in given else ()
+    config = read_terms(folder, trust=trust_run, unused=unused)
+    config = _with_options(config, {**({} if gguf else _NO_GGUF), **given})
+    plan_gguf(config.export, [format_name])
+    scoring = setup.scoring(config)
+    with journal.hold(folder):
+        record, config = _reopen(folder, config)  # as others left it, who held it until now
+        number = trial if trial is not None else _selected(record, select, scoring.goals())
+        chosen = record.trial(number)
+        with phase("load", on_event):
+            sets, loaded = load_prompt_sets(config.prompts), load(config.model)
+        check_exports([format_name], loaded, config)
+        tokens, sizing = _same(record, loaded, sets, config, scoring.markers, folder)
+        method = setup.stored_method(loaded, tokens, config, folder, on_event)
+        both = (sets.target_eval, sets.contrast_eval)
+        engine = setup.engine_for(loaded, method.writers, tokens, "eval", config, sizing.plan)
+        checker = Checker(engine, scoring, scoring.context(*both), config, tokens)
+        place = [(format_name, to)]
+        with phase("export", on_event):
+            record = export(record, chosen, loaded, method, checker, place, folder, on_event)
+        write_record(folder, record)
+        write_pages(folder, record, [record.artifacts[-1].path])
+    return record.artifacts[-1]
+
+
+def _reopen(folder: Path, config: Config) -> tuple[Record, Config]:
+    """The record of a run folder, which is held, and the configuration that it was measured with.
+
+    Raises:
+        RunStateError: settings or files are not those of the record.
+    """
+    record = read_record(folder)
+    config = check_terms(folder, config, record.config)
+    check_files(folder, record.files)
+    return record, config
+
+
+def _same(
+    record: Record,
+    loaded: Loaded,
+    sets: PromptSets,
+    config: Config,
+    markers: Markers,
+    folder: Path,
+) -> tuple[setup.Tokens, Sizing]:
+    """The prompts' tokens and the sizes of passes, of what is proven to be what was measured.
+
+    Raises:
+        RunStateError: model, prompts, markers, template or scorers are others.
+    """
+    _check_unchanged(record, loaded, sets.all())
+    sizing = from_dict(record.engine)
+    tokens = setup.stored_tokens(loaded, sets, config, markers, folder)
+    if record.identity:  # earlier versions did not record it
+        now = digests(identity(loaded, sets, tokens, config, markers, sizing.batch))
+        journal.check_same(folder / RECORD, record.identity, now)
+    return tokens, sizing
+
+
+def _with_options(config: Config, options: Mapping[str, Any]) -> Config:
+    """The configuration with settings of its export section replaced."""
+    fields = dict(options)
+    if "adapter_error" in fields:  # asked for here, it wins over a rank that the run was given
+        fields = {"adapter_rank": None, **fields}
+    tree = config.model_dump()
+    return validate({**tree, "export": {**tree["export"], **fields}})
+
+
+def survey(
+    folder: Path,
+    on_event: OnEvent = ignore,
+    projection: Projection = "pca",
+    *,
+    trust_run: bool = False,
+) -> list[dict[str, float]]:
+    """The geometry of a run's residuals by layer, put into its record and report.
+
+    Also writes `geometry.html`, the residuals in two dimensions.
+
+    Raises:
+        ConfigError: the projection needs a package that is not there.
+        RunStateError: no such run, or it has changed, or names code and is not trusted.
+        MeasurementError: residuals are not finite.
+    """
+    check_projection(projection)
+    read_record(folder)
+    unused = ("export.llama_cpp", "scores.files")  # nothing is exported or scored here
+    config = read_terms(folder, trust=trust_run, unused=unused)
+    markers = read_markers(config.scores.markers, config.scores.markers_file)
+    with journal.hold(folder):
+        record, config = _reopen(folder, config)
+        with phase("load", on_event):
+            sets, loaded = load_prompt_sets(config.prompts), load(config.model)
+        tokens, _ = _same(record, loaded, sets, config, markers, folder)
+        target, contrast = (
+            setup.residuals(loaded, side, tokens[side], config.directions.winsor, on_event)
+            for side in ("target", "contrast")
+        )
+        layers = [layer.as_dict() for layer in describe_layers(target, contrast)]
+        record = record.model_copy(update={"geometry": layers})
+        title = f"{record.model.model_type}: residuals at the last prompt token"
+        with phase("project", on_event):
+            way, axes = _PROJECTIONS[projection]
+            flat = way(target, contrast)
+        write_text(folder / GEOMETRY, projection_page(*flat, title, axes))
+        write_record(folder, record)
+        write_pages(folder, record)
+    return layers
+
+
+def evaluate(
+    config: Config, edited: str, on_event: OnEvent = ignore
+) -> list[tuple[str, Scores, Scores]]:
+    """Measure any edited model against its base: (prompt set, base's scores, edited's scores).
+
+    Drift is against the base's own responses; the two models are never in memory at once.
+
+    Raises:
+        ModelError: one of them cannot be loaded. ConfigError: their tokens are not the same.
+    """
+    scoring, sets = setup.scoring(config), load_prompt_sets(config.prompts)
+    scorers = scoring.every_trial + scoring.final
+    section = config.model.model_copy(update={"source": edited, "revision": None})
+    shapes = _stored_shapes(section)  # before the base is measured, which takes its time
+    with phase("load", on_event):
+        base = load(config.model)
+    other_shapes = ConfigError(f"{edited} is not an edit of {config.model.source}: other shapes")
+    mine = _shapes(base.model.config.get_text_config().to_dict())
+    if any(shapes[key] not in (None, mine[key]) for key in shapes):
+        raise other_shapes
+    bare = setup.tokenise(base, sets, config)
+    tokens = setup.open_responses(base, bare, config, scoring.markers)
+    for note in tokens.notes:
+        on_event(Notice(note))
+    parts: list[tuple[str, Part, tuple[PromptSet, PromptSet]]] = [
+        ("search", "eval", (sets.target_eval, sets.contrast_eval))
+    ]
+    if len(sets.target_holdout) and len(sets.contrast_holdout):
+        parts.append(("holdout", "holdout", (sets.target_holdout, sets.contrast_holdout)))
+    lengths = [len(row) for rows in tokens.values() for row in rows]
+    most, usual = max(len(s) for s in sets.all()), usual_length(lengths)
+    plan = size(base, config, usual, most, on_event).plan
+    engines, before = {}, {}
+    with phase("baseline", on_event):
+        for where, part, both in parts:
+            engine = setup.engine_for(base, (), tokens, part, config, plan)
+            panel = Panel(engine, scorers, scoring.context(*both), screen=False)
+            before[where] = panel.measure([[]])[0].scores
+            for side in engine.prompts:  # all of them before the layers are let go of
+                engine.original(side)
+            engines[where] = engine
+    references = {where: engine.as_reference() for where, engine in engines.items()}
+    with phase("load edited", on_event):
+        other = load(section)
+    if _shapes(other.model.config.get_text_config().to_dict()) != mine:
+        raise other_shapes
+    rows = []
+    if setup.tokenise(other, sets, config).rows != bare.rows:
+        raise ConfigError(f"{edited} turns the prompts into other tokens than its base")
+    with phase("measure safetensors", on_event):
+        for where, part, both in parts:
+            engine = setup.engine_for(other, (), tokens, part, config, plan, references[where])
+            panel = Panel(engine, scorers, scoring.context(*both), screen=False)
+            rows.append((where, before[where], panel.measure([[]])[0].scores))
+    return rows
+
+
+def _stored_shapes(section: ModelSection) -> dict[str, Any]:
+    """What a checkpoint's configuration says of its shapes, where its files can be read at all.
+
+    Raises:
+        ModelError: they cannot.
+    """
+    folder = resolve(section)
+    if is_file(folder):  # a GGUF, which is unpacked when it is loaded
+        return {}
+    weight_files(folder)
+    config = read_config(folder)
+    return _shapes(config.get("text_config") or config)
+
+
+def _shapes(config: Mapping[str, Any]) -> dict[str, Any]:
+    names = ("hidden_size", "vocab_size", "num_hidden_layers")
+    return {name: config.get(name) for name in names}
+
+
+def _selected(record: Record, rule: str | None, goals: list[Objective]) -> int:
+    if rule is None:
+        return record.chosen().number
+    front = [p for p in points(record.trials, goals) if p.number in record.front]
+    chosen: Point | None = choose(rule, front, goals)
+    if chosen is None:
+        raise RunStateError(f"no trial on the front keeps {rule!r}: see `excise front`")
+    return chosen.number
+
+
+def _check_unchanged(record: Record, loaded: Loaded, sets: tuple[PromptSet, ...]) -> None:
+    if record.model.fingerprint not in (None, fingerprint(loaded.folder)):
+        raise RunStateError(
+            f"the model in {loaded.folder} has changed since the run: its edits are of other weights"
+        )
+    for prompts in sets:
+        known = record.prompts.get(prompts.role)
+        labels = None if known is None else known.labels_sha256
+        if known is not None and (
+            known.sha256 != prompts.sha256 or labels not in (None, prompts.labels_sha256)
+        ):
+            raise RunStateError(
+                f"the {prompts.role} prompts ({prompts.source}) have changed since the run: "
+                "its figures would not be comparable"
+            )

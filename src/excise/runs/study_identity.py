@@ -1,0 +1,79 @@
+"""What a study's trials belong to: everything that decides what a trial of the same parameters measures."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from excise.checkpoints.loading import Loaded
+from excise.checkpoints.model_folder import read_config, weight_files
+from excise.config import Config
+from excise.errors import ConfigError
+from excise.prompts.sets import PromptSets
+from excise.reading import read_bytes
+from excise.runs.setup import Tokens
+from excise.search.scorers import Markers
+
+# Where a weight file is looked at, beside its beginning: models that were trained from one another
+# have the same names, sizes and, often, the same embeddings.
+_SAMPLES, _SAMPLE_BYTES = 64, 4096
+
+
+def identity(
+    loaded: Loaded, sets: PromptSets, tokens: Tokens, config: Config, markers: Markers, batch: int
+) -> dict[str, Any]:
+    """What a study's trials belong to; two runs may share trials only if all of it is equal."""
+    method = str(config.method)
+    return {
+        "model": fingerprint(loaded.folder),
+        "dtype": str(loaded.dtype),
+        "quantize": loaded.quantize,
+        "prompts": {s.role: s.sha256 for s in sets.all()},
+        "answers": {s.role: s.labels_sha256 for s in sets.all()},
+        "method": method,
+        "goal": config.goal,
+        method: config.model_dump(mode="json").get(method),
+        "seed": config.seed,
+        "directions": config.directions.model_dump(mode="json"),
+        "edit": config.edit.model_dump(mode="json"),
+        "scores": config.scores.model_dump(
+            mode="json", exclude={"final", "show", "files", "markers", "markers_file"}
+        ),
+        "markers": list(markers.phrases),
+        "scorer files": [
+            hashlib.sha256(read_bytes(Path(file), "scores.files:", ConfigError)).hexdigest()
+            for file in config.scores.files
+        ],
+        "template": {
+            **config.prompts.model_dump(mode="json", include={"system", "prefix", "suffix"}),
+            **tokens.as_dict(),
+        },
+        "batch": batch,
+    }
+
+
+def digests(found: dict[str, Any]) -> dict[str, str]:
+    """Each part of an identity by its hash, for the record."""
+    return {
+        name: hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest()
+        for name, part in found.items()
+    }
+
+
+def fingerprint(folder: Path) -> str:
+    """Hash of a checkpoint's configuration and of its weights' names, sizes, headers and samples."""
+    digest = hashlib.sha256(json.dumps(read_config(folder), sort_keys=True).encode())
+    for file in weight_files(folder):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with file.open("rb") as stream:
+            begin = stream.read(8)
+            digest.update(begin + stream.read(int.from_bytes(begin, "little")))
+            data = stream.tell()
+            rest = max(0, size - data - _SAMPLE_BYTES)
+            for number in range(_SAMPLES):
+                stream.seek(data + number * rest // (_SAMPLES - 1))
+                digest.update(stream.read(_SAMPLE_BYTES))
+    return digest.hexdigest()

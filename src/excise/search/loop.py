@@ -1,0 +1,334 @@
+"""Ask, measure, tell: the multi-objective search, in batches that a kill cannot change.
+
+Trials are asked in batches of C with constant liar. A batch's trials depend only on the batches
+before it and on the seed: the sampler is seeded anew by trial number (a sampler that went on from
+one seed would repeat its random trials after a resume), and a batch that was cut short is measured
+again as a whole, with the parameters it already had.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.samplers import TPESampler
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from excise.config import SearchSection
+from excise.errors import StorageError
+from excise.events import OnEvent, Progress, TrialMeasured
+from excise.methods.search_space import refined_distribution
+from excise.record import ScoreRecord, TrialRecord
+from excise.search.journal import together
+from excise.search.pareto import Objective, Point, pareto
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What measuring one candidate gave."""
+
+    scores: dict[str, ScoreRecord] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    screened: bool = False
+    reason: str | None = None  # why there are no scores
+
+
+# Parameters of a batch, and the points finished before it -> what was measured, in order. The first
+# batch of a study is always measured first, also when a resume goes on after it: what is learnt from
+# it is then the same.
+Measure = Callable[[list[dict[str, Any]], list[Point]], list[Measured]]
+
+
+class Search:
+    """The search over one study. `batch` is C."""
+
+    def __init__(
+        self,
+        study: optuna.Study,
+        space: dict[str, BaseDistribution],
+        objectives: Sequence[Objective],
+        section: SearchSection,
+        *,
+        batch: int,
+        seed: int,
+    ) -> None:
+        self.study = study
+        self._space = space
+        self.objectives = objectives
+        self._section = section
+        self._batch = batch
+        self._seed = seed
+        self._begun = False
+
+    def run(self, trials: int, measure: Measure, on_event: OnEvent) -> None:
+        """Go on until the study holds `trials` finished trials.
+
+        A total below one that was asked for before ends at the first batch that reaches it.
+
+        Raises:
+            StorageError: the journal cannot be written.
+        """
+        try:
+            stops = self._stops(trials)
+            parts = batches(stops, self._batch)
+            for start, stop in parts:
+                if self._is_finished(start, stop):
+                    continue
+                if start > 0 and not self._begun:
+                    measure([trial.params for trial in self._trials()[slice(*parts[0])]], [])
+                self._begun = True
+                if any(s <= start < s + len(e["params"]) for s, e in self._refined()):
+                    self._add_refined(start, stop, measure, on_event)
+                    continue
+                self._run_batch(start, stop, measure, on_event)
+                on_event(Progress("search", stop, stops[-1]))
+        except OSError as error:
+            raise StorageError(f"cannot write the study: {error.strerror or error}") from None
+
+    def refine(
+        self,
+        propose: Callable[[list[Point]], list[dict[str, Any]]],
+        measure: Measure,
+        on_event: OnEvent,
+    ) -> None:
+        """Add trials of the parameters that `propose` makes of the points so far, once per total.
+
+        They are stored before they are measured, so that a resume measures the same ones.
+        """
+        asked = self.asked
+        if not any(entry["asked"] == asked for _, entry in self._refined()):
+            stops: list[int] = list(self.study.user_attrs["stops"])
+            found = propose(self.points(stops[-1]))
+            if not found:
+                return
+            try:
+                known = [{"start": s, **entry} for s, entry in self._refined()]
+                entry = {"start": stops[-1], "asked": asked, "params": found}
+                self.study.set_user_attr("refined", [*known, entry])
+                self.study.set_user_attr("stops", [*stops, stops[-1] + len(found)])
+            except OSError as error:
+                raise StorageError(f"cannot write the study: {error.strerror or error}") from None
+        self.run(asked, measure, on_event)
+
+    @property
+    def asked(self) -> int:
+        """The total that was asked for, without what refined it."""
+        ends = {start + len(entry["params"]) for start, entry in self._refined()}
+        return max(int(s) for s in self.study.user_attrs["stops"] if s not in ends)
+
+    def _refined(self) -> list[tuple[int, dict[str, Any]]]:
+        """Refined parts of the study: number of the first trial, and what is stored of the part."""
+        entries = self.study.user_attrs.get("refined", [])
+        return [(int(e["start"]), {k: v for k, v in e.items() if k != "start"}) for e in entries]
+
+    def _add_refined(self, start: int, stop: int, measure: Measure, on_event: OnEvent) -> None:
+        """Measure trials start <= number < stop, which a part of refined parameters holds."""
+        first, entry = next(
+            p for p in self._refined() if p[0] <= start < p[0] + len(p[1]["params"])
+        )
+        params = entry["params"][start - first : stop - first]
+        there = len(self._trials())
+        results = measure(params, self.points(start))
+        with together(self.study):
+            for number, one, result in zip(range(start, stop), params, results, strict=True):
+                if number >= there:  # a power cut may have struck between two of them
+                    self.study.add_trial(self._frozen(one, result))
+        front = {p.number for p in pareto(self.points(), self.objectives)}
+        for number, result in zip(range(start, stop), results, strict=True):
+            values = {name: score.value for name, score in result.scores.items()}
+            on_event(TrialMeasured(number, values, result.screened, number in front))
+
+    def _frozen(self, params: dict[str, Any], result: Measured) -> FrozenTrial:
+        more = {name: refined_distribution() for name in params if name not in self._space}
+        values = self._values(result)
+        return optuna.trial.create_trial(
+            params=params,
+            distributions={**self._space, **more},
+            values=values,
+            state=TrialState.FAIL if values is None else TrialState.COMPLETE,
+            user_attrs={"measured": _stored(result, values)},
+        )
+
+    def records(self) -> list[TrialRecord]:
+        """Every trial so far, as the record states it."""
+        return [record_of(trial) for trial in self._trials()]
+
+    def points(self, before: int | None = None) -> list[Point]:
+        """The trials measured in full with a number below `before`, as points."""
+        return points(self.records()[:before], self.objectives)
+
+    def _is_finished(self, start: int, stop: int) -> bool:
+        states = [trial.state for trial in self._trials()[start:stop]]
+        return len(states) == stop - start and all(state.is_finished() for state in states)
+
+    def _trials(self) -> list[FrozenTrial]:
+        return self.study.get_trials(deepcopy=False)
+
+    def _stops(self, trials: int) -> list[int]:
+        """The totals asked for so far: batches never straddle one, so each part repeats exactly."""
+        known: list[int] = list(self.study.user_attrs.get("stops", []))
+        stops = known
+        if not known or trials > known[-1]:
+            stops = [*known, trials]
+        elif not self._refined():  # what was refined stands after all that was asked for before it
+            least = max(trials, len(self._trials()))
+            end = next(stop for _, stop in batches(known, self._batch) if stop >= least)
+            stops = [*(stop for stop in known if stop < end), end]
+        if stops != known:
+            self.study.set_user_attr("stops", stops)
+        return stops
+
+    def _run_batch(self, start: int, stop: int, measure: Measure, on_event: OnEvent) -> None:
+        with together(self.study):
+            asked = [self._ask(number) for number in range(start, stop)]
+        measured = measure([trial.params for trial in asked], self.points(start))
+        with together(self.study):
+            for trial, result in zip(asked, measured, strict=True):
+                self._tell(trial, result)
+        front = {p.number for p in pareto(self.points(), self.objectives)}
+        for trial, result in zip(asked, measured, strict=True):
+            values = {name: score.value for name, score in result.scores.items()}
+            number = trial.number
+            on_event(TrialMeasured(number, values, result.screened, number in front))
+
+    def _ask(self, number: int) -> Trial:
+        """Trial `number`: as it was asked before a kill, completed if it was cut short, or new."""
+        state = np.random.SeedSequence([self._seed, number]).generate_state(1)[0]
+        self.study.sampler = TPESampler(
+            multivariate=True,
+            constant_liar=True,
+            n_startup_trials=self._section.startup_trials,
+            n_ei_candidates=self._section.ei_candidates,
+            seed=int(state),
+        )
+        known = self._trials()
+        if number >= len(known):
+            trial = self.study.ask(self._space)
+            assert trial.number == number
+            return trial
+        if known[number].state.is_finished():
+            return _Finished(known[number])
+        trial = Trial(self.study, known[number]._trial_id)
+        for name, distribution in self._space.items():
+            given = name in known[number].params
+            if given and name not in trial.relative_params and not distribution.single():
+                # Drawn again and thrown away, so that the draws after it are the ones they were.
+                self.study.sampler.sample_independent(self.study, known[number], name, distribution)
+            trial._suggest(name, distribution)
+        return trial
+
+    def _tell(self, trial: Trial, result: Measured) -> None:
+        if isinstance(trial, _Finished):
+            return
+        values = self._values(result)
+        trial.set_user_attr("measured", _stored(result, values))
+        if values is None:
+            self.study.tell(trial, state=TrialState.FAIL)
+        else:
+            self.study.tell(trial, values)
+
+    def _values(self, result: Measured) -> list[float] | None:
+        """The objectives of a result; None where one is missing or any score is not finite."""
+        values = [result.scores[o.name].value for o in self.objectives if o.name in result.scores]
+        good = len(values) == len(self.objectives) and all(map(_finite, result.scores.values()))
+        return values if good else None
+
+
+def _finite(score: ScoreRecord) -> bool:
+    return all(map(math.isfinite, (score.value, *(score.interval or ()))))
+
+
+def _stored(result: Measured, values: list[float] | None) -> dict[str, Any]:
+    """What a trial keeps of its measurement; JSON has no infinities, so such scores are left out."""
+    good = values is not None
+    scores = {name: score for name, score in result.scores.items() if _finite(score)}
+    return {
+        "scores": {k: v.model_dump(exclude_none=True) for k, v in scores.items()},
+        "seconds": result.seconds,
+        "screened": result.screened,
+        "reason": result.reason if good or result.reason else "a score is not finite",
+    }
+
+
+class _Finished(Trial):
+    """A trial that was told before a kill: its batch is measured again, but it is not told twice."""
+
+    def __init__(self, frozen: FrozenTrial) -> None:
+        self._frozen = frozen
+
+    @property
+    def params(self) -> dict[str, Any]:
+        return self._frozen.params
+
+    @property
+    def number(self) -> int:
+        return self._frozen.number
+
+
+def batches(stops: Sequence[int], size: int) -> list[tuple[int, int]]:
+    """(first, end) of every batch; each part that ends at a stop is cut into batches of `size`."""
+    out, start = [], 0
+    for stop in stops:
+        out += [(low, min(low + size, stop)) for low in range(start, stop, size)]
+        start = stop
+    return out
+
+
+def points(records: Sequence[TrialRecord], objectives: Sequence[Objective]) -> list[Point]:
+    """The trials that were measured in full, as points."""
+    return [
+        Point(r.number, tuple(r.scores[o.name].value for o in objectives))
+        for r in records
+        if r.state == "complete"
+    ]
+
+
+def record_of(trial: FrozenTrial) -> TrialRecord:
+    """A trial of the study as the record states it."""
+    measured = trial.user_attrs.get("measured", {})
+    screened = bool(measured.get("screened", False))
+    if trial.state == TrialState.COMPLETE:
+        state = "screened" if screened else "complete"
+    else:
+        state = "failed" if trial.state == TrialState.FAIL else "running"
+    return TrialRecord.model_validate(
+        {
+            "number": trial.number,
+            "state": state,
+            "params": trial.params,
+            "scores": measured.get("scores", {}),
+            "seconds": measured.get("seconds", {}),
+            "screened": screened,
+            "reason": measured.get("reason"),
+        }
+    )
+
+
+def importance(study: optuna.Study, objectives: Sequence[Objective]) -> dict[str, dict[str, float]]:
+    """Share of each objective's variance that each parameter explains; {} if trials are too few.
+
+    Functional ANOVA over a random forest (Hutter, Hoos and Leyton-Brown 2014).
+    """
+    done = [t for t in study.get_trials(deepcopy=False) if t.state == TrialState.COMPLETE]
+    if len(done) < 10:
+        return {}
+    from optuna.importance import FanovaImportanceEvaluator, get_param_importances
+
+    out = {}
+    for position, objective in enumerate(objectives):
+        values = {t.values[position] for t in done}
+        if len(values) < 3:  # nothing varies, nothing to explain
+            continue
+
+        def target(trial: FrozenTrial, at: int = position) -> float:
+            return float(trial.values[at])
+
+        evaluator = FanovaImportanceEvaluator(seed=0)
+        found = get_param_importances(study, evaluator=evaluator, target=target)
+        out[objective.name] = {name: float(value) for name, value in found.items()}
+    return out

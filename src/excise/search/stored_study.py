@@ -1,0 +1,129 @@
+"""Whether what a study on disk holds can be what was measured: looked at before its trials are taken.
+
+The journal itself shows when a line was changed (`journal`). This is about what its lines say: the
+totals that were asked for, and trials of the search space at hand with the scores they were told.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any, TypeGuard
+
+import optuna
+import pydantic
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+from optuna.trial import FrozenTrial, TrialState
+
+from excise.errors import RunStateError
+from excise.methods.search_space import refined_distribution
+from excise.record import TrialRecord
+from excise.search.loop import record_of
+from excise.search.pareto import Objective
+
+_MOST = 10**7  # trials that anybody would ask for
+Space = Mapping[str, BaseDistribution]
+
+
+class _Damaged(Exception):
+    """What is wrong with a study."""
+
+
+def check_study(
+    study: optuna.Study, space: Space, objectives: Sequence[Objective], where: str
+) -> None:
+    """Refuse a study whose trials cannot be those of this search.
+
+    Args:
+        study: as it was opened.
+        space: of the method at hand.
+        objectives: of the run, in the study's order.
+        where: its file, for the message.
+
+    Raises:
+        RunStateError: totals or trials are not what the search writes.
+    """
+    try:
+        trials = study.get_trials(deepcopy=False)
+        refined = _check_totals(study.user_attrs, len(trials))
+        for number, trial in enumerate(trials):
+            _check_trial(trial, number, space, number in refined, objectives)
+    except _Damaged as damage:
+        raise RunStateError(
+            f"{where} cannot be gone on with: {damage}; put it back as it was, or choose a new --out"
+        ) from None
+
+
+def _check_totals(attributes: Mapping[str, Any], there: int) -> set[int]:
+    """The numbers of trials that refined others, of a study whose totals are sound."""
+    stops, parts = attributes.get("stops", []), attributes.get("refined", [])
+    if not (isinstance(stops, list) and all(_is_count(stop) for stop in stops)):
+        raise _Damaged("the totals that were asked for are no list of counts")
+    if any(b <= a for a, b in pairwise(stops)):
+        raise _Damaged("the totals that were asked for do not grow")
+    if there > (stops[-1] if stops else 0):
+        raise _Damaged(f"it has {there} trials, more than were asked for")
+    refined: set[int] = set()
+    for part in parts if isinstance(parts, list) else [None]:
+        if not isinstance(part, dict) or not _is_count(part.get("asked")):
+            raise _Damaged("what was refined is not a list of parts")
+        start, params = part.get("start"), part.get("params")
+        if not _is_count(start) or not isinstance(params, list) or not params:
+            raise _Damaged("a part that was refined has no beginning or no parameters")
+        if not all(isinstance(one, dict) for one in params):
+            raise _Damaged("the parameters of a part that was refined are no tables")
+        refined |= set(range(start, start + len(params)))
+    return refined
+
+
+def _is_count(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= _MOST
+
+
+def _check_trial(
+    trial: FrozenTrial, number: int, space: Space, refined: bool, objectives: Sequence[Objective]
+) -> None:
+    if trial.number != number:
+        raise _Damaged(f"trial {trial.number} stands where trial {number} belongs")
+    wanted = set(space)
+    for name, value in trial.params.items():
+        known = space.get(name, refined_distribution() if refined else None)
+        if known is None:
+            raise _Damaged(f"trial {number} has a parameter {name!r}, which this search has not")
+        if trial.distributions.get(name) != known or not _within(known, value):
+            raise _Damaged(f"trial {number}: its {name} is not in the range of this search")
+    if trial.state.is_finished():
+        if not wanted <= trial.params.keys():
+            missing = min(wanted - trial.params.keys())
+            raise _Damaged(f"trial {number} has no parameter {missing!r}")
+        _check_scores(trial, objectives)
+
+
+def _within(distribution: BaseDistribution, value: Any) -> bool:
+    if isinstance(distribution, CategoricalDistribution):
+        return value in distribution.choices
+    assert isinstance(distribution, FloatDistribution | IntDistribution)
+    return isinstance(value, int | float) and distribution.low <= value <= distribution.high
+
+
+def _check_scores(trial: FrozenTrial, objectives: Sequence[Objective]) -> None:
+    try:
+        found: TrialRecord = record_of(trial)
+    except (pydantic.ValidationError, AttributeError):
+        raise _Damaged(f"trial {trial.number} has no readable scores") from None
+    if trial.state == TrialState.FAIL and found.reason:
+        return
+    scores = [found.scores.get(objective.name) for objective in objectives]
+    told = trial.values or []
+    same = len(told) == len(scores) and all(
+        score is not None and score.value == value and math.isfinite(value)
+        for score, value in zip(scores, told, strict=True)
+    )
+    if trial.state != TrialState.COMPLETE or not same:
+        raise _Damaged(f"trial {trial.number}: its scores are not what was measured")

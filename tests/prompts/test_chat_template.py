@@ -1,0 +1,307 @@
+"""How prompts are put to models of several kinds: templates written small, in each family's manner."""
+
+from __future__ import annotations
+
+import datetime
+import json
+
+import builders
+import pytest
+
+from excise.config import PromptSection
+from excise.errors import ModelError
+from excise.prompts.chat_template import after_markup, closing, dress
+from excise.prompts.template_rendering import Renderer
+from excise.prompts.template_sources import read_template
+
+QWEN3 = """
+{%- for message in messages %}
+    {{- '<|im_start|>' + message.role + '\\n' }}
+    {%- if message.role == 'assistant' and loop.last %}{{- '<think>\\n\\n</think>\\n\\n' }}{% endif %}
+    {{- message.content + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}
+        {{- '<think>\\n\\n</think>\\n\\n' }}
+    {%- endif %}
+{%- endif %}"""
+QWEN3_THINKING = QWEN3.replace(
+    "{%- if enable_thinking is defined and enable_thinking is false %}\n"
+    "        {{- '<think>\\n\\n</think>\\n\\n' }}\n    {%- endif %}",
+    "{{- '<think>\\n' }}",
+)
+R1 = """{{ bos_token }}{% for message in messages %}
+{%- if message.role == 'assistant' %}{{ '<|Assistant|>' + message.content + '<|end|>' }}
+{%- elif message.role == 'user' %}{{ '<|User|>' + message.content }}
+{%- else %}{{ message.content }}{% endif %}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|Assistant|><think>\\n' }}{% endif %}"""
+GEMMA = """{{ bos_token }}{% if messages[0]['role'] == 'system' %}
+{{- raise_exception('System role not supported') }}{% endif %}
+{%- for message in messages %}
+{%- set role = 'model' if message['role'] == 'assistant' else message['role'] %}
+{{- '<start_of_turn>' + role + '\\n' + message['content'] | trim + '<end_of_turn>\\n' }}
+{%- endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"""
+GPT_OSS = """{{- "<|start|>system<|message|>Current date: " + strftime_now("%Y-%m-%d") }}
+{{- "\\nReasoning: " + (reasoning_effort if reasoning_effort is defined else "medium") + "<|end|>" }}
+{%- for message in messages %}
+{%- if message.role == 'assistant' %}
+{{- "<|start|>assistant<|channel|>final<|message|>" + message.content + "<|return|>" }}
+{%- else %}
+{{- "<|start|>" + message.role + "<|message|>" + message.content + "<|end|>" }}
+{%- endif %}
+{%- endfor %}{% if add_generation_prompt %}{{ "<|start|>assistant" }}{% endif %}"""
+PARTS = """{% for message in messages %}{{ '<' + message.role + '>' }}
+{%- for part in message.content %}{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}
+{%- endfor %}{% endfor %}{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"""
+
+
+@pytest.fixture(scope="module")
+def renderer():
+    with Renderer() as one:
+        yield one
+
+
+@pytest.fixture(scope="module")
+def put(renderer):
+    """Renders a prompt with a tokenizer that has a template; gives the dressing as well."""
+
+    def render(template, text="orb", **section):
+        tokenizer = builders.tokenizer()
+        tokenizer.chat_template = template
+        dressing = dress(tokenizer, PromptSection(**section), renderer)
+        return dressing.render(renderer, [text])[0], dressing
+
+    return render
+
+
+def test_qwen3_thinking_is_switched_off_by_the_templates_own_variable(put):
+    text, dressing = put(QWEN3)
+    assert text == "<|im_start|>user\norb<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    assert dressing.variables == {"enable_thinking": False}
+    assert dressing.header == ""
+    assert "enable_thinking=false" in dressing.notes[0]
+    text, dressing = put(QWEN3, thinking=True)
+    assert text.endswith("<|im_start|>assistant\n")
+    assert dressing.variables == {"enable_thinking": True}
+
+
+@pytest.mark.parametrize(
+    ("line", "variables"),
+    [
+        (
+            "{% if not thinking is defined %}{% set thinking = true %}{% endif %}",
+            {"thinking": False},
+        ),
+        ("{% set enable_thinking = enable_thinking | default(true) %}", {"enable_thinking": False}),
+        ("{% if thinking_budget is defined %}{% endif %}", {"thinking_budget": 0}),
+        ("{% if reasoning_effort == 'none' %}{% endif %}", {"reasoning_effort": "none"}),
+        ("{% if reasoning_effort in ['none', 'high'] %}{% endif %}", {"reasoning_effort": "none"}),
+        ("{% if reasoning_effort == 'low' %}{% endif %}", {}),
+        ("{% set thinking = true %}", {}),  # the template's own, not ours to set
+        ("{% for m in messages %}{{ m.thinking }}{% endfor %}", {}),
+        ("{% for m in messages %}{% generation %}{% endgeneration %}{% break %}{% endfor %}", {}),
+    ],
+)
+def test_which_variables_are_switches(put, line, variables):
+    assert put(line + builders.TEMPLATE)[1].variables == variables
+
+
+def test_a_template_that_opens_a_thinking_block_has_it_closed(put):
+    text, dressing = put(R1)
+    assert text == "<bos><|User|>orb<|Assistant|><think>\n\n</think>\n\n"
+    assert dressing.header == "\n</think>\n\n"
+    assert "</think>" in dressing.notes[0]
+    text, dressing = put(R1, thinking=True)
+    assert text.endswith("<|Assistant|><think>\n")
+    assert (dressing.header, dressing.notes) == ("", ())
+
+
+def test_a_template_that_shows_how_its_block_is_closed_is_followed(put):
+    text, dressing = put(QWEN3_THINKING)
+    assert text.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    assert dressing.header == "\n</think>\n\n"
+
+
+def test_channels_begin_in_the_final_one_and_the_clock_stands_still(put):
+    text, dressing = put(GPT_OSS, date="2024-02-29")
+    assert text.endswith("<|end|><|start|>assistant<|channel|>final<|message|>")
+    assert text.startswith("<|start|>system<|message|>Current date: 2024-02-29\nReasoning: medium")
+    assert dressing.header == "<|channel|>final<|message|>"
+    assert dressing.variables == {}  # no effort of its switches thinking off
+    assert any("2024-02-29" in note for note in dressing.notes)
+    today = put(GPT_OSS.replace('strftime_now("%Y-%m-%d")', '"%d" + strftime_now("%d %B %Y")'))[0]
+    assert "Current date: %d01 January 2025" in today
+    assert put(GPT_OSS, thinking=True)[0].endswith("<|start|>assistant")
+
+
+def test_a_template_that_refuses_a_system_role_gets_it_in_the_users_turn(put):
+    assert put(GEMMA)[0] == "<bos><start_of_turn>user\norb<end_of_turn>\n<start_of_turn>model\n"
+    text, dressing = put(GEMMA, system="be brief")
+    assert text == (
+        "<bos><start_of_turn>user\nbe brief\n\norb<end_of_turn>\n<start_of_turn>model\n"
+    )
+    assert dressing.folded
+    assert "no system turn" in dressing.notes[0]
+    assert "be brief" not in str(dressing.as_dict())
+
+
+def test_a_template_that_drops_a_system_role_in_silence_gets_it_in_the_users_turn(put):
+    silent = "{% for m in messages if m.role != 'system' %}{{ m.content }}>{% endfor %}"
+    assert put(silent, system="be brief")[0] == "be brief\n\norb>"
+
+
+def test_a_template_that_wants_parts_gets_them(put):
+    text, dressing = put(PARTS, system="be brief")
+    assert text == "<system>be brief<user>orb<assistant>"
+    assert dressing.listed
+
+
+NEEDS_SYSTEM = (
+    "{% if messages[0].role != 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    + builders.TEMPLATE
+)
+
+
+def test_a_template_that_needs_a_system_turn_is_given_one(put):
+    assert put(NEEDS_SYSTEM, system="be brief")[0] == "<|system|>be brief<|user|>orb<|assistant|>"
+    with pytest.raises(ModelError, match=r"needs a system turn: give one, --set prompts\.system"):
+        put(NEEDS_SYSTEM)
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{{ 'always the same' }}", "leaves out the text of prompts"),
+        ("{{ messages | length }}", "leaves out the text of prompts"),
+        ("{{ messages[0].content | upper }}", "leaves out the text of prompts"),
+        # one that does well on short prompts
+        ("{{ messages[0].content[:40] }}", "leaves out the text of prompt 1, 'what colour is the"),
+    ],
+)
+def test_a_template_that_leaves_out_the_prompt_is_refused(put, template, words):
+    with pytest.raises(ModelError, match=words):
+        put(template, text="what colour is the kettle " * 5)
+
+
+@pytest.mark.parametrize(
+    ("template", "rendered"),
+    [
+        ("[{{ messages[0].content | trim }}]", "[a <b>  'c'\n\"d\" ü]"),
+        ("[{{ messages[0].content.split() | join(' ') }}]", "[a <b> 'c' \"d\" ü]"),
+        ("[{{ messages[0].content | e }}]", "[ a &lt;b&gt;  &#39;c&#39;\n&#34;d&#34; ü ]"),
+        ("{{ messages[0].content | tojson }}", '" a <b>  \'c\'\\n\\"d\\" ü "'),
+    ],
+)
+def test_a_template_may_trim_and_escape(put, template, rendered):
+    assert put(template, text=" a <b>  'c'\n\"d\" ü ")[0] == rendered
+
+
+def test_the_clocks_formats_may_be_of_no_kind(put):
+    text = "{{ strftime_now('%') }}{{ strftime_now('\\ud800') }}{{ strftime_now('a\\0') }}!"
+    assert "!" in put(text + builders.TEMPLATE)[0]
+
+
+def test_a_header_of_white_space_only_is_left_to_the_model(put):
+    template = (
+        "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    assert put(template)[0] == "[user] orb[assistant]"
+
+
+def test_a_template_from_a_file_and_from_other_models(renderer, tmp_path):
+    tokenizer = builders.tokenizer()
+    file = tmp_path / "gemma.jinja"
+    file.write_text(GEMMA)
+    dressing = dress(tokenizer, PromptSection(chat_template=str(file)), renderer)
+    assert dressing.render(renderer, ["orb"])[0].startswith("<bos><start_of_turn>user")
+    assert dressing.origin == "chat template gemma.jinja"
+    assert "gemma.jinja" in dressing.notes[0]
+    assert str(tmp_path) not in str(dressing.as_dict())
+    for name in ("whole", "bare"):
+        folder = tmp_path / name
+        tokenizer.chat_template = R1
+        tokenizer.save_pretrained(folder)
+        if name == "bare":
+            for other in folder.iterdir():
+                if other.suffix != ".jinja":
+                    other.unlink()
+        assert read_template(str(folder)) == (R1, f"chat template of {name}")
+
+
+def test_a_models_own_template_is_read_however_it_is_kept(renderer, tmp_path):
+    bare, section = builders.tokenizer(), PromptSection()
+    bare.chat_template = None
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": R1}))
+    dressing = dress(bare, section, renderer, tmp_path)
+    assert dressing.template == R1
+    assert dressing.origin == "the model's chat_template.json"
+    for kept in ("\ufeff" + R1, json.dumps({"chat_template": R1})):
+        tokenizer = builders.tokenizer()
+        tokenizer.chat_template = kept
+        (text,) = dress(tokenizer, section, renderer, tmp_path).render(renderer, ["orb"])
+        assert text == "<bos><|User|>orb<|Assistant|><think>\n\n</think>\n\n"
+
+
+def test_a_base_model_can_be_given_a_template(renderer):
+    base = builders.tokenizer()
+    base.chat_template = None
+    plain = dress(base, PromptSection(), renderer)
+    assert plain.render(renderer, ["orb"]) == ["Question: orb\nAnswer:"]
+    assert "plain format" in plain.notes[0]
+
+
+def test_a_template_that_is_not_there(tmp_path):
+    empty = tmp_path / "empty"
+    tokenizer = builders.tokenizer()
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(empty)
+    binary = tmp_path / "binary.jinja"
+    binary.write_bytes(b"\xff\xfe")
+    for source, words in (
+        (str(tmp_path / "none.jinja"), "neither a file nor"),
+        ("none", "neither a file nor"),
+        ("nobody/nothing", "no chat template in nobody/nothing"),
+        (str(empty), "no chat template in"),
+        (str(binary), "is not UTF-8"),
+    ):
+        with pytest.raises(ModelError, match=words) as error:
+            read_template(source)
+        assert "\n" not in str(error.value)
+
+
+def test_several_named_templates(renderer):
+    tokenizer = builders.tokenizer()
+    tokenizer.chat_template = {"default": builders.TEMPLATE, "tool_use": "tools"}
+    dressing = dress(tokenizer, PromptSection(), renderer)
+    assert dressing.render(renderer, ["orb"]) == ["<|user|>orb<|assistant|>"]
+    tokenizer.chat_template = {"rag": builders.TEMPLATE}
+    with pytest.raises(ModelError, match="multiple chat templates"):
+        dress(tokenizer, PromptSection(), renderer)
+
+
+@pytest.mark.parametrize(
+    ("text", "rest"),
+    [
+        ("<think>", "\n\n</think>\n\n"),
+        ("a<think>\n", "\n</think>\n\n"),
+        ("<think>\n\n", "</think>\n\n"),
+        ("[THINK]", "[/THINK]"),
+        ("<|channel>thought", "\n<channel|>"),
+        ("<think>\n\n</think>\n\n", ""),
+        ("<think>so", ""),
+        ("plain", ""),
+    ],
+)
+def test_closing_a_block(text, rest):
+    assert closing(text) == rest
+
+
+def test_what_comes_after_markup():
+    assert after_markup("<think>\n\n</think>\n\nSure") == "\n\nSure"
+    assert after_markup("Sure") == "Sure"
+
+
+def test_the_date_is_a_date():
+    assert PromptSection(date="2024-02-29").date == datetime.date(2024, 2, 29)

@@ -1,0 +1,309 @@
+"""The search repeats itself exactly, and a journal survives what can happen to it."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from optuna.storages.journal import JournalFileBackend
+
+from excise.config import SearchSection
+from excise.errors import RunStateError
+from excise.events import ignore
+from excise.methods.search_space import distributions, from_params
+from excise.record import ScoreRecord
+from excise.search import journal
+from excise.search.loop import Measured, Search, batches, importance
+from excise.search.pareto import Objective, Point
+
+COMPONENTS = ("attn.o_proj", "mlp.down_proj")
+GOALS = [Objective("behaviour_rate", 1, 1.0), Objective("drift", 1, 0.5)]
+SPACE = distributions(COMPONENTS, 9)
+SECTION = SearchSection(startup_trials=12)
+
+
+def toy(params, finished):
+    """Two smooth objectives that disagree, of parameters alone."""
+    out = []
+    for one in params:
+        x = one["attn.o_proj.max_weight"]
+        y = one["mlp.down_proj.max_weight"]
+        scores = {
+            "behaviour_rate": ScoreRecord(value=(x - 1.5) ** 2 + 0.1 * y**2, n=10),
+            "drift": ScoreRecord(value=(x - 0.8) ** 2 + 0.2 * (y - 1) ** 2, n=10),
+        }
+        out.append(Measured(scores, {"drift": 0.1}))
+    return out
+
+
+def search_in(folder, batch=8, seed=0):
+    if (folder / journal.FILE).exists():
+        study = journal.open_study(folder)
+    else:
+        study = journal.create_study(
+            folder, ["minimize", "minimize"], {"model": "a"}, {"batch": batch}
+        )
+    return Search(study, SPACE, GOALS, SECTION, batch=batch, seed=seed)
+
+
+def trials(search):
+    return [(t.number, t.state, t.params, t.scores) for t in search.records()]
+
+
+def whole(tmp_path, count, **kwargs):
+    tmp_path.mkdir(exist_ok=True)
+    search = search_in(tmp_path, **kwargs)
+    search.run(count, toy, ignore)
+    return trials(search)
+
+
+class Stop(BaseException):
+    """A kill, as far as the search can see one."""
+
+
+@pytest.mark.parametrize("moment", [0, 1, 13, 14, 29, 41])
+def test_a_search_cut_short_anywhere_repeats_the_unbroken_one(tmp_path, monkeypatch, moment):
+    expected = whole(tmp_path / "whole", 40)
+    folder = tmp_path / "cut"
+    folder.mkdir()
+    search = search_in(folder)
+    count = 0
+    original = JournalFileBackend.append_logs
+
+    def append(backend, logs):
+        """As many lines as are left, also of those that are written together."""
+        nonlocal count
+        left = moment * 11 - count
+        count += len(logs)
+        if left > 0:
+            original(backend, logs[:left])
+        if count > moment * 11:
+            raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(JournalFileBackend, "append_logs", append)
+        with pytest.raises(Stop):
+            search.run(40, toy, ignore)
+    resumed = search_in(folder)
+    resumed.run(40, toy, ignore)
+    assert trials(resumed) == expected
+
+
+@pytest.mark.parametrize("share", [0.05, 0.2, 0.37, 0.5, 0.68, 0.9, 0.99])
+def test_a_journal_that_a_power_cut_ended_anywhere_repeats_the_unbroken_one(tmp_path, share):
+    """Also within what was written together."""
+    expected = whole(tmp_path / "whole", 40)
+    written = (tmp_path / "whole" / journal.FILE).read_bytes()
+    folder = tmp_path / "cut"
+    folder.mkdir()
+    (folder / journal.FILE).write_bytes(written[: int(share * len(written))])
+    resumed = search_in(folder)
+    resumed.run(40, toy, ignore)
+    assert trials(resumed) == expected
+
+
+def test_what_was_asked_before_an_interrupt_is_kept(tmp_path):
+    study = search_in(tmp_path).study
+
+    def interrupted():
+        with journal.together(study):
+            study.set_user_attr("a", 1)
+            with journal.together(study):
+                study.set_user_attr("b", 2)
+            study.set_user_attr("c", 3)
+            assert study.user_attrs["b"] == 2
+            assert "a" not in search_in(tmp_path).study.user_attrs
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    kept = search_in(tmp_path).study.user_attrs
+    assert [kept[name] for name in "abc"] == [1, 2, 3]
+
+
+def test_a_batch_is_flushed_when_it_is_asked_and_when_it_is_told(tmp_path, monkeypatch):
+    search, flushed, seen = search_in(tmp_path), [], []
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda number: (flushed.append(number), fsync(number)))
+
+    def measure(params, finished):
+        kept = search_in(tmp_path)  # another process would see them before they are measured
+        seen.append(trials(kept)[-len(params) :])
+        return toy(params, finished)
+
+    search.run(24, measure, ignore)
+    assert [[one[2] for one in batch] for batch in seen] == [
+        [one[2] for one in trials(search)[start : start + 8]] for start in (0, 8, 16)
+    ]
+    assert len(flushed) == 1 + 2 * 3  # the total that was asked for; every batch twice
+    assert trials(search_in(tmp_path)) == trials(search)
+
+
+def test_random_trials_differ_and_depend_on_the_seed(tmp_path):
+    first = whole(tmp_path / "a", 12)
+    assert len({str(params) for _, _, params, _ in first}) == 12
+    assert first == whole(tmp_path / "b", 12)
+    assert first != whole(tmp_path / "c", 12, seed=1)
+
+
+def test_more_trials_keep_the_ones_there_are(tmp_path):
+    folder = tmp_path / "run"
+    first = whole(folder, 20)
+    more = whole(folder, 30)
+    assert more[:20] == first
+    assert len(more) == 30
+
+
+def test_a_resume_measures_the_first_batch_first_and_once(tmp_path):
+    """What later batches are measured with may be learnt from it, in every process alike."""
+    whole(tmp_path, 16)
+    asked = []
+
+    def measure(params, finished):
+        asked.append((params, finished))
+        return toy(params, finished)
+
+    search = search_in(tmp_path)
+    first = [trial.params for trial in search.study.trials[:8]]
+    search.run(16, measure, ignore)
+    assert not asked
+    search.run(40, measure, ignore)
+    assert asked[0] == (first, [])
+    assert [len(params) for params, _ in asked] == [8] * 4
+    assert [len(finished) for _, finished in asked] == [0, 16, 24, 32]
+
+
+def test_fewer_trials_than_there_are_change_nothing(tmp_path):
+    folder = tmp_path / "run"
+    assert whole(folder, 10) == whole(folder, 5)
+
+
+def test_a_smaller_total_ends_at_a_whole_batch_and_the_rest_comes_later(tmp_path):
+    expected = whole(tmp_path / "whole", 20)
+    folder = tmp_path / "cut"
+    folder.mkdir()
+    calls = []
+
+    def dies(params, finished):
+        calls.append(params)
+        if len(calls) == 2:
+            raise Stop
+        return toy(params, finished)
+
+    with pytest.raises(Stop):
+        search_in(folder).run(20, dies, ignore)
+    search = search_in(folder)
+    search.run(10, toy, ignore)
+    assert trials(search) == expected[:16]  # those of the second batch had been asked for
+    assert whole(folder, 16) == expected[:16]
+    assert whole(folder, 20) == expected
+
+
+def test_batches_stop_where_a_total_was_asked_for():
+    assert batches([10], 4) == [(0, 4), (4, 8), (8, 10)]
+    assert batches([10, 15], 4) == [(0, 4), (4, 8), (8, 10), (10, 14), (14, 15)]
+
+
+def test_a_torn_last_line_is_dropped(tmp_path):
+    folder = tmp_path / "run"
+    expected = whole(folder, 16)
+    with (folder / journal.FILE).open("ab") as file:
+        file.write(b'{"op_code": 5, "worker')
+    torn = (folder / journal.FILE).read_bytes()
+    assert trials(search_in(folder)) == expected
+    assert (folder / journal.FILE).read_bytes() == torn  # nothing is written before there is need
+    assert whole(folder, 24)[:16] == expected
+    assert trials(search_in(folder))[:16] == expected
+
+
+def test_a_journal_of_another_run_is_refused(tmp_path):
+    whole(tmp_path, 8)
+    study = journal.open_study(tmp_path)
+    journal.check_identity(tmp_path, study, {"model": "a"})
+    with pytest.raises(RunStateError, match="model differ"):
+        journal.check_identity(tmp_path, study, {"model": "b"})
+
+
+def test_a_journal_that_is_not_one_is_refused(tmp_path):
+    (tmp_path / journal.FILE).write_text("hello\n" * 3)
+    with pytest.raises(RunStateError, match="not a readable Excise journal"):
+        journal.open_study(tmp_path)
+
+
+def test_two_processes_cannot_hold_one_run(tmp_path):
+    from filelock import FileLock
+
+    with journal.hold(tmp_path):
+        other = FileLock(tmp_path / ".lock", is_singleton=False)
+        with pytest.raises(TimeoutError):
+            other.acquire(timeout=0)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"drift": ScoreRecord(value=float("nan"), n=10)},
+        {"drift": ScoreRecord(value=1.0, n=10, interval=(0.0, float("inf")))},
+        {"drift_first": ScoreRecord(value=float("inf"), n=10)},
+    ],
+)
+def test_a_score_that_is_not_finite_fails_its_trial_only(bad, tmp_path):
+    def sometimes(params, finished):
+        results = toy(params, finished)
+        return [results[0], Measured(results[1].scores | bad), *results[2:]]
+
+    search = search_in(tmp_path)
+    search.run(8, sometimes, ignore)
+    states = [t.state for t in search.records()]
+    assert states.count("failed") == 1
+    assert search.records()[1].reason == "a score is not finite"
+    assert not search.records()[1].scores.keys() & bad.keys()
+
+
+def test_screened_trials_are_told_but_are_no_points(tmp_path):
+    seen = []
+
+    def screen(params, finished):
+        seen.append(list(finished))
+        results = toy(params, finished)
+        return [Measured(results[0].scores, {}, screened=True), *results[1:]]
+
+    search = search_in(tmp_path)
+    search.run(16, screen, ignore)
+    records = search.records()
+    assert [t.number for t in records if t.state == "screened"] == [0, 8]
+    assert all(isinstance(p, Point) and p.number != 0 for p in seen[1])
+
+
+def test_the_sampler_finds_better_points_than_chance(tmp_path):
+    found = whole(tmp_path, 64)
+    late = [t[3]["drift"].value + t[3]["behaviour_rate"].value for t in found[40:]]
+    early = [t[3]["drift"].value + t[3]["behaviour_rate"].value for t in found[:12]]
+    assert sum(late) / len(late) < sum(early) / len(early)
+
+
+def test_importance_names_what_matters(tmp_path):
+    whole(tmp_path, 48)
+    search = search_in(tmp_path)
+    shares = importance(search.study, GOALS)
+    assert set(shares) == {"behaviour_rate", "drift"}
+    assert max(shares["behaviour_rate"], key=shares["behaviour_rate"].get) in (
+        "attn.o_proj.max_weight",
+        "mlp.down_proj.max_weight",
+    )
+
+
+def test_parameters_and_candidates_say_the_same():
+    params = {
+        "direction_scope": "global",
+        "direction_index": 3.5,
+        **{
+            f"{c}.{k}": 1.0
+            for c in COMPONENTS
+            for k in ("max_weight", "max_weight_position", "min_weight", "min_weight_distance")
+        },
+    }
+    candidate = from_params(params)
+    assert candidate.index == 3.5
+    assert candidate.strength("attn.o_proj", 1) == 1.0
+    assert from_params(params | {"direction_scope": "per layer"}).index is None
