@@ -201,7 +201,7 @@ def test_every_dependency_has_its_reason():
     import tomllib
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     for requirement in project["dependencies"]:
         name = requirement.split(">")[0].split("=")[0]
         assert f"| {name} |" in text, name
@@ -215,3 +215,12 @@ def test_behaviours_hold_no_prompts_but_the_demos_own():
         for role, value in tree["prompts"].items():
             if isinstance(value, dict) and name != "demo":
                 assert not Path(value["source"]).exists(), role
+
+
+def test_the_questions_of_a_newcomer_are_answered_where_the_page_says():
+    text = (ROOT / "docs" / "where.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([^|]+\?) \| `([\w/.]+)` \| `([^`]+)` \|$", text, flags=re.M)
+    assert len(rows) == text.count("? |") == 36
+    assert len({question for question, _, _ in rows}) == 36
+    for question, file, mark in rows:
+        assert mark in (SOURCE / file).read_text(encoding="utf-8"), question
