@@ -173,7 +173,7 @@ def test_the_command_line_is_what_the_contract_says():
         "push": ["--format", "--from", "--public", "--trial", *progress],
         "evaluate": [*prompts.split(), "--json", *progress],
         "inspect": ["--json"],
-        "geometry": ["--json", "--projection", "--trust-run", *progress],
+        "geometry": ["--json", "--trust-run", *progress],
         "report": [],
     }
     assert flags == {k: sorted([*v, "--debug", "--help"]) for k, v in expected.items()}

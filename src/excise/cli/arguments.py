@@ -15,7 +15,6 @@ from excise.errors import EXIT_BAD_INPUT
 from excise.visible import one_line
 
 METHODS = ("directional", "subspace", "ridge", "ara")
-PROJECTIONS = ("pca", "umap")
 PROMPT_FLAGS = ("target", "contrast", "target_eval", "contrast_eval")
 _FORMATS = ("safetensors", "adapter", "gguf", "gguf-adapter")
 _TRIAL: dict[str, Any] = {"type": int, "metavar": "N", "help": "default: the selected trial"}
@@ -127,8 +126,6 @@ def _inspect(sub: argparse.ArgumentParser) -> None:
 def _geometry(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("folder", type=Path, metavar="DIR")
     sub.add_argument("--json", action="store_true", help="for programs")
-    text = "how the page draws residuals; umap needs the extra of that name"
-    sub.add_argument("--projection", choices=PROJECTIONS, default=PROJECTIONS[0], help=text)
     _trust(sub)
     _progress(sub)
 

@@ -279,18 +279,16 @@ def _inspect(arguments: argparse.Namespace) -> int:
 def _geometry(arguments: argparse.Namespace) -> int:
     from excise.cli import console
     from excise.cli.progress import Reporter
-    from excise.runs.finished_run import GEOMETRY, survey
+    from excise.runs.finished_run import survey
 
     with Reporter(quiet=arguments.quiet, json_events=arguments.json_events) as on_event:
-        layers = survey(
-            arguments.folder, on_event, arguments.projection, trust_run=arguments.trust_run
-        )
+        layers = survey(arguments.folder, on_event, trust_run=arguments.trust_run)
     if arguments.json:
         terminal.show_json({"layers": layers})
     elif not _as_event(arguments, {"layers": layers}):
         with terminal.beside_the_work():
             console.show(console.geometry_table(layers))
-            terminal.say(str(arguments.folder / GEOMETRY))
+            terminal.say(str(arguments.folder / "report.html"))
     return EXIT_DONE
 
 

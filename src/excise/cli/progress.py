@@ -40,7 +40,6 @@ _NAMES = {
     "capture range": "  range of the writers' inputs",
     "capture responses": "  writers, responses",
     "capture prompts": "  writers, prompts of responses",
-    "project": "Projecting residuals",
     "plan": "Finding the batch size",
     "baseline": "Measuring the original",
     "search": "Searching",

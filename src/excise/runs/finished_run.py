@@ -6,19 +6,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from excise.capture.geometry import Projection, check_projection, describe_layers, embed, project
+from excise.capture.geometry import describe_layers
 from excise.checkpoints.loading import Loaded, load, resolve
 from excise.checkpoints.model_folder import read_config, weight_files
 from excise.config import Config, ModelSection, validate
 from excise.engine.batch_sizing import Sizing, from_dict, size, usual_length
 from excise.errors import ConfigError, OutputError, RunStateError
 from excise.events import Notice, OnEvent, ignore, phase
-from excise.files import check_destination, write_text
+from excise.files import check_destination
 from excise.gguf.export import plan_gguf
 from excise.prompts.sets import PromptSet, PromptSets, load_prompt_sets
 from excise.reading import is_file, is_whole
 from excise.record import ArtifactRecord, Record, Scores
-from excise.report.geometry_page import projection_page
 from excise.report.stored_record import FILE as RECORD
 from excise.report.stored_record import read_record, write_record
 from excise.runs import setup
@@ -34,13 +33,7 @@ from excise.search.pareto import Objective, Point, choose
 from excise.search.scorers import Markers, read_markers
 
 Part = Literal["eval", "holdout"]
-GEOMETRY = "geometry.html"
 _NO_GGUF = {"quantize": (), "llama_cpp": None, "from_gguf": None}  # of a run that also wrote GGUF
-# How residuals come to two dimensions, and what these are called.
-_PROJECTIONS = {
-    "pca": (project, ("First principal axis", "Second principal axis")),
-    "umap": (embed, ("UMAP 1", "UMAP 2")),
-}
 
 
 def export_run(
@@ -149,22 +142,14 @@ def _with_options(config: Config, options: Mapping[str, Any]) -> Config:
 
 
 def survey(
-    folder: Path,
-    on_event: OnEvent = ignore,
-    projection: Projection = "pca",
-    *,
-    trust_run: bool = False,
+    folder: Path, on_event: OnEvent = ignore, *, trust_run: bool = False
 ) -> list[dict[str, float]]:
-    """The geometry of a run's residuals by layer, put into its record and report.
-
-    Also writes `geometry.html`, the residuals in two dimensions.
+    """Measure the geometry of a run's residuals by layer; its record and report get it.
 
     Raises:
-        ConfigError: the projection needs a package that is not there.
         RunStateError: no such run, or it has changed, or names code and is not trusted.
         MeasurementError: residuals are not finite.
     """
-    check_projection(projection)
     read_record(folder)
     unused = ("export.llama_cpp", "scores.files")  # nothing is exported or scored here
     config = read_terms(folder, trust=trust_run, unused=unused)
@@ -180,11 +165,6 @@ def survey(
         )
         layers = [layer.as_dict() for layer in describe_layers(target, contrast)]
         record = record.model_copy(update={"geometry": layers})
-        title = f"{record.model.model_type}: residuals at the last prompt token"
-        with phase("project", on_event):
-            way, axes = _PROJECTIONS[projection]
-            flat = way(target, contrast)
-        write_text(folder / GEOMETRY, projection_page(*flat, title, axes))
         write_record(folder, record)
         write_pages(folder, record)
     return layers
