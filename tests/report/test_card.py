@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
+from jinja2 import UndefinedError
 from markdown_it import MarkdownIt
 from records import HASH, SECRET_PROMPT, hostile_record, make_record, minimal_record, nats, rate
 
@@ -18,7 +19,7 @@ from excise.errors import InputError, RunStateError
 from excise.record import Record, ScoreRecord
 from excise.report.card import FORMATS, model_card
 from excise.report.formatting import measured
-from excise.report.markdown import code, fence, plain
+from excise.report.markdown import Markdown, code, environment, fence, plain
 from excise.report.rerun_command import command
 from excise.report.views import front_points
 
@@ -208,7 +209,7 @@ def test_what_an_adapter_leaves_out_is_said() -> None:
     assert "Rank of the adapter: `1`" in card
     assert "`0.0132`" in card
     limits = section(card, "Limitations")
-    assert "only nearly" in limits
+    assert "approximates the edit; its reconstruction error is in the export check" in limits
     assert plain("layers.3.o_proj") in limits
 
 
@@ -228,7 +229,7 @@ def test_limitations_name_what_was_not_measured() -> None:
         assert words in text
     assert "chosen from 119 trials" in text
     assert "14.6 points wide" in text
-    assert "Drift at the first token" in text
+    assert "KL (first token) is given only for comparison" in text
     bare = section(model_card(minimal_record()), "Limitations")
     assert "without an interval" in bare
     assert "Whether the answers are true was not measured" in bare
@@ -336,6 +337,32 @@ def test_plain_text_does_not_begin_a_block(text: str) -> None:
 def test_code_spans_and_fences_cannot_be_left() -> None:
     assert rendered_tags(code("a` <img> `b")) == {"p", "code"}
     assert rendered_tags(fence("```\n<img>\n````\n# x")) == {"pre", "code"}
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ text }}",
+        "{{ text | safe }}",
+        "{{ text | upper }}",
+        "{{ [code('a'), text] | join }}",
+        "{{ code('a') ~ text }}",
+        "{{ code('a') + text }}",
+        "{{ '%s' | format(text) }}",
+        "{% set caught %}{{ text | safe }}{% endset %}{{ caught }}",
+        "{% macro shown(x) %}{{ x }}{% endmacro %}{{ shown(text) }}",
+    ],
+)
+def test_no_expression_of_a_template_lets_text_through(template: str) -> None:
+    page = environment().from_string("x " + template)
+    shown = page.render(text="**bold** <img> [a](b)\n\n# head", code=code)
+    assert rendered_tags(shown) <= {"p", "code"}
+    assert environment().from_string("{{ text }}").render(text=Markdown("**b**")) == "**b**"
+
+
+def test_what_is_missing_is_an_error_not_a_gap() -> None:
+    with pytest.raises(UndefinedError):
+        environment().from_string("{{ missing }}").render()
 
 
 def test_errors() -> None:

@@ -169,13 +169,8 @@ def _hover(trial: TrialRecord) -> str:
         f"{formatting.heading(name)}: {formatting.measured(name, score)}"
         for name, score in trial.scores.items()
     ]
-    lines += [f"{key}: {parameter(value)}" for key, value in trial.params.items()]
+    lines += [f"{key}: {formatting.parameter(value)}" for key, value in trial.params.items()]
     return "<br>".join([head, *map(_escape, lines)])
-
-
-def parameter(value: object) -> str:
-    """A parameter's value as tables show it."""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def profile_figure(shape: Shape) -> go.Figure:

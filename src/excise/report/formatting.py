@@ -28,17 +28,6 @@ _TITLES = {
     "restored": "True answers, target prompts",
     "kept": "True answers, contrast prompts",
 }
-_MEANINGS = {
-    "behaviour_rate": "share of target prompts whose response shows the behaviour",
-    "false_rate": "share of contrast prompts whose response shows the behaviour, where it does not "
-    "belong",
-    "drift": "KL(original || edited) in nats per token, over the original's own whole responses to "
-    "contrast prompts",
-    "drift_first": "drift at the first response token only: comparable with published figures, and "
-    "misleading on its own",
-    "restored": "share of target prompts answered truly",
-    "kept": "share of contrast prompts answered truly",
-}
 
 # Share of the behaviour that is gone, (original - edited) / original, at or above which the words
 # apply.
@@ -78,14 +67,25 @@ def heading(name: str) -> str:
     return f"{title(name)} ({unit(name)})" if unit(name) else title(name)
 
 
-def meaning(name: str) -> str:
-    """What a built-in score measures, or an empty string."""
-    return _MEANINGS.get(name, "")
+def inline(name: str) -> str:
+    """Return a score's title within a sentence: 'behaviour rate', 'KL (first token)'."""
+    words = title(name)
+    return words if words[:2].isupper() else words[:1].lower() + words[1:]
 
 
 def number(name: str, value: float) -> str:
     """A score's value without interval or unit: '7.0 %', '0.0103'."""
     return percent(value) if name in RATES else significant(value)
+
+
+def difference(name: str, value: float) -> str:
+    """Return a difference of two values of a score: '14.6 points', '0.00103'."""
+    return number(name, value).replace(" %", " points")
+
+
+def parameter(value: object) -> str:
+    """Return a parameter's value as tables show it."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def percent(value: float) -> str:

@@ -21,7 +21,6 @@ from plotly.offline import get_plotlyjs
 from excise.record import Record, ScoreRecord, Scores, TrialRecord
 from excise.report import figures
 from excise.report import formatting as wording
-from excise.report.figures import parameter
 from excise.report.views import (
     FrontPoint,
     PromptSet,
@@ -218,7 +217,10 @@ def _parameters(record: Record) -> Table:
     points = front_points(record)
     keys = list(dict.fromkeys(key for p in points for key in p.trial.params))
     rows = [
-        [_number(p), *(Cell(parameter(p.trial.params.get(key, wording.MISSING))) for key in keys)]
+        [
+            _number(p),
+            *(Cell(wording.parameter(p.trial.params.get(key, wording.MISSING))) for key in keys),
+        ]
         for p in points
     ]
     return Table(["Trial", *keys], rows if keys else [], marked=_marked(points))

@@ -1,32 +1,50 @@
-"""Text into GitHub-flavoured Markdown that shows it as it is: nothing in it can become markup."""
+"""Text into GitHub-flavoured Markdown that shows it as it is: nothing in it can become markup.
+
+Templates of this environment escape every value that is put into them. Only what the functions of this
+module return is Markdown already; no filter of Jinja makes text so, `safe` included.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+_DATA = Path(str(resources.files("excise"))) / "data"
 _SPECIAL = re.compile(r"([\\`*_\[\]<>|~$])")
 _STARTS_BLOCK = re.compile(r"^(\d*)(?=[#+=.)-](?:\s|[#=-]|$))")
 _SPACE = re.compile(r"\s+")
 
 
-def plain(text: str) -> str:
+class Markdown(str):
+    """Text that is Markdown already."""
+
+    __slots__ = ()
+
+
+def plain(value: object) -> Markdown:
     """One line of text with every character that Markdown or HTML would read escaped."""
-    line = _SPACE.sub(" ", text).strip().replace("&", "&amp;")
-    return _STARTS_BLOCK.sub(r"\1\\", _SPECIAL.sub(r"\\\1", line))
+    if isinstance(value, Markdown):
+        return value
+    line = _SPACE.sub(" ", str(value)).strip().replace("&", "&amp;")
+    return Markdown(_STARTS_BLOCK.sub(r"\1\\", _SPECIAL.sub(r"\\\1", line)))
 
 
-def code(text: str) -> str:
+def code(text: object) -> Markdown:
     """A code span, also inside a table: it cannot be ended from within, and pipes are escaped."""
-    line = _SPACE.sub(" ", text).strip().replace("`", "'").replace("|", "\\|")
-    return f"`{line}`" if line else ""
+    line = _SPACE.sub(" ", str(text)).strip().replace("`", "'").replace("|", "\\|")
+    return Markdown(f"`{line}`" if line else "")
 
 
-def fence(text: str, language: str = "") -> str:
+def fence(text: str, language: str = "") -> Markdown:
     """A fenced block, with a fence longer than any run of backticks in it."""
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     ticks = "`" * max(3, longest + 1)
-    return f"{ticks}{language}\n{text}\n{ticks}"
+    return Markdown(f"{ticks}{language}\n{text}\n{ticks}")
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], align: str = "") -> str:
@@ -39,3 +57,22 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], align: str = "") -
 def bullets(items: Iterable[str]) -> str:
     """A list of items that are Markdown already."""
     return "\n".join(f"- {item}" for item in items)
+
+
+def environment(**functions: Callable[..., Any]) -> Environment:
+    """Return what templates are read in: every value that is put into one is escaped.
+
+    Args:
+        functions: what templates may call, beside the filters `code` and `fence`.
+    """
+    made = Environment(
+        loader=FileSystemLoader(_DATA),
+        finalize=plain,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    made.filters |= {"code": code, "fence": fence}
+    made.globals |= functions
+    return made
