@@ -20,7 +20,11 @@ def test_no_fault_is_there_twice():
 
 def test_a_fault_that_no_longer_applies_is_said():
     gone = Mutant(
-        "gone", "front", "what never stood there", "", "tests/methods/test_directional_math.py"
+        "gone",
+        "search/pareto",
+        "what never stood there",
+        "",
+        "tests/methods/test_directional_math.py",
     )
     with pytest.raises(ValueError, match="0 times"):
         gone.applied()
