@@ -10,12 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from methods import RESULTS, VARIANTS, volume
+from methods import LIMITS, RESULTS, VARIANTS
 
 from excise.report.formatting import percent, significant
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
-LIMITS = (0.0, 0.02, 0.05, 0.1, 0.2)
 COLORS = {
     "directional": "#3b86d6",
     "subspace": "#2f9e77",
@@ -49,44 +48,22 @@ def spread(values: Sequence[Any], show: Any) -> str:
     return ", ".join(show(v) for v in values)
 
 
-def plain(points: Sequence[dict[str, float]]) -> list[tuple[float, float]]:
-    return [(p["behaviour_rate"], p["drift"]) for p in points]
-
-
-def least_drift(found: dict[str, Any], side: str, limit: float) -> float | None:
-    """The least drift among front points whose rate is at most `limit`; both measured on `side`.
-
-    On the holdout the rate is that of unseen objects, and a point that answers fewer open questions on
-    unseen objects than the original, by more than a point, does not count.
-    """
-    if side == "front":
-        drifts = [p["drift"] for p in found[side] if p["behaviour_rate"] <= limit + 1e-9]
-    else:
-        least = found["original"]["kept, unseen"] - 0.01
-        drifts = [
-            p["drift"]
-            for p in found[side]
-            if p["behaviour_rate, unseen"] <= limit + 1e-9 and p["kept, unseen"] >= least
-        ]
-    return min(drifts, default=None)
-
-
 def overview(groups: Groups, objective: str) -> str:
     rows = []
     for (name, driven), seeds in groups.items():
         if driven != objective or name not in COLORS:
             continue
         found = [seeds[s] for s in sorted(seeds)]
-        chosen = [f["holdout"][f["chosen"]] for f in found]
+        chosen = [f["chosen"] for f in found]
         rows.append(
             [
                 name,
                 ", ".join(map(str, sorted(seeds))),
                 spread([f["trials"] for f in found], str),
-                spread([volume(plain(f["front"])) for f in found], lambda v: f"{v:.3f}"),
-                spread([volume(plain(f["holdout"])) for f in found], lambda v: f"{v:.3f}"),
-                spread([f["final"]["restored"] for f in found], percent),
-                spread([f["final"]["kept"] for f in found], percent),
+                spread([f["volume"][0] for f in found], lambda v: f"{v:.3f}"),
+                spread([f["volume"][1] for f in found], lambda v: f"{v:.3f}"),
+                spread([f["restored, search"] for f in found], percent),
+                spread([f["kept, search"] for f in found], percent),
                 spread([c["behaviour_rate, unseen"] for c in chosen], percent),
                 spread([c["drift"] for c in chosen], significant),
                 spread([c["restored, unseen"] for c in chosen], percent),
@@ -120,8 +97,8 @@ def at_equal_rate(groups: Groups, side: str) -> str:
             continue
         cells: list[str] = []
         medians[name] = []
-        for limit in LIMITS:
-            values = [least_drift(seeds[s], side, limit) for s in sorted(seeds)]
+        for at in range(len(LIMITS)):
+            values = [seeds[s]["least"][side][at] for s in sorted(seeds)]
             medians[name].append(median(values))
             text = ", ".join("none" if v is None else significant(v) for v in values)
             cells.append(text + ratio(medians[name][-1], medians["directional"][len(cells)]))
@@ -137,13 +114,13 @@ def variants(groups: Groups) -> str:
         if driven != "drift" or not name.startswith("ridge"):
             continue
         found = [seeds[s] for s in sorted(seeds)]
-        chosen = [f["holdout"][f["chosen"]] for f in found]
-        least = [[least_drift(f, "holdout", limit) for f in found] for limit in LIMITS[2:]]
+        chosen = [f["chosen"] for f in found]
+        least = zip(*(f["least"]["holdout"][2:] for f in found), strict=True)
         rows.append(
             [
                 name.removeprefix("ridge+"),
-                spread([volume(plain(f["front"])) for f in found], lambda v: f"{v:.3f}"),
-                spread([volume(plain(f["holdout"])) for f in found], lambda v: f"{v:.3f}"),
+                spread([f["volume"][0] for f in found], lambda v: f"{v:.3f}"),
+                spread([f["volume"][1] for f in found], lambda v: f"{v:.3f}"),
                 *(
                     spread(values, lambda v: "none" if v is None else significant(v))
                     for values in least
@@ -255,7 +232,7 @@ def plot(groups: Groups) -> str:
             continue
         color = COLORS[name]
         for found in seeds.values():
-            for rate, drift in plain(found["holdout"]):
+            for rate, drift in found["points"]:
                 parts.append(
                     f'<circle cx="{x(drift):.1f}" cy="{y(rate):.1f}" r="4" fill="{color}" '
                     'fill-opacity="0.75"/>'
