@@ -602,7 +602,7 @@ MUTANTS = (
         "methods/subspace",
         "self._sign = -1.0 if strengthen else 1.0",
         "self._sign = 1.0",
-        "tests/test_refining.py -k pushes_the_other",
+        "tests/search/test_refinement.py -k pushes_the_other",
     ),
     Mutant(
         "a subspace keeps what lies along the contrast mean",
@@ -630,7 +630,7 @@ MUTANTS = (
         "methods/ridge",
         "overshoot=-over if self._strengthen else 1.0 + over,",
         "overshoot=1.0 + over,",
-        "tests/test_refining.py -k pushes_the_other",
+        "tests/search/test_refinement.py -k pushes_the_other",
     ),
     Mutant(
         "ridge does not keep what decides a response's first token",
@@ -679,7 +679,7 @@ MUTANTS = (
         "search/refinement",
         "yield self._method.sign * weight * likelihood",
         "yield -self._method.sign * weight * likelihood",
-        "tests/test_refining.py",
+        "tests/search/test_refinement.py",
     ),
     Mutant(
         "a merge gives every block the first block's rows of the edit",
@@ -693,7 +693,7 @@ MUTANTS = (
         "runs/pipeline",
         "ways = [s.goal for s in job.scoring.objectives]",
         'ways = ["minimize" for s in job.scoring.objectives]',
-        "tests/test_refining.py -k strengthens_maximises",
+        "tests/search/test_refinement.py -k strengthens_maximises",
     ),
     Mutant(
         "new tokens leave a gap after the prompt",

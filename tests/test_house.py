@@ -33,6 +33,24 @@ PURE = (
     "search/intervals",
 )
 
+TESTS = sorted((ROOT / "tests").rglob("test_*.py"))
+# Tests of a promise that no one module keeps. Every other file is named after the module that it tests.
+INTEGRATION = {
+    "test_faults": "interrupts and full disks, wherever they strike",
+    "test_fuzz": "the fuzzer's judge, held to planted faults",
+    "test_house": "the repository itself",
+    "test_kills": "kill -9 in the phases of whole commands",
+    "test_mutations": "the mutants, which must still be found in the source",
+    "test_recomputed": "a run's figures, made again without the package",
+    "model/test_families": "every architecture, from its data row to its export",
+    "checkpoints/test_multimodal": "models with towers, from loading to export",
+    "checkpoints/test_real_classes": "what Transformers' own classes do to names and layouts",
+    "engine/test_large_vocab": "memory of the whole engine where V is large",
+    "gguf/test_gguf_run": "GGUF files from a run to a chat",
+    "runs/test_family_runs": "whole runs on several architectures",
+    "cli/test_bad_input": "one line and exit code 2, whatever is wrong",
+}
+
 
 def name_of(path: Path) -> str:
     """A module's path below the package, without its ending."""
@@ -81,6 +99,32 @@ def test_folders_have_a_promise_and_a_readable_size():
         assert promise is not None
         assert "\n" not in promise
         assert re.search(rf"{folder.name}/ .*", tree), folder.name
+
+
+def test_tests_mirror_the_tree():
+    folders = {path.parent.relative_to(ROOT / "tests").as_posix() for path in TESTS}
+    assert folders <= {"." if name == "" else name for name in ORDER}
+    modules = {name_of(path) for path in MODULES}
+    names = {path.relative_to(ROOT / "tests").with_suffix("").as_posix() for path in TESTS}
+    unplaced = {name for name in names if name.replace("test_", "", 1) not in modules}
+    assert unplaced == set(INTEGRATION)
+
+
+@pytest.mark.parametrize("path", TESTS, ids=lambda path: path.stem)
+def test_no_test_imports_another(path: Path):
+    """What several files share stands in modules of its own, named by what they make."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            named = [node.module or "", *(alias.name for alias in node.names)]
+        elif isinstance(node, ast.Import):
+            named = [alias.name for alias in node.names]
+        else:
+            continue
+        parts = [part for name in named for part in name.split(".")]
+        assert "tests" not in parts
+        assert {part for part in parts if part.startswith("test_")} <= {path.stem}, ast.unparse(
+            node
+        )
 
 
 @pytest.mark.parametrize("name", PURE)

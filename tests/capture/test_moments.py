@@ -154,9 +154,9 @@ def test_experts_show_what_is_routed_to_them(name):
 @pytest.mark.parametrize("method", ["ridge", "ara"])
 def test_experts_that_few_prompts_reach_are_left_alone_and_named(name, method):
     import families
+    from bound_methods import bench_of, params_of
 
     from excise.methods.registry import KINDS
-    from tests.methods.test_registry import bench_of, params_of
 
     model, writers = experts_of(name)
     component = writers[0].component

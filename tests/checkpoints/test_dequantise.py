@@ -9,6 +9,7 @@ from pathlib import Path
 import builders
 import families
 import pytest
+import templates
 import torch
 from conftest import job
 from hypothesis import given, settings
@@ -24,7 +25,6 @@ from excise.checkpoints.safetensors_headers import Stored
 from excise.cli import main as cli
 from excise.config import ModelSection
 from excise.errors import ModelError
-from tests.prompts import test_chat_template
 
 STEADY = settings(derandomize=True, deadline=None, max_examples=30)
 BLOCK = 16
@@ -350,7 +350,7 @@ def gpt_oss(tmp_path_factory) -> Path:
     model = families.randomised(AutoModelForCausalLM.from_config(config))
     model.bfloat16().save_pretrained(folder)
     tokenizer = builders.tokenizer()
-    tokenizer.chat_template = test_chat_template.GPT_OSS
+    tokenizer.chat_template = templates.GPT_OSS
     tokenizer.save_pretrained(folder)
     path = folder / "model.safetensors"
     generator = torch.Generator().manual_seed(0)

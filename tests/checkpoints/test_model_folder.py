@@ -29,7 +29,6 @@ from excise.checkpoints.model_folder import (
 from excise.cli import main as cli
 from excise.config import ModelSection
 from excise.errors import ExciseError, ModelError
-from tests.model.test_families import save
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12\n"
 
@@ -234,7 +233,7 @@ def test_sizes_beyond_what_the_weights_hold(folder, settings, words):
     ],
 )
 def test_settings_that_only_a_pass_brings_to_light(tmp_path, settings, words):
-    folder = save(families.model("qwen3_moe"), tmp_path / "model")
+    folder = families.save(families.model("qwen3_moe"), tmp_path / "model")
     change(folder, **settings)
     assert words in refused(folder)
 

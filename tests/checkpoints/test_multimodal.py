@@ -10,7 +10,6 @@ from safetensors import safe_open
 from excise.checkpoints.loading import load
 from excise.config import EditSection, ModelSection
 from excise.export.merging import merge_checkpoint
-from tests.model.test_families import save
 
 
 def picture(name, model):
@@ -55,7 +54,7 @@ SEEING = ("gemma3", "gemma4", "qwen3_vl", "qwen3_5", "mistral3", "llama4")
 
 @pytest.mark.parametrize("name", SEEING)
 def test_towers_see_and_hear_the_same(name, tmp_path):
-    source = save(families.model(name), tmp_path / "source")
+    source = families.save(families.model(name), tmp_path / "source")
     before = load(ModelSection(source=str(source), dtype="float32"))
     assert before.anatomy.tower
     assert type(before.model).__name__.endswith("ForConditionalGeneration")

@@ -17,7 +17,6 @@ from excise.errors import ConfigError, ExportError
 from excise.export.formats import check_formats, export_adapter
 from excise.export.matching import find_tensors
 from excise.export.merging import merge_checkpoint
-from tests.model.test_families import save
 
 
 def all_tensors(folder):
@@ -67,7 +66,7 @@ def check_export(folder, out, dtype="float32"):
 
 
 def test_a_tensor_for_each_expert_that_loads_fused(tmp_path):
-    folder = save(families.model("mixtral"), tmp_path / "m")
+    folder = families.save(families.model("mixtral"), tmp_path / "m")
     assert any(re.search(r"experts\.3\.w2\.weight", key) for key in all_tensors(folder))
     merge = check_export(folder, tmp_path / "out")
     assert sum("experts" in key for key in merge.tensors) == families.LAYERS * 4
@@ -76,7 +75,7 @@ def test_a_tensor_for_each_expert_that_loads_fused(tmp_path):
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "deepseek_v3"])
 def test_fused_on_disk(name, tmp_path):
     model = families.model(name)
-    folder = save(model, tmp_path / "m")
+    folder = families.save(model, tmp_path / "m")
 
     def fuse(tensors):
         out = {key: t for key, t in tensors.items() if ".experts." not in key}
@@ -92,7 +91,7 @@ def test_fused_on_disk(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["gpt_oss", "llama4_text", "gpt2"])
 def test_matrices_stored_as_in_by_out(name, tmp_path):
-    folder = save(families.model(name), tmp_path / "m")
+    folder = families.save(families.model(name), tmp_path / "m")
     loaded = load(ModelSection(source=str(folder), dtype="float32"))
     places = find_tensors(folder, loaded.anatomy.writers)
     component = "mlp.down_proj" if name == "gpt2" else "experts.down_proj"
@@ -109,7 +108,7 @@ def test_experts_with_equal_values_are_told_apart_by_their_place(tmp_path):
         experts = layer.mlp.experts
         experts.down_proj[1:] = experts.down_proj[0].clone()
         experts.down_proj_bias[1:] = experts.down_proj_bias[0].clone()
-    folder = save(model, tmp_path / "m")
+    folder = families.save(model, tmp_path / "m")
     loaded = load(ModelSection(source=str(folder), dtype="float32"))
     for name, place in find_tensors(folder, loaded.anatomy.writers).items():
         if "experts" in name:
@@ -120,7 +119,7 @@ def test_experts_with_equal_values_are_told_apart_by_their_place(tmp_path):
 
 @pytest.mark.parametrize("shards", [1, 3])
 def test_heads_that_no_class_loads_and_mixed_dtypes(shards, tmp_path):
-    folder = save(families.model("glm4_moe"), tmp_path / "m")
+    folder = families.save(families.model("glm4_moe"), tmp_path / "m")
     last = f"model.layers.{families.LAYERS}."
 
     def change(tensors):
@@ -148,7 +147,7 @@ def test_heads_that_no_class_loads_and_mixed_dtypes(shards, tmp_path):
     ],
 )
 def test_keys_with_older_names(name, old, new, tmp_path):
-    folder = save(families.model(name), tmp_path / "m")
+    folder = families.save(families.model(name), tmp_path / "m")
 
     def rename(tensors):
         return {
@@ -162,7 +161,7 @@ def test_keys_with_older_names(name, old, new, tmp_path):
 
 
 def test_a_changed_expert_is_not_matched(tmp_path):
-    folder = save(families.model("mixtral"), tmp_path / "m")
+    folder = families.save(families.model("mixtral"), tmp_path / "m")
     loaded = load(ModelSection(source=str(folder), dtype="float32"))
     loaded.model.model.layers[1].mlp.experts.down_proj[2, 5, 7] += 1
     with pytest.raises(ExportError, match=r"layers\.1\.mlp\.experts\.2\.down_proj"):

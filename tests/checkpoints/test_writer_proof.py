@@ -17,7 +17,6 @@ from excise.cli import main as cli
 from excise.errors import UnknownArchitecture
 from excise.model.anatomy import Writer, describe
 from excise.model.forward import Forward
-from tests.model.test_families import save
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "olmo2", "gpt2", "gpt_oss", "falcon_h1"])
@@ -77,7 +76,7 @@ def test_what_cannot_be_proven_is_refused_in_one_line(make, text, tmp_path, caps
     model = make()
     with pytest.raises(UnknownArchitecture, match=text):
         discover(model)
-    save(model, tmp_path / "m")
+    families.save(model, tmp_path / "m")
     capsys.readouterr()
     assert cli.main(["inspect", str(tmp_path / "m")]) == 2
     out, err = capsys.readouterr()

@@ -13,6 +13,7 @@ import torch
 from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from sharded_checkpoints import MODELS, apply_in_memory, load, make_checkpoint, random_edits
 from torch import Tensor
 
 from excise.errors import ExportError, OutputError, StorageError
@@ -30,7 +31,6 @@ from excise.model.anatomy import Writer, describe
 from excise.model.edits import Edit
 from excise.record import CoverageRecord, ScoreRecord
 from excise.runs.artifacts import apart, touched_by
-from tests.export.test_merging import MODELS, apply_in_memory, load, make_checkpoint, random_edits
 
 IDS = torch.arange(3, 23).view(2, 10)
 

@@ -8,14 +8,16 @@ from pathlib import Path
 
 import builders
 import families
-import optuna
 import pytest
 import torch
+from bound_methods import (
+    LIMIT,
+    bench_of,
+    method_of,
+    params_of,
+)
 from conftest import job
 
-from excise import events
-from excise.capture.directions import Directions, from_means
-from excise.capture.residuals import mean, residual_pass
 from excise.cli import arguments as command_line
 from excise.cli import main as cli
 from excise.config import validate
@@ -24,59 +26,10 @@ from excise.engine.requests import Divergence
 from excise.methods import directional
 from excise.methods.ara import AraCandidate
 from excise.methods.ara_math import AraPoint
-from excise.methods.registry import KINDS, Bench, named
-from excise.prompts.tokens import batches
+from excise.methods.registry import KINDS, named
 from excise.report.stored_record import read_record
 
 METHODS = sorted(KINDS)
-LIMIT = 4
-
-
-def tokens_of(seed: int = 0, count: int = 12) -> dict[str, list[list[int]]]:
-    return {
-        "target": builders.token_ids(count, seed=seed, shortest=4),
-        "contrast": builders.token_ids(count, seed=seed + 1, shortest=4),
-    }
-
-
-def directions_of(loaded, tokens) -> Directions:
-    means = [mean(residuals(loaded, tokens[side]))[1:] for side in ("target", "contrast")]
-    return from_means(*means)
-
-
-def residuals(loaded, rows):
-    return residual_pass(loaded.anatomy, batches(rows, 16, 0, torch.device("cpu")), None)
-
-
-def bench_of(loaded, name: str, sections, count: int = 12) -> Bench:
-    """What a run gives a method, on a small model."""
-    tokens = tokens_of(count=count)
-    config = validate({"method": name, **sections})
-    engine = Engine(loaded, (), {"contrast": tokens["contrast"]}, max_new_tokens=LIMIT)
-    return Bench(
-        loaded,
-        tokens,
-        directions_of(loaded, tokens),
-        config,
-        lambda: [r.tokens for r in engine.original("contrast").responses],
-        lambda side: residuals(loaded, tokens[side]),
-        events.ignore,
-    )
-
-
-def method_of(name: str, family: str = "qwen3", **sections):
-    """A method as a run makes it, on a small model with random weights."""
-    loaded = builders.loaded(family)
-    bench = bench_of(loaded, name, sections)
-    captured = KINDS[name].capture(bench)
-    return loaded, bench, captured, KINDS[name].bind(bench, captured)
-
-
-def params_of(method, count: int, seed: int = 3):
-    """Points of a method's space, drawn as the search draws its first ones."""
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
-    return [study.ask(method.space()).params for _ in range(count)]
 
 
 def change(writer, edit):

@@ -132,7 +132,7 @@ def test_stacked_equals_merged_and_generated(loaded, plan, alike):
 @pytest.fixture(scope="module")
 def saved(loaded, tmp_path_factory):
     """The family's checkpoint."""
-    return save(loaded.model, tmp_path_factory.mktemp("saved") / "model")
+    return families.save(loaded.model, tmp_path_factory.mktemp("saved") / "model")
 
 
 def test_the_page_of_families_is_up_to_date():
@@ -147,13 +147,6 @@ def test_every_data_row_is_proven_here():
     tested = {kind for kind, _ in families.FAMILIES.values()}
     tested |= {kind for kind, _, _ in families.MULTIMODAL.values()}
     assert set(architectures()) == tested
-
-
-def save(model, folder):
-    """A checkpoint of several shards, as the family's own code writes it, with a tokenizer."""
-    model.save_pretrained(folder, max_shard_size="100KB")
-    builders.tokenizer().save_pretrained(folder)
-    return folder
 
 
 def test_an_export_loads_as_what_was_measured(loaded, saved, tmp_path):

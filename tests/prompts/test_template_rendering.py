@@ -6,11 +6,11 @@ import time
 
 import builders
 import pytest
+import templates
 
 from excise.errors import ModelError
 from excise.prompts import template_rendering
 from excise.prompts.template_rendering import Renderer, TemplateRefusal
-from tests.prompts import test_chat_template
 
 CHAT = [{"role": "user", "content": "orb <b> \u00fc"}]
 NESTED = "{% for a in range(99999) %}{% for b in range(99999) %}BODY{% endfor %}{% endfor %}"
@@ -44,7 +44,7 @@ def test_a_template_makes_what_transformers_makes_of_it(renderer, name, prompt):
         "DICT": "{{ dict(a=1, **dict.fromkeys(['b'], 2)) | tojson(indent=2) }}{{ 'ü<' | tojson }}",
         "JSON": "{{ messages | tojson }}{% for m in messages %}{% break %}{% endfor %}",
     }
-    template = others.get(name) or getattr(test_chat_template, name)
+    template = others.get(name) or getattr(templates, name)
     expected = builders.tokenizer().apply_chat_template(
         CHAT, chat_template=template, tokenize=False, add_generation_prompt=prompt
     )

@@ -8,10 +8,10 @@ from types import SimpleNamespace
 
 import builders
 import pytest
+from templates import GEMMA
 
 from excise.errors import ModelError
 from excise.prompts.template_sources import own_template, read_template
-from tests.prompts.test_chat_template import GEMMA
 
 NAMED = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": GEMMA}]
 

@@ -9,14 +9,13 @@ import pytest
 from conftest import job, write_prompts
 
 from excise.cli import main as cli
-from tests.model.test_families import save
 
 NAMES = ("gemma4", "qwen3_moe", "falcon_h1", "lfm2", "opt")
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_run_from_start_to_end(name, tmp_path):
-    save(families.model(name), tmp_path / "model")
+    families.save(families.model(name), tmp_path / "model")
     for side in ("target", "contrast"):
         write_prompts(tmp_path, side)
     (tmp_path / "markers.txt").write_text("e\n", encoding="utf-8")

@@ -9,12 +9,12 @@ import optuna
 import pytest
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
+from toy_search import GOALS, SPACE, search_in, toy, trials, whole
 
 from excise.errors import RunStateError
 from excise.events import ignore
 from excise.search import journal
 from excise.search.stored_study import check_study
-from tests.search.test_loop import GOALS, SPACE, search_in, toy, trials, whole
 
 
 @pytest.fixture(scope="module")

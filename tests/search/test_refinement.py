@@ -10,6 +10,7 @@ import builders
 import optuna
 import pytest
 import torch
+from bound_methods import method_of, params_of
 from conftest import job
 
 from excise.cli import main as cli
@@ -321,8 +322,6 @@ def test_responses_to_direction_prompts_are_had_within_the_free_memory(monkeypat
 
 @pytest.mark.parametrize("name", ["directional", "subspace", "ridge"])
 def test_strengthening_pushes_the_other_way(name):
-    from tests.methods.test_registry import method_of, params_of
-
     loaded, bench, _, removes = method_of(name)
     _, _, _, adds = method_of(name, goal="strengthen")
     writers = removes.writers
