@@ -46,7 +46,6 @@ def summary(record: Record) -> dict[str, Any]:
         "seed": record.seed,
         "method": record.method,
         "trials": len(record.trials),
-        "screened": sum(t.screened for t in record.trials),
         "front": sorted(front),
         "hypervolume (rate to 1, drift to 0.05)": hypervolume(front, (1.0, 0.05)),
         "chosen": record.selected,

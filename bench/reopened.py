@@ -41,7 +41,7 @@ def holdout_panel(
     scoring = setup.scoring(config)
     engine = setup.engine_for(loaded, method.writers, tokens, "holdout", config, plan)
     context = scoring.context(sets.target_holdout, sets.contrast_holdout)
-    return Panel(engine, scoring.every_trial + scoring.final, context, screen=False)
+    return Panel(engine, scoring.every_trial + scoring.final, context)
 
 
 def reopen(folder: Path, config: Config) -> Reopened:

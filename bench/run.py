@@ -49,7 +49,6 @@ def speed_page(found: dict[str, Any]) -> str:
             f"{plain['whole_responses']:.1f} x",
             "at least 4",
         ],
-        ["the same with screening", f"{plain['whole_responses_with_screening']:.1f} x", ""],
         [
             "ours over whole responses, the loop at the first token: unequal work",
             f"{plain['first_tokens_over_ours_of_whole_responses']:.1f} x",
@@ -115,7 +114,6 @@ def quality_page(found: list[dict[str, Any]]) -> str:
             [
                 one["seed"],
                 len(one["front"]),
-                one["screened"],
                 " -> ".join(map(percent, search["behaviour_rate"])),
                 significant(search["drift"]),
                 f"{percent(search['restored'])}, {percent(search['kept'])}",
@@ -127,7 +125,6 @@ def quality_page(found: list[dict[str, Any]]) -> str:
     head = [
         "seed",
         "front",
-        "screened",
         "rate, search",
         "drift",
         "restored, kept, search",

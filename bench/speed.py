@@ -38,7 +38,7 @@ from excise.runs.pipeline import measurer
 from excise.search.evaluation import Panel
 from excise.search.journal import create_study
 from excise.search.loop import Measure, Measured, Search
-from excise.search.pareto import Objective, Point
+from excise.search.pareto import Objective
 
 WIDE = {
     "vocab_size": 8192,
@@ -75,9 +75,9 @@ class Job:
             self.loaded, writers, self.tokens, "eval", self.config, plan, reference
         )
 
-    def panel(self, engine: Engine, *, screen: bool) -> Panel:
+    def panel(self, engine: Engine) -> Panel:
         context = self.scoring.context(*self.both)
-        return Panel(engine, self.scoring.every_trial, context, screen=screen)
+        return Panel(engine, self.scoring.every_trial, context)
 
     def space(self) -> dict[str, Any]:
         return distributions(
@@ -90,7 +90,7 @@ class Job:
         return [study.ask(self.space()).params for _ in range(count)]
 
 
-def search_seconds(job: Job, trials: int, *, screen: bool, whole: bool = True) -> float:
+def search_seconds(job: Job, trials: int, *, whole: bool = True) -> float:
     """Seconds of a whole search, sampler and journal included.
 
     Without `whole`, of one whose divergence is that of first tokens alone, as the plain loop's is.
@@ -103,15 +103,15 @@ def search_seconds(job: Job, trials: int, *, screen: bool, whole: bool = True) -
             [states[:1] for states in original.states],
         )
         engine = job.engine(reference=Reference({"contrast": first}, engine._forward))
-    panel = job.panel(engine, screen=screen)
-    measure = measurer(job.method, panel, job.scoring.goals(), engine.learning)
+    panel = job.panel(engine)
+    measure = measurer(job.method, panel, engine.learning)
     return seconds_of(job, measure, trials, batch=job.sizing.batch)
 
 
 def plain_seconds(job: Job, plain: PlainLoop, trials: int, *, whole: bool) -> float:
     """The same search, its candidates measured one after another by the plain loop."""
 
-    def measure(params: list[dict[str, Any]], _finished: list[Point]) -> list[Measured]:
+    def measure(params: list[dict[str, Any]]) -> list[Measured]:
         measured = []
         for one in params:
             rate, drift = plain.measure(job.method.edits(from_params(one)), whole=whole)
@@ -139,9 +139,8 @@ def against_plain_loop(job: Job, trials: int) -> dict[str, Any]:
 
     Ours is taken before the loop and after it, because a machine's speed drifts.
     """
-    ours = [search_seconds(job, trials, screen=False)]
-    firsts = [search_seconds(job, trials, screen=False, whole=False)]
-    screened = search_seconds(job, trials, screen=True)
+    ours = [search_seconds(job, trials)]
+    firsts = [search_seconds(job, trials, whole=False)]
     other = Job()
     prompts = other.engine().prompts
     limit = other.config.scores.max_new_tokens
@@ -151,13 +150,12 @@ def against_plain_loop(job: Job, trials: int) -> dict[str, Any]:
     )
     first = plain_seconds(other, plain, trials, whole=False)
     whole = plain_seconds(other, plain, trials, whole=True)
-    ours.append(search_seconds(job, trials, screen=False))
-    firsts.append(search_seconds(job, trials, screen=False, whole=False))
+    ours.append(search_seconds(job, trials))
+    firsts.append(search_seconds(job, trials, whole=False))
     return {
         "first_tokens": first / mean(firsts),
         "whole_responses": whole / mean(ours),
         "first_tokens_over_ours_of_whole_responses": first / mean(ours),
-        "whole_responses_with_screening": whole / screened,
         "trials": trials,
     }
 
@@ -303,7 +301,7 @@ def growth(job: Job) -> dict[str, dict[str, float]]:
         first = next(iter(times.values()))
         return {key: round(value / first, 2) for key, value in times.items()}
 
-    trials = {str(n): search_seconds(job, n, screen=False) for n in (32, 64, 128)}
+    trials = {str(n): search_seconds(job, n) for n in (32, 64, 128)}
     params = job.candidates(32)
     edits = [job.method.edits(from_params(p)) for p in params]
     requests: list[Responses | Divergence] = [

@@ -229,8 +229,8 @@ MUTANTS = (
     Mutant(
         "a holdout's answers and groups are the search's",
         "runs/results",
-        "scoring.context(*holdout), screen",
-        "scoring.context(*search_sets), screen",
+        "scorers, scoring.context(*holdout)",
+        "scorers, scoring.context(*search_sets)",
         f"{RUN} -k groups",
     ),
     Mutant(
@@ -363,32 +363,11 @@ MUTANTS = (
     ),
     # -- the search
     Mutant(
-        "nothing is ever screened",
-        "search/evaluation",
-        "self._screen\n            and bool(objectives)",
-        "False\n            and bool(objectives)",
-        "tests/search/test_evaluation.py",
-    ),
-    Mutant(
-        "screened candidates meet all prompts",
-        "search/evaluation",
-        "[candidates[n] for n in numbers], wanted, only)",
-        "[candidates[n] for n in numbers], wanted)",
-        "tests/search/test_evaluation.py",
-    ),
-    Mutant(
-        "whole and screened candidates are mistaken for each other",
-        "search/evaluation",
-        "for number, one in zip(numbers, evidence, strict=True):\n                scores",
-        "for number, one in zip(reversed(numbers), evidence, strict=True):\n                scores",
-        "tests/search/test_evaluation.py",
-    ),
-    Mutant(
         "a screened trial is a point of the front",
         "search/loop",
         'if r.state == "complete"\n',
         'if r.state in ("complete", "screened")\n',
-        "tests/search/test_loop.py -k screened",
+        "tests/search/test_stored_study.py -k screened",
     ),
     Mutant(
         "random trials repeat after a resume",
@@ -430,13 +409,6 @@ MUTANTS = (
         "runs/setup",
         '1 if s.goal == "minimize" else -1',
         "1",
-        "tests/runs/test_setup.py",
-    ),
-    Mutant(
-        "a run that strengthens hopes for none of it",
-        "runs/setup",
-        'replace(scorer, goal="maximize", best=1.0)',
-        'replace(scorer, goal="maximize", best=0.0)',
         "tests/runs/test_setup.py",
     ),
     # -- edits on activations and in weights

@@ -51,7 +51,6 @@ def test_later_layers_win(tmp_path):
     )
     found = [getattr(config.search, name) for name in names]
     assert found == [14, 13, 12, 11]
-    assert config.search.screen is True
 
 
 def test_a_later_layer_replaces_a_list_and_merges_a_table(tmp_path):
@@ -264,7 +263,7 @@ def test_every_section_comes_back_from_toml(tmp_path):
             "directions": {"center": "geometric_median", "winsor": 0.995, "projected": True},
             "edit": {"components": ["mlp.down_proj"], "row_norms": "pre", "post_norms": False},
             "scores": {"objectives": ["drift"], "report": [], "show": [], "max_new_tokens": 1},
-            "search": {"screen": False, "select": "drift<=0.01"},
+            "search": {"ei_candidates": 8, "select": "drift<=0.01"},
             "engine": {"memory_fraction": 1e-05},
             "export": {"formats": [], "adapter_rank": 4},
         }

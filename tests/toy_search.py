@@ -16,7 +16,7 @@ SPACE = distributions(COMPONENTS, 9)
 SECTION = SearchSection(startup_trials=12)
 
 
-def toy(params, finished):
+def toy(params):
     """Two smooth objectives that disagree, of parameters alone."""
     out = []
     for one in params:

@@ -174,7 +174,6 @@ class SearchSection(Section):
     startup_trials: Count = 60
     batch: int = Field(0, ge=0, le=10**4)
     ei_candidates: int = Field(128, ge=1, le=10**6)
-    screen: bool = True
     refine: int = Field(0, ge=0, le=10**6)
     select: str = "knee"
 

@@ -51,7 +51,6 @@ class TrialMeasured(Event):
 
     number: int
     scores: dict[str, float]
-    screened: bool
     on_front: bool
 
 

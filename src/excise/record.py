@@ -90,7 +90,11 @@ class PromptRecord(Part):
 
 
 class TrialRecord(Part):
-    """One trial. `screened`: its drift alone put it behind the front, so it met fewer prompts."""
+    """One trial.
+
+    `screened`, in records of earlier versions: it met 16 prompts a side, because its drift alone put it
+    behind the front. Always false now.
+    """
 
     number: int
     state: Literal["complete", "screened", "failed", "running"]

@@ -25,8 +25,8 @@ EVENTS = [
     PhaseEnded("load", 1.5),
     PhaseStarted("search", 4),
     Progress("search", 2, 4),
-    TrialMeasured(1, SCORES, False, True),
-    TrialMeasured(2, SCORES, True, False),
+    TrialMeasured(1, SCORES, True),
+    TrialMeasured(2, SCORES, False),
     Notice("batch [red]halved[/] to 8"),
     Progress("capture target", 1, 2),
     PhaseEnded("search", 62.0),
@@ -80,7 +80,6 @@ def test_json_lines_parse_and_name_their_event(capsys):
         "event": "TrialMeasured",
         "number": 1,
         "scores": SCORES,
-        "screened": False,
         "on_front": True,
     }
 
@@ -206,7 +205,7 @@ def test_json_lines_have_no_bare_nan(capsys):
     """JSON has no NaN; the record writes such numbers by name, and so do events."""
     scores = {"drift": float("nan"), "a": float("inf"), "b": float("-inf")}
     with Reporter(json_events=True) as report:
-        report(TrialMeasured(1, scores, False, True))
+        report(TrialMeasured(1, scores, True))
     (line,) = capsys.readouterr().out.splitlines()
     found = json.loads(line, parse_constant=pytest.fail)["scores"]
     assert found == {"drift": "NaN", "a": "Infinity", "b": "-Infinity"}

@@ -19,7 +19,6 @@ from excise.search.pareto import (
     Point,
     beats,
     choose,
-    hopeless,
     hypervolume,
     knee,
     pareto,
@@ -127,15 +126,6 @@ def test_choices_and_the_knee_where_something_is_maximised():
     assert choose("rate>=0.5", front, goals).number == 1
     assert choose("drift<=0.1", front, goals).number == 1
     assert choose("drift<=0.4", front, goals).number == 0
-
-
-def test_a_candidate_is_hopeless_only_if_its_best_hope_is_beaten():
-    done = [Point(0, (0.0, 0.01))]
-    best = {"behaviour_rate": 0.0}
-    assert hopeless({"drift": 0.02}, best, done, GOALS)
-    assert not hopeless({"drift": 0.005}, best, done, GOALS)
-    assert not hopeless({"drift": 0.02}, best, [Point(0, (0.1, 0.01))], GOALS)
-    assert not hopeless({"drift": 0.02}, {}, done, GOALS)
 
 
 def test_hypervolume_of_one_and_two_points():

@@ -108,7 +108,6 @@ def test_every_setting_is_free_or_compared():
     ):
         check_terms(folder, load_config(flags={"method": "ridge", key: value}), known)
     for key, value in (
-        ("search.screen", False),
         ("search.ei_candidates", 3),
         ("engine.rows", 8),
         ("scores.objectives", ["drift"]),

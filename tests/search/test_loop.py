@@ -14,7 +14,6 @@ from excise.methods.search_space import from_params
 from excise.record import ScoreRecord
 from excise.search import journal
 from excise.search.loop import Measured, batches, importance
-from excise.search.pareto import Point
 
 
 class Stop(BaseException):
@@ -86,10 +85,10 @@ def test_a_batch_is_flushed_when_it_is_asked_and_when_it_is_told(tmp_path, monke
     fsync = os.fsync
     monkeypatch.setattr(os, "fsync", lambda number: (flushed.append(number), fsync(number)))
 
-    def measure(params, finished):
+    def measure(params):
         kept = search_in(tmp_path)  # another process would see them before they are measured
         seen.append(trials(kept)[-len(params) :])
-        return toy(params, finished)
+        return toy(params)
 
     search.run(24, measure, ignore)
     assert [[one[2] for one in batch] for batch in seen] == [
@@ -119,18 +118,17 @@ def test_a_resume_measures_the_first_batch_first_and_once(tmp_path):
     whole(tmp_path, 16)
     asked = []
 
-    def measure(params, finished):
-        asked.append((params, finished))
-        return toy(params, finished)
+    def measure(params):
+        asked.append(params)
+        return toy(params)
 
     search = search_in(tmp_path)
     first = [trial.params for trial in search.study.trials[:8]]
     search.run(16, measure, ignore)
     assert not asked
     search.run(40, measure, ignore)
-    assert asked[0] == (first, [])
-    assert [len(params) for params, _ in asked] == [8] * 4
-    assert [len(finished) for _, finished in asked] == [0, 16, 24, 32]
+    assert asked[0] == first
+    assert [len(params) for params in asked] == [8] * 4
 
 
 def test_fewer_trials_than_there_are_change_nothing(tmp_path):
@@ -144,11 +142,11 @@ def test_a_smaller_total_ends_at_a_whole_batch_and_the_rest_comes_later(tmp_path
     folder.mkdir()
     calls = []
 
-    def dies(params, finished):
+    def dies(params):
         calls.append(params)
         if len(calls) == 2:
             raise Stop
-        return toy(params, finished)
+        return toy(params)
 
     with pytest.raises(Stop):
         search_in(folder).run(20, dies, ignore)
@@ -208,8 +206,8 @@ def test_two_processes_cannot_hold_one_run(tmp_path):
     ],
 )
 def test_a_score_that_is_not_finite_fails_its_trial_only(bad, tmp_path):
-    def sometimes(params, finished):
-        results = toy(params, finished)
+    def sometimes(params):
+        results = toy(params)
         return [results[0], Measured(results[1].scores | bad), *results[2:]]
 
     search = search_in(tmp_path)
@@ -218,21 +216,6 @@ def test_a_score_that_is_not_finite_fails_its_trial_only(bad, tmp_path):
     assert states.count("failed") == 1
     assert search.records()[1].reason == "a score is not finite"
     assert not search.records()[1].scores.keys() & bad.keys()
-
-
-def test_screened_trials_are_told_but_are_no_points(tmp_path):
-    seen = []
-
-    def screen(params, finished):
-        seen.append(list(finished))
-        results = toy(params, finished)
-        return [Measured(results[0].scores, {}, screened=True), *results[1:]]
-
-    search = search_in(tmp_path)
-    search.run(16, screen, ignore)
-    records = search.records()
-    assert [t.number for t in records if t.state == "screened"] == [0, 8]
-    assert all(isinstance(p, Point) and p.number != 0 for p in seen[1])
 
 
 def test_the_sampler_finds_better_points_than_chance(tmp_path):

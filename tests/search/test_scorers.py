@@ -228,7 +228,7 @@ def test_behaviour_rate_and_false_rate_look_at_their_own_side():
                    contrast=[Prompt("x")] * 4).value == 0.25  # fmt: skip
 
 
-def test_a_screened_candidate_is_scored_on_the_first_prompts_only():
+def test_scores_are_of_the_first_prompts_where_only_those_were_measured():
     prompts = [Prompt("x", answer="blue", group=g) for g in "abbb"]
     evidence = Evidence({"target": responses("I can't", "it is Blue")})
     assert measure("behaviour_rate", evidence, prompts).n == 2
@@ -301,17 +301,17 @@ def test_an_answer_stands_in_a_text_as_words_of_its_own(answer, text, expected):
 # -- the registry ----------------------------------------------------------------------------------
 
 BUILT_IN = {
-    "behaviour_rate": ("minimize", 0.0, [Responses("target", MARKERS.found)]),
-    "false_rate": ("minimize", 0.0, [Responses("contrast", MARKERS.found)]),
-    "drift": ("minimize", 0.0, [Divergence("contrast")]),
-    "drift_first": ("minimize", 0.0, [Divergence("contrast")]),
-    "restored": ("maximize", 1.0, [Responses("target")]),
-    "kept": ("maximize", 1.0, [Responses("contrast")]),
+    "behaviour_rate": ("minimize", [Responses("target", MARKERS.found)]),
+    "false_rate": ("minimize", [Responses("contrast", MARKERS.found)]),
+    "drift": ("minimize", [Divergence("contrast")]),
+    "drift_first": ("minimize", [Divergence("contrast")]),
+    "restored": ("maximize", [Responses("target")]),
+    "kept": ("maximize", [Responses("contrast")]),
 }
 
 
 def test_the_built_in_scorers_are_these():
-    code = "from excise import scorers; print(*scorers._REGISTRY)"
+    code = "from excise.search import scorers; print(*scorers._REGISTRY)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.split() == list(BUILT_IN)
 
@@ -319,8 +319,8 @@ def test_the_built_in_scorers_are_these():
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_what_each_built_in_scorer_declares(name):
     found = find_scorers([name])[0]
-    goal, best, needs = BUILT_IN[name]
-    assert (found.name, found.goal, found.best) == (name, goal, best)
+    goal, needs = BUILT_IN[name]
+    assert (found.name, found.goal) == (name, goal)
     assert found.worth is not None
     prompts = (Prompt("x", answer="a"),)
     context = ScoreContext(MARKERS, {"target": prompts, "contrast": prompts})
@@ -344,7 +344,7 @@ def test_a_decorated_function_is_a_scorer_and_stays_a_function():
         return Score(float(len(evidence.responses["target"][0].text)), 1)
 
     found = find_scorers(["length"])[0]
-    assert (found.goal, found.best, found.worth) == ("maximize", None, 3.0)
+    assert (found.goal, found.worth) == ("maximize", 3.0)
     assert found.score is length
     assert length(Evidence({"target": responses("abc")}), None).value == 3.0
 

@@ -158,6 +158,22 @@ def test_trials_that_cannot_be_this_searchs_are_refused(tmp_path, hit, change, w
         check_study(study, SPACE, GOALS, "study.journal")
 
 
+def test_screened_trials_of_earlier_versions_are_no_points(tmp_path):
+    """They met fewer prompts than the others."""
+
+    def change(log):
+        if of_trial(3, op_code=8)(log):
+            log["user_attr"]["measured"]["screened"] = True
+        return log
+
+    check_study(old_study(tmp_path, change), SPACE, GOALS, "study.journal")
+    search = search_in(tmp_path)
+    found = search.records()[3]
+    assert (found.state, found.screened) == ("screened", True)
+    assert [point.number for point in search.points()] == [0, 1, 2, 4, 5, 6, 7]
+    assert len(whole(tmp_path, 16)) == 16
+
+
 def test_a_study_that_does_not_say_what_it_belongs_to_is_refused(tmp_path):
     def change(log):
         return None if log["op_code"] == 2 and "identity" in log["user_attr"] else log

@@ -175,14 +175,10 @@ class GgufEngine:
         self._known: dict[str, list[Response]] = {}
 
     def measure(
-        self,
-        candidates: Sequence[CandidateEdits],
-        requests: Sequence[Request],
-        only: dict[str, int] | None = None,
+        self, candidates: Sequence[CandidateEdits], requests: Sequence[Request]
     ) -> list[Evidence]:
         """As `Engine.measure`, for the one candidate without edits."""
         assert len(candidates) == 1, "a GGUF is one model"
-        assert not only, "nothing is screened here"
         evidence = Evidence()
         for request in requests:
             if isinstance(request, Responses):

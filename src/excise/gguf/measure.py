@@ -93,7 +93,7 @@ def _measure_pair(
     with GgufModel(original, longest) as one, GgufModel(edited, longest, adapter) as other:
         before = _engine(one, job, ends, None)
         after = _engine(other, job, ends, before)
-        panels = [Panel(e, job.scorers, job.context, screen=False) for e in (before, after)]
+        panels = [Panel(e, job.scorers, job.context) for e in (before, after)]
         scores = [panel.measure([[]])[0].scores for panel in panels]
     return scores[0], scores[1]
 

@@ -39,13 +39,8 @@ def front_figure(record: Record) -> go.Figure | None:
     front = [p.trial for p in front_points(record) if p.trial.number in drawn]
     others = [t for t in trials if t.number not in on_front]
     figure = _figure(height=480)
-    groups = (
-        ("screened early", [t for t in others if t.screened], _faint("x-thin-open")),
-        ("other trials", [t for t in others if not t.screened], _faint("circle")),
-    )
-    for label, group, marker in groups:
-        if group:
-            figure.add_trace(_points(label, group, axis, y, marker=marker))
+    if others:
+        figure.add_trace(_points("other trials", others, axis, y, marker=_faint("circle")))
     if front:
         figure.add_trace(_front_line(front, axis, y))
     if record.baseline.keys() >= {x, y}:
@@ -163,8 +158,6 @@ def _y_axis(name: str) -> dict[str, Any]:
 
 def _hover(trial: TrialRecord) -> str:
     head = "<b>original</b>" if trial.number == _ORIGINAL else f"<b>trial {trial.number}</b>"
-    if trial.screened:
-        head += ", screened early"
     lines = [
         f"{formatting.heading(name)}: {formatting.measured(name, score)}"
         for name, score in trial.scores.items()

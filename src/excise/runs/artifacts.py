@@ -92,7 +92,7 @@ class Checker:
             reference=reference,
             spoken=self.engine.spoken,
         )
-        panel = Panel(engine, self.scoring.every_trial, self.context, screen=False)
+        panel = Panel(engine, self.scoring.every_trial, self.context)
         return panel.measure([[]])[0].scores
 
 

@@ -206,7 +206,7 @@ def evaluate(
     with phase("baseline", on_event):
         for where, part, both in parts:
             engine = setup.engine_for(base, (), tokens, part, config, plan)
-            panel = Panel(engine, scorers, scoring.context(*both), screen=False)
+            panel = Panel(engine, scorers, scoring.context(*both))
             before[where] = panel.measure([[]])[0].scores
             for side in engine.prompts:  # all of them before the layers are let go of
                 engine.original(side)
@@ -222,7 +222,7 @@ def evaluate(
     with phase("measure safetensors", on_event):
         for where, part, both in parts:
             engine = setup.engine_for(other, (), tokens, part, config, plan, references[where])
-            panel = Panel(engine, scorers, scoring.context(*both), screen=False)
+            panel = Panel(engine, scorers, scoring.context(*both))
             rows.append((where, before[where], panel.measure([[]])[0].scores))
     return rows
 

@@ -46,7 +46,7 @@ from excise.runs.study_identity import identity
 from excise.search import journal
 from excise.search.evaluation import Panel
 from excise.search.loop import Measure, Measured, Search
-from excise.search.pareto import Objective, Point, choose, pareto, parse_rule
+from excise.search.pareto import Point, choose, pareto, parse_rule
 from excise.search.refinement import NothingToRefine, refined, refiner_for
 from excise.search.stored_study import check_study
 
@@ -146,12 +146,12 @@ def _measure(
     tokens, method = job.tokens, job.method
     engine = setup.engine_for(loaded, method.writers, tokens, "eval", config, sizing.plan)
     context = scoring.context(sets.target_eval, sets.contrast_eval)
-    panel = Panel(engine, scoring.every_trial, context, screen=config.search.screen)
+    panel = Panel(engine, scoring.every_trial, context)
     with clock.phase("baseline"):
         baseline = panel.measure([[None] * len(method.writers)])[0].scores
         if not anyway and not search.records():  # with trials, that was decided before
             check_baseline(baseline, _said(engine, config), config, out)
-    _search(job, search, measurer(method, panel, scoring.goals(), engine.learning), clock)
+    _search(job, search, measurer(method, panel, engine.learning), clock)
     front, chosen = _choose(job, search, out)
     with clock.phase("holdout"):
         edits = method.edits(method.candidate(chosen.params))
@@ -324,7 +324,6 @@ def _sizing(job: _Job, on_event: OnEvent) -> Sizing:
 def measurer(
     method: Method,
     panel: Panel,
-    goals: list[Objective],
     learning: Callable[[], AbstractContextManager[None]],
 ) -> Measure:
     """Parameters of a batch -> its measurements, for the search.
@@ -333,13 +332,13 @@ def measurer(
     """
     batches = itertools.count()
 
-    def measure(params: list[dict[str, Any]], finished: list[Point]) -> list[Measured]:
+    def measure(params: list[dict[str, Any]]) -> list[Measured]:
         begun = time.perf_counter()
         edits = [_edits(method, one) for one in params]
         built = (time.perf_counter() - begun) / len(params)
         good = [one for one in edits if not isinstance(one, str)]
         with learning() if next(batches) == 0 else nullcontext():
-            results = iter(panel.measure(good, goals, finished) if good else ())
+            results = iter(panel.measure(good) if good else ())
         return [
             Measured(seconds={"edits": built}, reason=one)
             if isinstance(one, str)

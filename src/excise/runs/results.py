@@ -52,7 +52,7 @@ def final_figures(
     search_sets = (sets.target_eval, sets.contrast_eval)
     out: dict[str, Any] = {}
     if scoring.final:
-        panel = Panel(engine, scoring.final, scoring.context(*search_sets), screen=False)
+        panel = Panel(engine, scoring.final, scoring.context(*search_sets))
         before, after = panel.measure([bare, edits])
         out |= {"final_baseline": before.scores, "final": after.scores}
     out["samples"] = _samples(engine, edits, search_sets, config)
@@ -60,7 +60,7 @@ def final_figures(
     if all(len(prompts) for prompts in holdout):
         held = setup.engine_for(loaded, engine.writers, tokens, "holdout", config, engine.plan)
         scorers = scoring.every_trial + scoring.final
-        panel = Panel(held, scorers, scoring.context(*holdout), screen=False)
+        panel = Panel(held, scorers, scoring.context(*holdout))
         before, after = panel.measure([bare, edits])
         out |= {"holdout_baseline": before.scores, "holdout": after.scores}
     return out

@@ -151,7 +151,7 @@ def _wanted(scorer: Scorer) -> Scorer:
     """The behaviour rate as an objective of a run that edits the behaviour in."""
     if scorer.name != "behaviour_rate":
         return scorer
-    return replace(scorer, goal="maximize", best=1.0)
+    return replace(scorer, goal="maximize")
 
 
 def tokenise(loaded: Loaded, sets: PromptSets, config: Config) -> Tokens:

@@ -34,14 +34,12 @@ class Measured:
 
     scores: dict[str, ScoreRecord] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
-    screened: bool = False
     reason: str | None = None  # why there are no scores
 
 
-# Parameters of a batch, and the points finished before it -> what was measured, in order. The first
-# batch of a study is always measured first, also when a resume goes on after it: what is learnt from
-# it is then the same.
-Measure = Callable[[list[dict[str, Any]], list[Point]], list[Measured]]
+# Parameters of a batch -> what was measured, in order. The first batch of a study is always measured
+# first, also when a resume goes on after it: what is learnt from it is then the same.
+Measure = Callable[[list[dict[str, Any]]], list[Measured]]
 
 
 class Search:
@@ -80,7 +78,7 @@ class Search:
                 if self._is_finished(start, stop):
                     continue
                 if start > 0 and not self._begun:
-                    measure([trial.params for trial in self._trials()[slice(*parts[0])]], [])
+                    measure([trial.params for trial in self._trials()[slice(*parts[0])]])
                 self._begun = True
                 if any(s <= start < s + len(e["params"]) for s, e in self._refined()):
                     self._add_refined(start, stop, measure, on_event)
@@ -133,7 +131,7 @@ class Search:
         )
         params = entry["params"][start - first : stop - first]
         there = len(self._trials())
-        results = measure(params, self.points(start))
+        results = measure(params)
         with together(self.study):
             for number, one, result in zip(range(start, stop), params, results, strict=True):
                 if number >= there:  # a power cut may have struck between two of them
@@ -141,7 +139,7 @@ class Search:
         front = {p.number for p in pareto(self.points(), self.objectives)}
         for number, result in zip(range(start, stop), results, strict=True):
             values = {name: score.value for name, score in result.scores.items()}
-            on_event(TrialMeasured(number, values, result.screened, number in front))
+            on_event(TrialMeasured(number, values, number in front))
 
     def _frozen(self, params: dict[str, Any], result: Measured) -> FrozenTrial:
         more = {name: refined_distribution() for name in params if name not in self._space}
@@ -186,7 +184,7 @@ class Search:
     def _run_batch(self, start: int, stop: int, measure: Measure, on_event: OnEvent) -> None:
         with together(self.study):
             asked = [self._ask(number) for number in range(start, stop)]
-        measured = measure([trial.params for trial in asked], self.points(start))
+        measured = measure([trial.params for trial in asked])
         with together(self.study):
             for trial, result in zip(asked, measured, strict=True):
                 self._tell(trial, result)
@@ -194,7 +192,7 @@ class Search:
         for trial, result in zip(asked, measured, strict=True):
             values = {name: score.value for name, score in result.scores.items()}
             number = trial.number
-            on_event(TrialMeasured(number, values, result.screened, number in front))
+            on_event(TrialMeasured(number, values, number in front))
 
     def _ask(self, number: int) -> Trial:
         """Trial `number`: as it was asked before a kill, completed if it was cut short, or new."""
@@ -250,7 +248,6 @@ def _stored(result: Measured, values: list[float] | None) -> dict[str, Any]:
     return {
         "scores": {k: v.model_dump(exclude_none=True) for k, v in scores.items()},
         "seconds": result.seconds,
-        "screened": result.screened,
         "reason": result.reason if good or result.reason else "a score is not finite",
     }
 
@@ -291,7 +288,7 @@ def points(records: Sequence[TrialRecord], objectives: Sequence[Objective]) -> l
 def record_of(trial: FrozenTrial) -> TrialRecord:
     """A trial of the study as the record states it."""
     measured = trial.user_attrs.get("measured", {})
-    screened = bool(measured.get("screened", False))
+    screened = bool(measured.get("screened", False))  # by an earlier version
     if trial.state == TrialState.COMPLETE:
         state = "screened" if screened else "complete"
     else:

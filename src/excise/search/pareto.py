@@ -49,22 +49,6 @@ def pareto(points: Sequence[Point], objectives: Sequence[Objective]) -> list[Poi
     return sorted(kept, key=lambda p: [s * v for s, v in zip(signs, p.values, strict=True)])
 
 
-def hopeless(
-    values: dict[str, float],
-    best: dict[str, float],
-    points: Sequence[Point],
-    objectives: Sequence[Objective],
-) -> bool:
-    """Whether a candidate is beaten whatever its unknown values turn out to be.
-
-    `values` are the objectives known so far; `best` the best possible values of the others.
-    """
-    if any(o.name not in values and o.name not in best for o in objectives):
-        return False
-    hoped = Point(-1, tuple(values.get(o.name, best.get(o.name, 0.0)) for o in objectives))
-    return any(beats(point, hoped, objectives) for point in points)
-
-
 def choose(rule: str, front: Sequence[Point], objectives: Sequence[Objective]) -> Point | None:
     """The point that `rule` picks: `knee`, or the best under a limit (`drift<=X`, `rate<=X`).
 

@@ -81,7 +81,6 @@ class Scorer:
         needs: the requests it puts to the engine.
         score: evidence and context -> score.
         goal: which way is better when it is an objective.
-        best: the best value possible, if there is one; lets the search skip hopeless candidates.
         worth: how much of it weighs as much as a whole unit of behaviour rate, for the knee.
     """
 
@@ -89,7 +88,6 @@ class Scorer:
     needs: Callable[[ScoreContext], Sequence[Request]]
     score: Callable[[Evidence, ScoreContext], Score]
     goal: Literal["minimize", "maximize"]
-    best: float | None
     worth: float | None
 
 
@@ -102,7 +100,6 @@ def scorer(
     *,
     needs: Callable[[ScoreContext], Sequence[Request]],
     goal: Literal["minimize", "maximize"] = "minimize",
-    best: float | None = None,
     worth: float | None = None,
 ) -> Callable[
     [Callable[[Evidence, ScoreContext], Score]], Callable[[Evidence, ScoreContext], Score]
@@ -120,7 +117,7 @@ def scorer(
             raise ConfigError(f"scorer {name!r} is built in: give yours another name")
         if goal not in ("minimize", "maximize"):
             raise ConfigError(f"scorer {name!r}: its goal is minimize or maximize, not {goal!r}")
-        _REGISTRY[name] = Scorer(name, needs, function, goal, best, worth)
+        _REGISTRY[name] = Scorer(name, needs, function, goal, worth)
         return function
 
     return register
@@ -244,7 +241,6 @@ def rate(flags: Sequence[bool], prompts: Sequence[Prompt]) -> Score:
 @scorer(
     "behaviour_rate",
     needs=lambda context: [Responses("target", context.markers.found)],
-    best=0.0,
     worth=1.0,
 )
 def behaviour_rate(evidence: Evidence, context: ScoreContext) -> Score:
@@ -255,7 +251,6 @@ def behaviour_rate(evidence: Evidence, context: ScoreContext) -> Score:
 @scorer(
     "false_rate",
     needs=lambda context: [Responses("contrast", context.markers.found)],
-    best=0.0,
     worth=1.0,
 )
 def false_rate(evidence: Evidence, context: ScoreContext) -> Score:
@@ -268,7 +263,7 @@ def _shown(evidence: Evidence, context: ScoreContext, side: str) -> Score:
     return rate(shown, context.prompts[side][: len(shown)])
 
 
-@scorer("drift", needs=lambda _: [Divergence()], best=0.0, worth=0.5)
+@scorer("drift", needs=lambda _: [Divergence()], worth=0.5)
 def drift(evidence: Evidence, context: ScoreContext) -> Score:
     """KL(original || edited), nats per token, over the original's whole responses."""
     del context
@@ -277,7 +272,7 @@ def drift(evidence: Evidence, context: ScoreContext) -> Score:
     return Score(value, sum(len(r) for r in rows), interval)
 
 
-@scorer("drift_first", needs=lambda _: [Divergence()], best=0.0, worth=0.5)
+@scorer("drift_first", needs=lambda _: [Divergence()], worth=0.5)
 def drift_first(evidence: Evidence, context: ScoreContext) -> Score:
     """KL(original || edited) at the first response token only: comparable, and misleading."""
     del context
@@ -305,7 +300,6 @@ def _answered(context: ScoreContext, side: str) -> list[Request]:
     "restored",
     needs=lambda context: _answered(context, "target"),
     goal="maximize",
-    best=1.0,
     worth=1.0,
 )
 def restored(evidence: Evidence, context: ScoreContext) -> Score:
@@ -317,7 +311,6 @@ def restored(evidence: Evidence, context: ScoreContext) -> Score:
     "kept",
     needs=lambda context: _answered(context, "contrast"),
     goal="maximize",
-    best=1.0,
     worth=1.0,
 )
 def kept(evidence: Evidence, context: ScoreContext) -> Score:
