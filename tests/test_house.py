@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
+import inspect
 import re
 import subprocess
 import sys
@@ -14,6 +16,9 @@ import pytest
 
 import excise
 from excise.cli.main import build_parser
+from excise.engine.requests import Evidence, Response
+from excise.prompts.sets import Prompt
+from excise.search.scorers import ScoreContext
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "excise"
@@ -171,14 +176,37 @@ def test_only_children_starts_processes():
 def test_public_names():
     assert excise.__all__ == [
         "Config",
+        "Divergence",
         "ExciseError",
         "Record",
+        "Responses",
+        "Score",
         "__version__",
         "load_config",
+        "ratio",
         "run",
         "scorer",
     ]
     assert all(hasattr(excise, name) for name in excise.__all__)
+
+
+def test_the_interface_of_scorers_is_what_their_page_says():
+    def shape(function):
+        parameters = inspect.signature(function).parameters.values()
+        return [str(p.replace(annotation=inspect.Parameter.empty)) for p in parameters]
+
+    def fields(kind):
+        return [field.name for field in dataclasses.fields(kind)]
+
+    assert shape(excise.scorer) == ["name", "needs", "goal='minimize'", "worth=None"]
+    assert shape(excise.Responses) == ["side", "decided=None"]
+    assert shape(excise.Divergence) == ["side='contrast'"]
+    assert shape(excise.Score) == ["value", "n", "interval=None", "parts=<factory>"]
+    assert shape(excise.ratio) == ["totals", "sizes"]
+    assert fields(Evidence) == ["responses", "divergence"]
+    assert fields(Response) == ["tokens", "text", "ended"]
+    assert fields(ScoreContext) == ["markers", "prompts"]
+    assert {"text", "answer", "group"} <= set(fields(Prompt))
 
 
 def test_the_command_line_is_what_the_contract_says():

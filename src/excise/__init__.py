@@ -1,6 +1,8 @@
 """Excise edits one behaviour out of an open-weight language model and proves what it cost.
 
-The names below load on first use, so that `import excise` (and `excise --help`) stays fast.
+The names below are the public interface: `run` and what it takes and returns, and, from `Divergence` on,
+what a scorer of your own is written with. They load on first use, so that `import excise` (and
+`excise --help`) stays fast.
 """
 
 from __future__ import annotations
@@ -16,17 +18,35 @@ _EXPORTS = {
     "Record": "record",
     "load_config": "config",
     "run": "runs.pipeline",
+    "Divergence": "engine.requests",
+    "Responses": "engine.requests",
+    "Score": "search.scorers",
+    "ratio": "search.intervals",
     "scorer": "search.scorers",
 }
 
-__all__ = ["Config", "ExciseError", "Record", "__version__", "load_config", "run", "scorer"]
+__all__ = [
+    "Config",
+    "Divergence",
+    "ExciseError",
+    "Record",
+    "Responses",
+    "Score",
+    "__version__",
+    "load_config",
+    "ratio",
+    "run",
+    "scorer",
+]
 
 if TYPE_CHECKING:
     from excise.config import Config, load_config
+    from excise.engine.requests import Divergence, Responses
     from excise.errors import ExciseError
     from excise.record import Record
     from excise.runs.pipeline import run
-    from excise.search.scorers import scorer
+    from excise.search.intervals import ratio
+    from excise.search.scorers import Score, scorer
 
 
 def __getattr__(name: str) -> Any:

@@ -330,8 +330,7 @@ def own_scorer(folder: Path, needs: str, returns: str) -> list[str]:
     """Flags of a run whose first objective is a user's scorer with these expressions."""
     file = folder / "mine.py"
     file.write_text(
-        "from excise import scorer\nfrom excise.evidence import Responses\n"
-        "from excise.scorers import Score\n"
+        "from excise import Divergence, Responses, Score, scorer\n"
         f"@scorer('mine', needs=lambda _: {needs})\ndef mine(e, c):\n    return {returns}\n"
     )
     sets = (f'scores.files=["{file}"]', 'scores.objectives=["mine", "drift"]')
@@ -368,8 +367,7 @@ def test_a_users_scorer_that_fails_while_running(tiny, tmp_path, capsys, returns
 def test_a_users_scorer_is_an_objective_or_only_reported(tiny, tmp_path):
     file = tmp_path / "own.py"
     file.write_text(
-        "from excise import scorer\nfrom excise.evidence import Responses\n"
-        "from excise.scorers import Score\n"
+        "from excise import Divergence, Responses, Score, scorer\n"
         "@scorer('length', needs=lambda _: [Responses('target')])\n"
         "def length(e, c):\n"
         "    rows = e.responses['target']\n"

@@ -183,8 +183,8 @@ def own_scorer(folder: Path) -> tuple[Path, list[str]]:
     """A scorer that leaves a mark when it is loaded, and the flags of a run that has it."""
     file, mark = folder / "mine.py", folder / "was_run"
     file.write_text(
-        "from pathlib import Path\nfrom excise import scorer\nfrom excise.evidence import Responses\n"
-        f"from excise.scorers import Score\nPath({str(mark)!r}).touch()\n"
+        "from pathlib import Path\nfrom excise import Responses, Score, scorer\n"
+        f"Path({str(mark)!r}).touch()\n"
         "@scorer('mine', needs=lambda _: [Responses('target')])\n"
         "def mine(e, c):\n    return Score(0.5, 1)\n"
     )

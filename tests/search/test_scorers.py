@@ -6,6 +6,7 @@ import importlib
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import builders
 import pytest
@@ -349,34 +350,26 @@ def test_a_decorated_function_is_a_scorer_and_stays_a_function():
     assert length(Evidence({"target": responses("abc")}), None).value == 3.0
 
 
-SCORER_FILE = '''
-from excise import scorer
-from excise.evidence import Responses
-from excise.scorers import Score
-
-@scorer("of_a_file", needs=lambda context: [Responses("contrast")])
-def of_a_file(evidence, context):
-    """Mean length."""
-    texts = [r.text for r in evidence.responses["contrast"]]
-    return Score(sum(map(len, texts)) / len(texts), len(texts))
-'''
+PAGE = Path(__file__).parents[2] / "docs" / "scorers.md"
+SCORER_FILE = PAGE.read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
 
 
 def test_a_scorer_from_a_file(tmp_path):
     path = tmp_path / "my scorer.py"
     path.write_text(SCORER_FILE)
-    drift, own = find_scorers(["drift", "of_a_file"], [str(path)])
+    drift, own = find_scorers(["drift", "words"], [str(path)])
     assert drift.name == "drift"
     context = ScoreContext(MARKERS, {})
-    assert own.score(Evidence({"contrast": responses("ab", "abcd")}), context) == Score(3.0, 2)
-    assert find_scorers(["of_a_file"]) == [own]
+    found = own.score(Evidence({"contrast": responses("a b", "a b c d")}), context)
+    assert (found.value, found.n) == (3.0, 2)
+    assert find_scorers(["words"]) == [own]
 
 
 def test_a_scorer_file_may_hold_dataclasses(tmp_path):
     path = tmp_path / "own.py"
     more = "from dataclasses import dataclass\n@dataclass\nclass Helper:\n    size: int\n"
     path.write_text(f"from __future__ import annotations\n{SCORER_FILE}{more}")
-    assert find_scorers(["of_a_file"], [str(path)])[0].name == "of_a_file"
+    assert find_scorers(["words"], [str(path)])[0].name == "words"
 
 
 @pytest.mark.parametrize(
@@ -407,7 +400,7 @@ def test_a_scorer_file_that_is_none(tmp_path, name):
 
 def test_a_scorer_of_an_installed_package(tmp_path, monkeypatch):
     """A real distribution on the path, with the entry point that its metadata declare."""
-    (tmp_path / "their_scorers.py").write_text(SCORER_FILE.replace("of_a_file", "of_a_package"))
+    (tmp_path / "their_scorers.py").write_text(SCORER_FILE.replace("words", "of_a_package"))
     metadata = tmp_path / "their_scorers-1.0.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: their-scorers\nVersion: 1.0\n")
