@@ -35,7 +35,7 @@ def drawn(what, width):
 def test_the_front_as_a_table(width):
     record = make_record()
     text = drawn(front_table(record, most=1000), width)
-    assert f"Front: {len(record.front)} of 120 trials" in text
+    assert f"Pareto front: {len(record.front)} of 120 trials" in text
     assert "…" not in text
     first = [line.split() for line in text.splitlines()]
     numbers = [words[1] if words[0] == "*" else words[0] for words in first if words]
@@ -48,7 +48,7 @@ def test_a_long_front_is_thinned_and_keeps_its_ends_and_the_choice():
     record = make_record(trials=400, seed=1)
     record = record.model_copy(update={"front": list(range(6, 46)), "selected": 8})
     text = drawn(front_table(record, most=12), 100)
-    assert "Front: 40 of 400 trials, 13 shown" in text
+    assert "Pareto front: 40 of 400 trials, 13 shown" in text
     assert "* 8 " in text
     numbers = [line.split()[0] for line in text.splitlines()]
     assert "6" in numbers
@@ -87,7 +87,7 @@ def test_a_comparison_as_a_table(width):
 @pytest.mark.parametrize("width", [80, 120])
 def test_tables_of_the_smallest_record(width):
     record = minimal_record()
-    assert "Front: 1 of 1 trials" in drawn(front_table(record), width)
+    assert "Pareto front: 1 of 1 trials" in drawn(front_table(record), width)
     assert "Chosen: trial 0" in drawn(figures_table(record), width)
 
 
@@ -110,9 +110,9 @@ def test_a_result_shows_front_figures_samples_and_places(width, monkeypatch, cap
     assert "\x1b" not in text
     assert all(len(line.rstrip()) <= width for line in text.splitlines())
     sample = record.samples[0]
-    for word in (sample.before, sample.after, sample.answer, "/runs/one/report.html", "Front: "):
+    for word in (sample.before, sample.after, sample.answer, "/runs/one/report.html", "Pareto front: "):
         assert word in text
-    assert text.index("Front: ") < text.index("Chosen: ") < text.index("/runs/one/report.html")
+    assert text.index("Pareto front: ") < text.index("Chosen: ") < text.index("/runs/one/report.html")
 
 
 @pytest.mark.parametrize("name", ["run[1]", "[bold]", "a[/b]"])

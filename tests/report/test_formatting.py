@@ -52,18 +52,18 @@ def test_a_sample_counts_what_the_score_was_taken_over() -> None:
 
 def test_titles_of_unknown_scores_keep_their_capitals() -> None:
     assert formatting.title("MMLU_pro") == "MMLU pro"
-    assert formatting.heading("drift") == "Drift (nats/token)"
+    assert formatting.heading("drift") == "KL divergence (full response), nats/token"
 
 
 @pytest.mark.parametrize(
     ("rate", "drift", "words"),
     [
-        (0.02, 0.004, "removes nearly all of the behaviour, at a small drift"),
-        (0.20, 0.0004, "removes most of the behaviour, at next to no drift"),
-        (0.50, 0.02, "removes about half of the behaviour, at a moderate drift"),
-        (0.75, 0.1, "removes some of the behaviour, at a large drift"),
-        (0.95, 0.3, "removes hardly any of the behaviour, at a very large drift: expect damage"),
-        (1.05, 0.004, "shows more of the behaviour, at a small drift"),
+        (0.02, 0.004, "removes nearly all of the behaviour, at low KL"),
+        (0.20, 0.0004, "removes most of the behaviour, at negligible KL"),
+        (0.50, 0.02, "removes about half of the behaviour, at moderate KL"),
+        (0.75, 0.1, "removes some of the behaviour, at high KL"),
+        (0.95, 0.3, "removes hardly any of the behaviour, at very high KL: expect damage"),
+        (1.05, 0.004, "shows more of the behaviour, at low KL"),
     ],
 )
 def test_assessment_follows_the_thresholds(rate: float, drift: float, words: str) -> None:
@@ -78,7 +78,7 @@ def test_intervals_that_meet_are_no_measurable_change() -> None:
 
 
 def test_assessment_without_a_behaviour_rate() -> None:
-    assert formatting.assess({"drift": score(0.004)}, {}) == "comes at a small drift"
+    assert formatting.assess({"drift": score(0.004)}, {}) == "comes at low KL"
     assert formatting.assess({}, {}) == "is not assessed"
 
 

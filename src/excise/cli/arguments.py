@@ -1,12 +1,13 @@
-"""The command line: every command's arguments. A test freezes them.
+"""The command line: every command's flags and their help. A test freezes the flags.
 
-Knows what can be said, not what is done: `cli` gives the function of each command.
+Knows no command's work: `main` gives the function of each.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,174 +18,293 @@ from excise.visible import one_line
 METHODS = ("directional", "subspace", "ridge", "ara")
 PROMPT_FLAGS = ("target", "contrast", "target_eval", "contrast_eval")
 _FORMATS = ("safetensors", "adapter", "gguf", "gguf-adapter")
-_TRIAL: dict[str, Any] = {"type": int, "metavar": "N", "help": "default: the selected trial"}
+_TRIAL: dict[str, Any] = {"type": int, "metavar": "N", "help": "trial (default: the selected one)"}
+_SET: dict[str, Any] = {"action": "append", "default": [], "metavar": "a.b=c", "dest": "sets"}
 
 Command = Callable[[argparse.Namespace], int]
 
 
 class Parser(argparse.ArgumentParser):
-    """One clear line and exit code 2, without the whole usage."""
+    """Parser that ends a bad command line with one clear line and exit code 2."""
 
     def error(self, message: str) -> Any:
         """Say it, and leave."""
         self.exit(EXIT_BAD_INPUT, f"excise: {one_line(message)} (see `{self.prog} --help`)\n")
 
 
+@dataclass(frozen=True)
+class _Command:
+    """What a command does in a few words, what it needs, an example, and what adds its flags."""
+
+    does: str
+    needs: str
+    example: str
+    fill: Callable[[argparse.ArgumentParser], None]
+
+
+class _Layout(argparse.RawDescriptionHelpFormatter):
+    """Help in two columns, wide enough for the longest flag; examples keep their lines."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=32)
+
+
 def parser(functions: Mapping[str, Command]) -> argparse.ArgumentParser:
-    """The parser of all commands; what it parses holds its command's function as `command`."""
+    """Return the parser of all commands; what it parses holds its command's function as `command`."""
     whole = Parser(
         prog="excise",
-        description="Edit one behaviour out of an open-weight language model, and prove the cost.",
+        description="Edit one behaviour out of an open-weight language model, and measure the cost.",
+        epilog="`excise COMMAND --help` lists the flags of a command.",
+        formatter_class=_Layout,
         allow_abbrev=False,
     )
     whole.add_argument("-V", "--version", action="version", version=f"excise {__version__}")
     commands = whole.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for name, (text, fill) in _COMMANDS.items():
-        sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+    for name, command in _COMMANDS.items():
+        sub = commands.add_parser(
+            name,
+            help=command.does,
+            usage=" ".join(f"excise {name} {command.needs} [options]".split()),
+            description=f"{command.does[0].upper()}{command.does[1:]}.",
+            epilog=f"example:\n  excise {name} {command.example}",
+            formatter_class=_Layout,
+            allow_abbrev=False,
+        )
+        command.fill(sub)
         sub.add_argument("--debug", action="store_true", help="show tracebacks")
         sub.set_defaults(command=functions[name])
-        fill(sub)
     return whole
 
 
 def _demo(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--out", type=Path, default=Path("runs/demo"), help="run folder")
-    sub.add_argument("--trials", type=int, metavar="N", help="trials of the search (default 120)")
-    sub.add_argument("--seed", type=int, metavar="N", help="seed of the search (default 0)")
+    out = "run folder (default: runs/demo)"
+    sub.add_argument("--out", type=Path, metavar="DIR", default=Path("runs/demo"), help=out)
+    sub.add_argument("--trials", type=int, metavar="N", help="trials of the search (default: 120)")
+    sub.add_argument("--seed", type=int, metavar="N", help="seed of the search (default: 0)")
     _progress(sub)
 
 
 def _run(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("model", metavar="MODEL", help="folder or Hub id")
-    sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new run folder")
+    sub.add_argument("model", metavar="MODEL", help="model folder, GGUF file or Hub id")
+    sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="new run folder")
     _job(sub)
     _anyway(sub)
     _progress(sub)
 
 
 def _resume(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("folder", type=Path, metavar="DIR")
-    sub.add_argument("--trials", type=int, metavar="N", help="trials in all")
+    _folder(sub)
+    text = "trials in all, those of the run included"
+    sub.add_argument("--trials", type=int, metavar="N", help=text)
     _anyway(sub)
     _trust(sub)
     _progress(sub)
 
 
 def _front(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("folder", type=Path, metavar="DIR")
-    sub.add_argument("--json", action="store_true", help="for programs")
+    _folder(sub)
+    _json(sub)
 
 
 def _export(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("folder", type=Path, metavar="DIR")
-    sub.add_argument("--to", type=Path, required=True, metavar="PATH", help="a new folder")
+    _folder(sub)
+    sub.add_argument("--to", type=Path, required=True, metavar="PATH", help="new folder")
     choice = sub.add_mutually_exclusive_group()
     choice.add_argument("--trial", **_TRIAL)
-    choice.add_argument("--select", metavar="RULE", help="knee, drift<=X or rate<=X")
-    sub.add_argument("--format", choices=_FORMATS, default="safetensors", dest="format_name")
-    sub.add_argument("--rank", type=int, metavar="R", help="rank of an adapter")
-    sub.add_argument("--error", type=float, metavar="X", help="its error (default 0.2)")
-    sub.add_argument("--quantize", metavar="A,B", help="GGUF file types, such as Q4_K_M,Q8_0")
-    sub.add_argument("--from-gguf", type=Path, metavar="FILE", help="patch this GGUF instead")
-    sub.add_argument("--llama-cpp", type=Path, metavar="DIR", help="a checkout of llama.cpp")
+    text = "rule in place of a number: knee, drift<=X (KL divergence) or rate<=X (behaviour rate)"
+    choice.add_argument("--select", metavar="RULE", help=text)
+    _format(sub)
+    text = "rank of an adapter (default: follows from --error)"
+    sub.add_argument("--rank", type=int, metavar="R", help=text)
+    text = "largest relative error of an adapter's weights (default: 0.2)"
+    sub.add_argument("--error", type=float, metavar="X", help=text)
+    text = "llama.cpp file types of GGUF exports, such as Q4_K_M,Q8_0"
+    sub.add_argument("--quantize", metavar="A,B", help=text)
+    text = "patch the edited tensors of this GGUF instead of converting"
+    sub.add_argument("--from-gguf", type=Path, metavar="FILE", help=text)
+    text = "llama.cpp checkout with its converter and llama-quantize"
+    sub.add_argument("--llama-cpp", type=Path, metavar="DIR", help=text)
     _trust(sub)
     _progress(sub)
 
 
 def _reproduce(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("record", type=Path, metavar="RECORD", help="a record.json, or its folder")
-    sub.add_argument("--out", type=Path, metavar="DIR", help="keep it here; else it is removed")
+    sub.add_argument("record", type=Path, metavar="RECORD", help="record.json, or its run folder")
+    text = "keep the rebuilt model in this folder (default: remove it)"
+    sub.add_argument("--out", type=Path, metavar="DIR", help=text)
     sub.add_argument("--trial", **_TRIAL)
-    sub.add_argument("--set", action="append", default=[], metavar="a.b=c", dest="sets")
+    sub.add_argument("--set", **_SET, help="another value of a setting, such as a moved path")
     _progress(sub)
 
 
 def _push(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("folder", type=Path, metavar="RUN")
-    sub.add_argument("repo", metavar="OWNER/NAME")
-    sub.add_argument("--format", choices=_FORMATS, default="safetensors", dest="format_name")
+    _folder(sub, "RUN")
+    sub.add_argument("repo", metavar="OWNER/NAME", help="Hub repository; made if it does not exist")
+    _format(sub)
     sub.add_argument("--trial", **_TRIAL)
-    text = "where the export is, if not within the run folder"
+    text = "folder of the export, if outside the run folder"
     sub.add_argument("--from", type=Path, metavar="PATH", dest="place", help=text)
-    sub.add_argument("--public", action="store_true", help="let everybody see a new repository")
+    text = "make a new repository public (default: private)"
+    sub.add_argument("--public", action="store_true", help=text)
     _progress(sub)
 
 
 def _evaluate(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("base", metavar="BASE")
-    sub.add_argument("edited", metavar="EDITED")
+    sub.add_argument("base", metavar="BASE", help="original model: folder or Hub id")
+    sub.add_argument("edited", metavar="EDITED", help="edited model: folder or Hub id")
     _job(sub, search=False)
-    sub.add_argument("--json", action="store_true", help="for programs")
+    _json(sub)
     _progress(sub)
 
 
 def _inspect(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("model", metavar="MODEL", help="folder or Hub id")
-    sub.add_argument("--json", action="store_true", help="for programs")
+    sub.add_argument("model", metavar="MODEL", help="model folder, GGUF file or Hub id")
+    _json(sub)
 
 
 def _geometry(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("folder", type=Path, metavar="DIR")
-    sub.add_argument("--json", action="store_true", help="for programs")
+    _folder(sub)
+    _json(sub)
     _trust(sub)
     _progress(sub)
 
 
 def _report(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("folder", type=Path, metavar="DIR")
+    _folder(sub)
 
 
 def _job(sub: argparse.ArgumentParser, *, search: bool = True) -> None:
-    sub.add_argument("--behaviour", metavar="NAME|FILE.toml", help="demo, refusal, or your own")
-    packed = ("bnb-4bit", "bnb-8bit")
-    sub.add_argument("--quantize", choices=packed, help="pack the weights as they are loaded")
-    sub.add_argument("--method", choices=METHODS, help="how edits are made (default: ridge)")
-    sub.add_argument("--strengthen", action="store_true", help="edit the behaviour in, not out")
-    texts = ("give the directions: evoke it", "give the directions: do not", "score", "score")
+    edit = sub.add_argument_group("the edit")
+    text = "built-in behaviour (demo, refusal) or a TOML file of your own"
+    edit.add_argument("--behaviour", metavar="NAME|FILE.toml", help=text)
+    edit.add_argument("--method", choices=METHODS, help="how weights are edited (default: ridge)")
+    text = "strengthen the behaviour instead of removing it"
+    edit.add_argument("--strengthen", action="store_true", help=text)
+    text = "quantise the weights with bitsandbytes as they are loaded"
+    edit.add_argument("--quantize", choices=("bnb-4bit", "bnb-8bit"), help=text)
+    _prompts(sub.add_argument_group("prompts and scoring", "A behaviour may bring its own."))
+    if search:
+        looking = sub.add_argument_group("search")
+        looking.add_argument("--trials", type=int, metavar="N", help="trials in all (default: 200)")
+        text = "random trials before TPE (default: 60)"
+        looking.add_argument("--startup-trials", type=int, metavar="N", help=text)
+        text = "further trials, refined by gradient from the front (default: 0)"
+        looking.add_argument("--refine", type=int, metavar="N", help=text)
+        looking.add_argument("--seed", type=int, metavar="N", help="seed (default: 0)")
+    settings = sub.add_argument_group("settings")
+    settings.add_argument("--config", type=Path, metavar="FILE", help="TOML file with any setting")
+    settings.add_argument("--set", **_SET, help="any one setting; wins over all others")
+
+
+def _prompts(group: argparse._ArgumentGroup) -> None:
+    texts = (
+        "prompts that trigger the behaviour (used for directions)",
+        "prompts that do not trigger it (used for directions)",
+        "prompts that trigger the behaviour (score trials)",
+        "prompts that do not trigger it (score trials)",
+    )
     for name, text in zip(PROMPT_FLAGS, texts, strict=True):
         flag = f"--{name.replace('_', '-')}"
-        sub.add_argument(flag, metavar="FILE|ID", help=f"prompts, {text}")
-    sub.add_argument("--direction-size", type=int, metavar="N", help="rows used for directions")
-    sub.add_argument("--eval-size", type=int, metavar="N", help="rows that score; rest: holdout")
+        group.add_argument(flag, metavar="FILE|ID", help=text)
+    text = "rows used for directions (default: 400)"
+    group.add_argument("--direction-size", type=int, metavar="N", help=text)
+    text = "rows that score trials; the rest is the holdout (default: 100)"
+    group.add_argument("--eval-size", type=int, metavar="N", help=text)
     text = "chat template: a file, or a model that has one"
-    sub.add_argument("--chat-template", metavar="FILE|MODEL", help=text)
-    sub.add_argument("--markers", metavar="FILE", help="phrases that show the behaviour")
-    sub.add_argument("--max-new-tokens", type=int, metavar="N", help="longest response")
-    if search:
-        sub.add_argument("--trials", type=int, metavar="N", help="trials in all")
-        sub.add_argument("--startup-trials", type=int, metavar="N", help="random ones first")
-        sub.add_argument("--refine", type=int, metavar="N", help="trials refined by gradient")
-        sub.add_argument("--seed", type=int, metavar="N")
-    sub.add_argument("--config", type=Path, metavar="FILE", help="TOML with any setting")
-    sub.add_argument("--set", action="append", default=[], metavar="a.b=c", dest="sets")
+    group.add_argument("--chat-template", metavar="FILE|MODEL", help=text)
+    text = "phrases that mark a response as showing the behaviour, one a line"
+    group.add_argument("--markers", metavar="FILE", help=text)
+    text = "length limit of a response, in tokens (default: 100)"
+    group.add_argument("--max-new-tokens", type=int, metavar="N", help=text)
+
+
+def _folder(sub: argparse.ArgumentParser, metavar: str = "DIR") -> None:
+    sub.add_argument("folder", type=Path, metavar=metavar, help="run folder")
+
+
+def _format(sub: argparse.ArgumentParser) -> None:
+    text = "form of the export (default: safetensors)"
+    sub.add_argument(
+        "--format", choices=_FORMATS, default="safetensors", dest="format_name", help=text
+    )
+
+
+def _json(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _anyway(sub: argparse.ArgumentParser) -> None:
-    text = "search even where the original leaves nothing to find"
+    text = "search even if the original model hardly shows the behaviour"
     sub.add_argument("--anyway", action="store_true", help=text)
 
 
 def _trust(sub: argparse.ArgumentParser) -> None:
-    text = "let code run that the run folder names"
+    text = "allow code that the run folder's settings name to run"
     sub.add_argument("--trust-run", action="store_true", help=text)
 
 
 def _progress(sub: argparse.ArgumentParser) -> None:
     how = sub.add_mutually_exclusive_group()
-    how.add_argument("--quiet", action="store_true", help="no progress")
-    how.add_argument("--json-events", action="store_true", help="progress as JSON lines")
+    how.add_argument("--quiet", action="store_true", help="show no progress")
+    text = "print progress as JSON lines"
+    how.add_argument("--json-events", action="store_true", help=text)
 
 
-_COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
-    "demo": ("run the whole job on the embedded model, offline", _demo),
-    "run": ("find, edit, measure, choose and export", _run),
-    "resume": ("go on with an interrupted run, or add trials to one", _resume),
-    "front": ("the Pareto front of a run", _front),
-    "export": ("write a trial of a run as a model people can load", _export),
-    "reproduce": ("rebuild an edited model from its record, and compare", _reproduce),
-    "push": ("upload an export to the Hub, private unless you say otherwise", _push),
-    "evaluate": ("measure any edited model against its base", _evaluate),
-    "inspect": ("layers, writers, and what is not edited", _inspect),
-    "geometry": ("where a run's residuals lie, layer by layer", _geometry),
-    "report": ("write a run's report.html and cards again", _report),
+_MODEL = "Qwen/Qwen3-4B-Instruct-2507"
+_COMMANDS = {
+    "demo": _Command(
+        "run everything on a small bundled model, offline", "", "--out runs/demo", _demo
+    ),
+    "run": _Command(
+        "search for an edit, measure it, and export the edited model",
+        "MODEL --out DIR",
+        f"{_MODEL} --behaviour refusal --out runs/qwen3-4b",
+        _run,
+    ),
+    "resume": _Command(
+        "continue an interrupted run, or add trials to a finished one",
+        "DIR",
+        "runs/qwen3-4b --trials 400",
+        _resume,
+    ),
+    "front": _Command("show the Pareto front of a run", "DIR", "runs/qwen3-4b", _front),
+    "export": _Command(
+        "export a trial as a model, an adapter or GGUF files",
+        "DIR --to PATH",
+        "runs/qwen3-4b --to qwen3-4b-edited --select 'drift<=0.01'",
+        _export,
+    ),
+    "reproduce": _Command(
+        "rebuild an edited model from its record.json, and compare the weights",
+        "RECORD",
+        "runs/qwen3-4b/record.json",
+        _reproduce,
+    ),
+    "push": _Command(
+        "upload an export to the Hugging Face Hub, private by default",
+        "RUN OWNER/NAME",
+        "runs/qwen3-4b me/qwen3-4b-edited",
+        _push,
+    ),
+    "evaluate": _Command(
+        "measure an edited model against its base model",
+        "BASE EDITED",
+        f"{_MODEL} ./qwen3-4b-edited --behaviour refusal",
+        _evaluate,
+    ),
+    "inspect": _Command(
+        "list layers, writers (output projections), and what is not edited",
+        "MODEL",
+        _MODEL,
+        _inspect,
+    ),
+    "geometry": _Command(
+        "compare residuals of target and contrast prompts by layer",
+        "DIR",
+        "runs/qwen3-4b",
+        _geometry,
+    ),
+    "report": _Command(
+        "rewrite report.html and the model cards of a run", "DIR", "runs/qwen3-4b", _report
+    ),
 }

@@ -6,7 +6,7 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, RenderableType
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -20,7 +20,12 @@ if TYPE_CHECKING:
     from excise.runs.reproduce import Reproduction
 
 # Names that leave room for figures in 80 columns.
-_SHORT = {"drift_first": "first token", "restored": "restored", "kept": "kept"}
+_SHORT = {
+    "drift": "KL (full response)",
+    "false_rate": "behaviour, contrast",
+    "restored": "accuracy, target",
+    "kept": "accuracy, contrast",
+}
 
 
 def show_result(record: Record, out: Path) -> None:
@@ -60,12 +65,12 @@ def front_table(record: Record, *, most: int = 12) -> Table:
     trials = [record.trial(number) for number in record.front]
     shown = _thin(trials, most, record.selected)
     of = f", {len(shown)} shown" if len(shown) < len(trials) else ""
-    table = _table(f"Front: {len(trials)} of {len(record.trials)} trials{of}")
+    table = _table(f"Pareto front: {len(trials)} of {len(record.trials)} trials{of}")
     table.add_column("trial", justify="right")
     names = list(dict.fromkeys([*record.objectives, "drift_first"]))
     for name in names:
         # One word to a line, so that the words at the end fit a line of 80 characters.
-        head = Text("\n".join(visible(_called(name)).split()))
+        head = Text("\n".join(visible(formatting.inline(name)).split()))
         table.add_column(head, justify="right", vertical="bottom")
     table.add_column("", style="dim")
     for trial in shown:
@@ -110,8 +115,8 @@ def figures_table(record: Record) -> Table:
 
 
 def _called(name: str) -> str:
-    """A score's name at the head of a column or a row."""
-    return _SHORT.get(name, formatting.title(name).lower())
+    """Return a score's name at the head of a row."""
+    return _SHORT.get(name) or formatting.inline(name)
 
 
 def _table(title: str | None = None, *, header: bool = True) -> Table:
@@ -129,14 +134,16 @@ def _table(title: str | None = None, *, header: bool = True) -> Table:
 def _samples(record: Record) -> list[Panel]:
     panels = []
     for sample in record.samples[:3]:
-        lines = [
-            Text.assemble(("before  ", "dim"), visible(sample.before, lines=True) or "(empty)"),
-            Text.assemble(("after   ", "dim"), visible(sample.after, lines=True) or "(empty)"),
-        ]
-        if sample.answer is not None:
-            lines.append(Text.assemble(("truth   ", "dim"), visible(sample.answer, lines=True)))
+        lines = _table(header=False)
+        for label, text in (
+            ("before", sample.before or "(empty)"),
+            ("after", sample.after or "(empty)"),
+            ("correct", sample.answer),
+        ):
+            if text is not None:
+                lines.add_row(Text(label, style="dim"), Text(visible(text, lines=True)))
         title = Text(visible(sample.prompt), style="bold")
-        panels.append(Panel(Group(*lines), title=title, title_align="left", border_style="dim"))
+        panels.append(Panel(lines, title=title, title_align="left", border_style="dim"))
     return panels
 
 
@@ -147,7 +154,7 @@ def _places(record: Record, out: Path) -> Table:
     for artifact in record.artifacts:
         name = "edited model" if artifact.format == "safetensors" else artifact.format
         _row(table, name, str(out / artifact.path))
-        _row(table, f"{name}'s card", str(out / artifact.path / "README.md"))
+        _row(table, "model card", str(out / artifact.path / "README.md"))
     _row(table, "report", str(out / "report.html"))
     _row(table, "record", str(out / "record.json"))
     return table
@@ -162,7 +169,7 @@ def comparison_table(rows: list[tuple[str, Scores, Scores]]) -> Table:
         for name, score in after.items():
             _row(
                 table,
-                formatting.title(name),
+                _called(name),
                 formatting.measured(name, before.get(name)),
                 formatting.measured(name, score),
                 f"{where}, {formatting.sample(name, score)}",
@@ -174,11 +181,11 @@ _GEOMETRY = {
     "layer": "layer",
     "target_norm": "target norm",
     "contrast_norm": "contrast norm",
-    "difference_norm": "difference",
+    "difference_norm": "difference norm",
     "cosine": "cosine",
     "silhouette": "silhouette",
     "auc": "AUC",
-    "effective_rank": "rank",
+    "effective_rank": "effective rank",
 }
 
 

@@ -82,6 +82,7 @@ def inspection_table(found: dict[str, Any]) -> Any:
             "yes" if bias else "no",
             "yes" if norm else "no",
         )
+    head.append("\nWriters (output projections) add to the residual stream:", style="dim")
     notes = [Text(visible(f"edited      {line}")) for line in found["edited"]]
     notes += [Text(visible(f"not edited  {line}"), style="dim") for line in found["not_edited"]]
     return Group(head, Text(), table, Text(), *notes)

@@ -23,10 +23,10 @@ NATS = frozenset({"drift", "drift_first"})
 _TITLES = {
     "behaviour_rate": "Behaviour rate",
     "false_rate": "Behaviour on contrast prompts",
-    "drift": "Drift",
-    "drift_first": "Drift, first token only",
-    "restored": "True answers, target prompts",
-    "kept": "True answers, contrast prompts",
+    "drift": "KL divergence (full response)",
+    "drift_first": "KL (first token)",
+    "restored": "Accuracy on target prompts",
+    "kept": "Accuracy on contrast prompts",
 }
 
 # Share of the behaviour that is gone, (original - edited) / original, at or above which the words
@@ -37,15 +37,9 @@ REMOVAL_WORDS = (
     (0.35, "removes about half of the behaviour"),
     (0.10, "removes some of the behaviour"),
 )
-# Drift below which the words apply. On two small models with known answers, 0.0004 cost no true
-# answer, 0.004 about one in a hundred, 0.01 about five, 0.3 about thirty.
-DRIFT_WORDS = (
-    (0.001, "next to no drift"),
-    (0.01, "a small drift"),
-    (0.05, "a moderate drift"),
-    (0.2, "a large drift"),
-)
-_WORST_DRIFT = "a very large drift: expect damage"
+# KL divergence below which the words apply. On two small models with known answers, 0.0004 cost no
+# true answer, 0.004 about one in a hundred, 0.01 about five, 0.3 about thirty.
+DRIFT_WORDS = ((0.001, "negligible"), (0.01, "low"), (0.05, "moderate"), (0.2, "high"))
 _TINY = 1e-6
 MISSING = "–"
 _FILE = re.compile(r"\.(txt|jsonl?|csv|parquet|toml|py|gguf)$", re.IGNORECASE)
@@ -63,8 +57,8 @@ def unit(name: str) -> str:
 
 
 def heading(name: str) -> str:
-    """Title and unit of a score, for the head of a row or column."""
-    return f"{title(name)} ({unit(name)})" if unit(name) else title(name)
+    """Return title and unit of a score, for the head of a row or column."""
+    return f"{title(name)}, {unit(name)}" if unit(name) else title(name)
 
 
 def inline(name: str) -> str:
@@ -148,8 +142,9 @@ def assess(scores: Scores, baseline: Scores) -> str:
 
 
 def drift_words(value: float) -> str:
-    """A drift in words, by `DRIFT_WORDS`."""
-    return next((words for limit, words in DRIFT_WORDS if value < limit), _WORST_DRIFT)
+    """Return a KL divergence in words, by `DRIFT_WORDS`."""
+    word = next((word for limit, word in DRIFT_WORDS if value < limit), None)
+    return f"{word} KL" if word is not None else "very high KL: expect damage"
 
 
 def change(after: ScoreRecord | None, before: ScoreRecord | None) -> Change:
@@ -189,11 +184,11 @@ def thresholds() -> str:
         f"{words} from {100 * share:.0f} %"
         for words, (share, _) in zip(short, REMOVAL_WORDS, strict=True)
     )
-    drift = ", ".join(f"{words} below {limit:g}" for limit, words in DRIFT_WORDS)
+    drift = ", ".join(f"{word} below {limit:g}" for limit, word in DRIFT_WORDS)
     return (
         f"The words follow fixed thresholds. Share of the behaviour that is gone: {removal}; no "
         "measurable change where the intervals of the edited and the original model meet. "
-        f"Drift in nats/token: {drift}, else very large."
+        f"{heading('drift')}: {drift}, else very high."
     )
 
 

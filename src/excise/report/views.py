@@ -147,7 +147,7 @@ def shape(record: Record, trial: TrialRecord) -> Shape | None:
         return Shape(
             None,
             {_leaders(record, shares): whole, **lines},
-            "How far outputs are asked to move, by layer; 1 is all the way to their contrast neighbours.",
+            "Strength per layer; 1 moves outputs on target prompts to their nearest contrast outputs.",
         )
     if record.method != "directional" or "direction_scope" not in trial.params:
         return None
@@ -162,7 +162,7 @@ def shape(record: Record, trial: TrialRecord) -> Shape | None:
 def _leaders(record: Record, shares: Mapping[str, float]) -> str:
     """The edited components that go the whole way, by name."""
     names = [line.partition(":")[0] for line in record.coverage.edited]
-    return ", ".join(name for name in names if name not in shares) or "every writer"
+    return ", ".join(name for name in names if name not in shares) or "all components"
 
 
 def behaviour(record: Record) -> str:
