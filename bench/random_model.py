@@ -14,8 +14,7 @@ from excise.config import EditSection
 from excise.engine.engine import Engine, Plan
 from excise.engine.requests import Divergence, Responses
 from excise.methods.directional import DirectionalMethod
-from excise.methods.profiles import Profile
-from excise.methods.search_space import Candidate
+from excise.methods.profiles import Candidate, Profile
 from excise.model.anatomy import describe
 from excise.search.scorers import Markers
 

@@ -30,7 +30,8 @@ from excise.engine.engine import Engine, Original, Plan, Reference
 from excise.engine.requests import Divergence, Responses
 from excise.methods.directional import DirectionalMethod
 from excise.methods.directional_math import build, prepare
-from excise.methods.search_space import distributions, from_params
+from excise.methods.profiles import from_params
+from excise.methods.search_space import distributions
 from excise.prompts.sets import load_prompt_sets
 from excise.record import ScoreRecord
 from excise.runs import setup as stage

@@ -21,8 +21,7 @@ from excise.capture.directions import Directions, normalise
 from excise.checkpoints.loading import Loaded
 from excise.config import EditSection
 from excise.methods.directional import DirectionalMethod
-from excise.methods.profiles import Profile
-from excise.methods.search_space import Candidate
+from excise.methods.profiles import Candidate, Profile
 from excise.model.anatomy import describe
 
 VOCABULARY = 300

@@ -16,8 +16,7 @@ from excise.checkpoints.discovery import anatomy_of
 from excise.checkpoints.loading import Loaded
 from excise.config import EditSection
 from excise.methods.directional import DirectionalMethod
-from excise.methods.profiles import Profile
-from excise.methods.search_space import Candidate
+from excise.methods.profiles import Candidate, Profile
 from excise.model.anatomy import Anatomy
 
 WIDTH, LAYERS = 32, 4

@@ -110,9 +110,17 @@ def test_a_result_shows_front_figures_samples_and_places(width, monkeypatch, cap
     assert "\x1b" not in text
     assert all(len(line.rstrip()) <= width for line in text.splitlines())
     sample = record.samples[0]
-    for word in (sample.before, sample.after, sample.answer, "/runs/one/report.html", "Pareto front: "):
+    for word in (
+        sample.before,
+        sample.after,
+        sample.answer,
+        "/runs/one/report.html",
+        "Pareto front: ",
+    ):
         assert word in text
-    assert text.index("Pareto front: ") < text.index("Chosen: ") < text.index("/runs/one/report.html")
+    assert (
+        text.index("Pareto front: ") < text.index("Chosen: ") < text.index("/runs/one/report.html")
+    )
 
 
 @pytest.mark.parametrize("name", ["run[1]", "[bold]", "a[/b]"])

@@ -15,7 +15,7 @@ from excise.engine.engine import Engine, Plan
 from excise.engine.requests import Divergence, Responses
 from excise.errors import MemoryExhausted
 from excise.methods.directional import DirectionalMethod
-from excise.methods.search_space import from_params
+from excise.methods.profiles import from_params
 
 NEW_TOKENS = 12
 REQUESTS = [Responses("target"), Divergence()]
@@ -350,8 +350,7 @@ def test_whole_ablation_leaves_nothing_in_what_a_writer_adds(family, post_norms)
     writers = model.anatomy.select(builders.COMPONENTS)
     directions = builders.directions()
     method = DirectionalMethod(writers, directions, section)
-    from excise.methods.profiles import Profile
-    from excise.methods.search_space import Candidate
+    from excise.methods.profiles import Candidate, Profile
 
     flat = {c: Profile(1.0, 3.0, 1.0, 100.0) for c in builders.COMPONENTS}
     alone = merged(model.model, writers, method.edits(Candidate(2.5, flat)))

@@ -8,8 +8,7 @@ import torch
 
 from excise.engine.passes import After, Passes, Rows, joining
 from excise.engine.stacking import Stack
-from excise.methods.profiles import Profile
-from excise.methods.search_space import Candidate
+from excise.methods.profiles import Candidate, Profile
 from excise.model.forward import Forward
 
 KEEP = 3

@@ -10,8 +10,7 @@ from excise.capture.directions import normalise
 from excise.config import EditSection, validate
 from excise.methods import subspace as subspace_method
 from excise.methods import subspace_math
-from excise.methods.profiles import Profile
-from excise.methods.search_space import Candidate
+from excise.methods.profiles import Candidate, Profile
 from excise.prompts.tokens import left_pad
 
 O, I, D = 24, 40, 24

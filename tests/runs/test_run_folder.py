@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from excise.cli import main as cli
 from excise.config import Config, load_config
 from excise.errors import ConfigError, OutputError, RunStateError
-from excise.report import card
+from excise.report import card, pages
 from excise.report.stored_record import read_record, write_record
-from excise.runs import baseline, pipeline, results
+from excise.runs import baseline, pipeline
 from excise.runs.resume_terms import check_terms, read_terms
 from excise.search import journal
 from excise.search.pareto import Objective, parse_rule
@@ -271,7 +271,7 @@ def test_a_page_that_fails_takes_neither_record_nor_model(run, said, monkeypatch
     to = run.parent / "to"
     edit(run, "formats = []", 'formats = ["safetensors"]')
     with monkeypatch.context() as patch:
-        where = (results, "html_report") if name == "report" else (card, "model_card")
+        where = (pages, "html_report") if name == "report" else (card, "model_card")
         patch.setattr(*where, broken)
         code, line = said("resume", str(run))
         assert code == 1

@@ -10,8 +10,7 @@ from excise import events
 from excise.capture.directions import normalise
 from excise.config import DirectionSection, EditSection, validate
 from excise.methods.directional import DirectionalMethod
-from excise.methods.profiles import Profile
-from excise.methods.search_space import Candidate
+from excise.methods.profiles import Candidate, Profile
 from excise.prompts.chat_template import Dressing
 from excise.record import Separation
 from excise.runs import setup

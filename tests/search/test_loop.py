@@ -10,7 +10,7 @@ from toy_search import COMPONENTS, GOALS, search_in, toy, trials, whole
 
 from excise.errors import RunStateError
 from excise.events import ignore
-from excise.methods.search_space import from_params
+from excise.methods.profiles import from_params
 from excise.record import ScoreRecord
 from excise.search import journal
 from excise.search.loop import Measured, batches, importance

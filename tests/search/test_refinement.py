@@ -18,7 +18,8 @@ from excise.config import SearchSection, load_config, validate
 from excise.engine import batch_sizing
 from excise.engine.engine import Plan
 from excise.errors import MeasurementError
-from excise.methods.search_space import distributions, from_params, layer_key
+from excise.methods.profiles import from_params, layer_key
+from excise.methods.search_space import distributions
 from excise.model.forward import Forward
 from excise.record import ScoreRecord
 from excise.report.stored_record import read_record

@@ -293,15 +293,15 @@ def _geometry(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
+    from excise.report.pages import REPORT, write_pages
     from excise.report.stored_record import read_record
-    from excise.runs.results import write_pages
-    from excise.search.journal import hold
+    from excise.run_lock import hold
 
     read_record(arguments.folder)  # where there is none, not even a lock is left there
     with hold(arguments.folder):
         write_pages(arguments.folder, read_record(arguments.folder))
     with terminal.beside_the_work():
-        terminal.say(str(arguments.folder / "report.html"))
+        terminal.say(str(arguments.folder / REPORT))
     return EXIT_DONE
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from excise.capture.directions import Directions
 from excise.config import EditSection
 from excise.methods.directional_math import GroupStats, build, prepare
-from excise.methods.search_space import Candidate, distributions, from_params
+from excise.methods.profiles import Candidate, from_params
+from excise.methods.search_space import distributions
 from excise.model.anatomy import Writer
 from excise.model.edits import Edit
 

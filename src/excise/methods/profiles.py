@@ -1,8 +1,12 @@
-"""From a component's few parameters to its strength at every layer: pure maths."""
+"""From a trial's few parameters to the strength of the edit at every layer. Pure: no Optuna, no torch."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
+
+_SHARE = ".share"
 
 
 @dataclass(frozen=True)
@@ -33,3 +37,73 @@ class Profile:
     def strengths(self, layers: int) -> list[float]:
         """Strength at each of `layers` layers."""
         return [self.strength(layer) for layer in range(layers)]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One point of the space. `index` None means that every layer uses its own direction.
+
+    `refined` holds strengths layer by layer, component -> (L), in place of the profiles'.
+    """
+
+    index: float | None
+    profiles: dict[str, Profile]
+    refined: dict[str, tuple[float, ...]] | None = None
+
+    def strength(self, component: str, layer: int) -> float:
+        """Strength of the edit of `component` at `layer`."""
+        if self.refined is not None:
+            return self.refined[component][layer]
+        return self.profiles[component].strength(layer)
+
+
+def from_params(params: Mapping[str, Any]) -> Candidate:
+    """The candidate that these parameters name."""
+    components = dict.fromkeys(key.rpartition(".")[0] for key in params if "." in key)
+    refined = {name: _refined(params, name) for name in components}
+    return Candidate(
+        refined=refined if all(refined.values()) else None,
+        index=float(params["direction_index"]) if params["direction_scope"] == "global" else None,
+        profiles={
+            name: Profile(
+                max_weight=float(params[f"{name}.max_weight"]),
+                max_weight_position=float(params[f"{name}.max_weight_position"]),
+                min_weight=float(params[f"{name}.min_weight"]),
+                min_weight_distance=float(params[f"{name}.min_weight_distance"]),
+            )
+            for name in components
+        },
+    )
+
+
+def layer_key(component: str, layer: int) -> str:
+    """The parameter that holds a refined strength."""
+    return f"{component}.layer_{layer}"
+
+
+def _refined(params: Mapping[str, Any], component: str) -> tuple[float, ...]:
+    layers: list[float] = []
+    while (key := layer_key(component, len(layers))) in params:
+        layers.append(float(params[key]))
+    return tuple(layers)
+
+
+def share_key(component: str) -> str:
+    """The parameter that holds a follower's share."""
+    return component + _SHARE
+
+
+def shares_of(params: Mapping[str, Any]) -> dict[str, float]:
+    """Follower -> its share of the way; below 0 means 0."""
+    found = {key: float(value) for key, value in params.items() if key.endswith(_SHARE)}
+    return {key.removesuffix(_SHARE): max(0.0, share) for key, share in found.items()}
+
+
+def hill_of(params: Mapping[str, Any]) -> Profile:
+    """The profile, of peak 1, that parameters of `hill` name."""
+    return Profile(
+        max_weight=1.0,
+        max_weight_position=float(params["max_weight_position"]),
+        min_weight=float(params["min_weight"]),
+        min_weight_distance=float(params["min_weight_distance"]),
+    )

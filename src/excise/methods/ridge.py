@@ -23,9 +23,9 @@ from excise.checkpoints.loading import Loaded
 from excise.config import Config
 from excise.errors import ConfigError
 from excise.events import OnEvent
-from excise.methods.profiles import Profile
+from excise.methods.profiles import Profile, hill_of, share_key, shares_of
 from excise.methods.ridge_math import RidgePoint, RidgeStats, basis_for, build, nearest
-from excise.methods.search_space import followers, hill, hill_of, share_key, shares_of
+from excise.methods.search_space import followers, hill
 from excise.model.anatomy import Anatomy, Writer
 from excise.model.edits import Edit
 

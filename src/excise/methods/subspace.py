@@ -15,7 +15,7 @@ from excise.capture.residuals import Pass
 from excise.config import Config, EditSection
 from excise.errors import ConfigError
 from excise.methods.directional import DirectionalMethod
-from excise.methods.search_space import Candidate
+from excise.methods.profiles import Candidate
 from excise.methods.subspace_math import orthonormal, principal, prototypes, remove
 from excise.model.anatomy import Anatomy, Writer
 from excise.model.edits import Edit

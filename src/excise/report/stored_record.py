@@ -14,7 +14,7 @@ import pydantic
 from excise.config import misfit
 from excise.errors import RunStateError
 from excise.files import write_text
-from excise.methods.search_space import from_params, hill_of, shares_of
+from excise.methods.profiles import from_params, hill_of, shares_of
 from excise.reading import is_file, is_folder, read_json
 from excise.record import SCHEMA, Record
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from excise.methods.search_space import Candidate, from_params, hill_of, shares_of
+from excise.methods.profiles import Candidate, from_params, hill_of, shares_of
 from excise.record import ArtifactRecord, Record, ScoreRecord, Scores, TrialRecord
 from excise.report.formatting import assess
 

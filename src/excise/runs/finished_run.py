@@ -18,11 +18,11 @@ from excise.gguf.export import plan_gguf
 from excise.prompts.sets import PromptSet, PromptSets, load_prompt_sets
 from excise.reading import is_file, is_whole
 from excise.record import ArtifactRecord, Record, Scores
+from excise.report.pages import write_pages
 from excise.report.stored_record import FILE as RECORD
 from excise.report.stored_record import read_record, write_record
 from excise.runs import setup
 from excise.runs.artifacts import Checker, check_exports, export
-from excise.runs.results import write_pages
 from excise.runs.resume_terms import check_terms, read_terms
 from excise.runs.run_folder import check_files
 from excise.runs.study_identity import digests, fingerprint, identity

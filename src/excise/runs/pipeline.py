@@ -25,13 +25,14 @@ from excise.methods.registry import Method, check_method, named
 from excise.model.edits import Edit
 from excise.prompts.sets import PromptSets, load_prompt_sets
 from excise.record import ModelRecord, Record, Separation, TrialRecord
+from excise.report.pages import write_pages
 from excise.report.stored_record import FILE as RECORD
 from excise.report.stored_record import read_record, write_record
 from excise.runs import setup
 from excise.runs.artifacts import FOLDERS, Checker, check_exports, export_chosen
 from excise.runs.baseline import SHOWN, check_baseline
 from excise.runs.output_folder import check_apart, check_output, held_anew
-from excise.runs.results import final_figures, model_record, summary, write_pages
+from excise.runs.results import final_figures, model_record, summary
 from excise.runs.resume_terms import CONFIG, check_terms
 from excise.runs.run_folder import (
     CAPTURED,

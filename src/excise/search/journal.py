@@ -19,48 +19,24 @@ from pathlib import Path
 from typing import Any, Literal
 
 import optuna
-from filelock import FileLock, Timeout
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.storages.journal._file import BaseJournalFileLock
 
 from excise.errors import ExciseError, RunStateError, StorageError
-from excise.files import sweep_held
 from excise.reading import check_regular, parse_json
+from excise.run_lock import LOCK as LOCK
+from excise.run_lock import hold as hold
 
 Goal = Literal["minimize", "maximize"]
 
 FILE = "study.journal"
 STUDY = "excise"
-LOCK = ".lock"
 _FIRST = b'{"op_code":0,'  # what Optuna's line that makes a study begins with
 _FIRST_BYTES = 4096  # more than that line has
 _MOST_BYTES = 1 << 30
 _BACK = "put it back as it was, or choose a new --out"
 _SUM = re.compile(rb'^(\{.*),"sum":"([0-9a-f]{16})"\}\n$', re.DOTALL)
-
-
-@contextmanager
-def hold(folder: Path) -> Iterator[None]:
-    """Hold a run folder for this process; what one before it left unfinished there goes.
-
-    Raises:
-        RunStateError: another process works on it.
-    """
-    lock = FileLock(folder / LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise RunStateError(
-            f"{folder} is in use by another process: wait for it or stop it"
-        ) from None
-    except OSError as error:
-        raise StorageError(f"cannot write {folder / LOCK}: {error.strerror or error}") from None
-    try:
-        sweep_held(folder)
-        yield
-    finally:
-        lock.release()
 
 
 class _HeldAlready(BaseJournalFileLock):

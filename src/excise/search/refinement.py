@@ -25,8 +25,9 @@ from excise.engine.batch_sizing import usual_length, within_memory
 from excise.engine.engine import Engine, Plan
 from excise.errors import MeasurementError
 from excise.methods.directional import DirectionalMethod
+from excise.methods.profiles import Candidate, layer_key
 from excise.methods.registry import Method
-from excise.methods.search_space import MOST_REFINED, Candidate, layer_key
+from excise.methods.search_space import MOST_REFINED
 from excise.model.edits import Edit
 from excise.model.experts import edited_forward, stack_experts
 from excise.model.forward import Forward

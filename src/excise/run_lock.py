@@ -1,0 +1,37 @@
+"""One process at a time holds a run folder, by an operating-system lock that dies with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from excise.errors import RunStateError, StorageError
+from excise.files import sweep_held
+
+LOCK = ".lock"
+
+
+@contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """Hold a run folder for this process, and remove what one before it left unfinished there.
+
+    Raises:
+        RunStateError: another process works on it.
+    """
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise RunStateError(
+            f"{folder} is in use by another process: wait for it or stop it"
+        ) from None
+    except OSError as error:
+        raise StorageError(f"cannot write {folder / LOCK}: {error.strerror or error}") from None
+    try:
+        sweep_held(folder)
+        yield
+    finally:
+        lock.release()
