@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from excise import files as staging
-from excise import record
+from excise import files
 from excise.errors import OutputError, StorageError
 from excise.runs import run_folder
 from excise.search import journal
@@ -21,7 +20,7 @@ from excise.search import journal
 _HOLDER = """
 import sys
 from pathlib import Path
-from excise.staging import claimed, temporary
+from excise.files import claimed, temporary
 with claimed(Path(sys.argv[1])) as folder:
     (folder / "half").write_text("half")
     room = temporary("plain")
@@ -51,7 +50,7 @@ def test_a_killed_process_leaves_nothing_once_the_next_one_writes(tmp_path: Path
         process.send_signal(signal.SIGKILL)
         process.wait()
         assert all(folder.is_dir() for folder in folders)
-        with staging.scratch(tmp_path / "other", 0) as mine:
+        with files.scratch(tmp_path / "other", 0) as mine:
             assert not any(folder.exists() for folder in folders)
             assert mine.is_dir()
     assert not list(tmp_path.iterdir())
@@ -59,7 +58,7 @@ def test_a_killed_process_leaves_nothing_once_the_next_one_writes(tmp_path: Path
 
 def test_what_a_living_process_works_on_stays(tmp_path: Path) -> None:
     with holder(tmp_path / "model") as (process, folders):
-        with staging.staged(tmp_path / "model", 0) as mine:
+        with files.staged(tmp_path / "model", 0) as mine:
             assert mine not in folders
         journal_folder = tmp_path
         with journal.hold(journal_folder):
@@ -73,7 +72,7 @@ def test_what_a_living_process_works_on_stays(tmp_path: Path) -> None:
 
 def test_a_claimed_folder_goes_when_it_is_let_go_of(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    room = staging.temporary("plain")
+    room = files.temporary("plain")
     assert room.path.stat().st_mode & 0o777 == 0o700
     (room.path / "weights").write_bytes(b"0")
     del room
@@ -93,7 +92,7 @@ def test_a_link_in_the_place_of_a_lock_leads_nowhere(tmp_path: Path) -> None:
     (run / ".adapter.partial-0123abcd.lock").touch()
     (run / "link").symlink_to(kept)
     (kept / ".card.excise-new").write_text("mine")
-    staging.sweep_held(run)
+    files.sweep_held(run)
     assert (kept / "file").read_text() == "mine"
     assert (kept / ".card.excise-new").exists()
 
@@ -113,10 +112,10 @@ def test_a_held_folder_is_tidied(tmp_path: Path) -> None:
 def test_a_folder_is_replaced_whole_or_stays(tmp_path: Path, monkeypatch) -> None:
     place = tmp_path / "model"
     for text in ("one", "two"):
-        with staging.claimed(place) as room:
+        with files.claimed(place) as room:
             (room / "model").mkdir()
             (room / "model" / "file").write_text(text)
-            staging.publish(room / "model", place, replace=True)
+            files.publish(room / "model", place, replace=True)
         assert (place / "file").read_text() == text
     real = Path.rename
 
@@ -126,16 +125,16 @@ def test_a_folder_is_replaced_whole_or_stays(tmp_path: Path, monkeypatch) -> Non
         return real(self, target)
 
     monkeypatch.setattr(Path, "rename", full)
-    with staging.claimed(place) as room:
+    with files.claimed(place) as room:
         (room / "model").mkdir()
         with pytest.raises(StorageError, match="No space"):
-            staging.publish(room / "model", place, replace=True)
+            files.publish(room / "model", place, replace=True)
     assert (place / "file").read_text() == "two"
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
 def test_a_failure_leaves_no_parents(tmp_path: Path) -> None:
-    with pytest.raises(StorageError), staging.staged(tmp_path / "a" / "b" / "model", 0):
+    with pytest.raises(StorageError), files.staged(tmp_path / "a" / "b" / "model", 0):
         raise OSError(28, "No space left on device")
     assert not list(tmp_path.iterdir())
 
@@ -150,13 +149,13 @@ def umask(request: pytest.FixtureRequest) -> Iterator[int]:
 def test_files_have_the_permissions_that_the_umask_says(tmp_path: Path, umask: int) -> None:
     import torch
 
-    record.write_text(tmp_path / "config.toml", "a = 1\n")
+    files.write_text(tmp_path / "config.toml", "a = 1\n")
     run_folder.save_tensors(tmp_path / "method.safetensors", {"a": torch.zeros(2)}, {})
-    with staging.staged(tmp_path / "model", 0) as folder:
-        staging.add_files(folder, {"README.md": "#"})
+    with files.staged(tmp_path / "model", 0) as folder:
+        files.add_files(folder, {"README.md": "#"})
     modes = {p.name: p.stat().st_mode & 0o777 for p in tmp_path.rglob("*")}
-    files = ("config.toml", "method.safetensors", "README.md")
-    assert {modes[name] for name in files} == {0o666 & ~umask}
+    written = ("config.toml", "method.safetensors", "README.md")
+    assert {modes[name] for name in written} == {0o666 & ~umask}
     assert modes["model"] == 0o777 & ~umask
 
 
@@ -175,5 +174,5 @@ def test_destinations_that_cannot_be_are_one_line(tmp_path: Path, monkeypatch) -
     }
     for name, words in cases.items():
         with pytest.raises(OutputError, match=words) as caught:
-            staging.check_destination(tmp_path / name)
+            files.check_destination(tmp_path / name)
         assert "\n" not in str(caught.value)

@@ -19,8 +19,8 @@ import excise
 from excise.cli.main import build_parser
 from excise.engine.requests import Evidence, Response
 from excise.prompts.sets import Prompt
-from excise.search.scorers import ScoreContext
 from excise.report.stored_record import write_record
+from excise.search.scorers import ScoreContext
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "excise"
