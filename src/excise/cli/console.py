@@ -29,12 +29,12 @@ _SHORT = {
 
 
 def show_result(record: Record, out: Path) -> None:
-    """What a run found: the front, the choice, its figures, a few responses, and where things lie."""
+    """Show what a run found: front, chosen trial, its figures, a few responses, paths."""
     show("", front_table(record), figures_table(record), *_samples(record), _places(record, out))
 
 
 def show(*parts: RenderableType) -> None:
-    """Tables and panels on standard output."""
+    """Print tables and panels on standard output."""
     like = Console()  # how standard output takes colours and lines
     page = _Page()
     console = Console(
@@ -55,13 +55,13 @@ class _Page(io.StringIO):
 
 
 def _row(table: Table, *cells: str | Text, style: str = "") -> None:
-    """A row of these texts as they are: what looks like markup is none."""
+    """Add a row of these texts as they are: what looks like markup is none."""
     texts = [cell if isinstance(cell, Text) else Text(visible(cell)) for cell in cells]
     table.add_row(*texts, style=style)
 
 
 def front_table(record: Record, *, most: int = 12) -> Table:
-    """The front, thinned evenly when it is long; the selected trial is marked."""
+    """Return the front as a table, thinned evenly when it is long; the selected trial is marked."""
     trials = [record.trial(number) for number in record.front]
     shown = _thin(trials, most, record.selected)
     of = f", {len(shown)} shown" if len(shown) < len(trials) else ""
@@ -87,7 +87,7 @@ def front_table(record: Record, *, most: int = 12) -> Table:
 
 
 def figures_table(record: Record) -> Table:
-    """The chosen edit beside the original, on search and on holdout prompts."""
+    """Return the chosen edit beside the original, on search and on holdout prompts."""
     number = record.chosen().number
     table = _table(f"\nChosen: trial {number} by {visible(record.selection)}")
     table.add_column("")
@@ -120,7 +120,7 @@ def _called(name: str) -> str:
 
 
 def _table(title: str | None = None, *, header: bool = True) -> Table:
-    """A table without lines: columns two spaces apart."""
+    """Return a table without lines: columns two spaces apart."""
     return Table(
         title=None if title is None else Text(title),
         title_justify="left",
@@ -161,7 +161,7 @@ def _places(record: Record, out: Path) -> Table:
 
 
 def comparison_table(rows: list[tuple[str, Scores, Scores]]) -> Table:
-    """(set, original's scores, edited model's scores) as a table."""
+    """Return (set, original's scores, edited model's scores) as a table."""
     table = _table()
     for heading in ("", "original", "edited", "on"):
         table.add_column(heading, justify="left" if heading in ("", "on") else "right")
@@ -190,7 +190,7 @@ _GEOMETRY = {
 
 
 def geometry_table(layers: list[dict[str, float]]) -> Table:
-    """What `excise geometry` found, a row per layer."""
+    """Return what `excise geometry` measured, a row per layer."""
     table = _table()
     for heading in _GEOMETRY.values():
         table.add_column(heading, justify="right")
@@ -201,7 +201,7 @@ def geometry_table(layers: list[dict[str, float]]) -> Table:
 
 
 def show_reproduction(found: Reproduction) -> None:
-    """What `excise reproduce` found: hashes, what differs and whether it matters, the verdict."""
+    """Show what `excise reproduce` found: hashes, what differs and whether it matters, the verdict."""
     table = _table()
     for heading in ("", "record", "now", ""):
         table.add_column(heading)

@@ -15,7 +15,7 @@ from excise.visible import visible
 
 
 def inspect_model(source: str) -> dict[str, Any]:
-    """Layers, writers and coverage of a model, as plain data.
+    """Return layers, writers and coverage of a model, as plain data.
 
     Raises:
         ModelError: it cannot be loaded, or its architecture is unknown.
@@ -50,13 +50,13 @@ def inspect_model(source: str) -> dict[str, Any]:
 
 
 def _stored(writer: Writer) -> str:
-    """The axes of the tensor that holds it in the loaded model."""
+    """Return the axes of the tensor that holds a writer in the loaded model."""
     axes = "I, O" if writer.transposed else "O, I"
     return f"({axes})" if writer.expert is None else f"(E, {axes})"
 
 
 def inspection_table(found: dict[str, Any]) -> Any:
-    """The same for people: one row per component and shape."""
+    """Return the same as a table: one row per component and shape."""
     head = Text(
         visible(
             f"{found['model']}: {found['model_type']}, {found['layers']} layers, "

@@ -22,10 +22,10 @@ from excise.reading import full_path, is_file, is_folder
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit code.
+    """Run one command and return its exit code.
 
     Args:
-        argv: its words; the process's own by default, which then ends with the command.
+        argv: arguments; by default those of the process, which then ends with the command.
     """
     terminal.prepare()
     arguments = build_parser().parse_args(argv)
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line, whole: a test freezes it."""
+    """Return the parser of the whole command line: a test freezes it."""
     return parser(
         {
             "demo": _demo,
@@ -69,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _config(arguments: argparse.Namespace, model: str) -> Any:
-    """The configuration that the flags make."""
+    """Return the configuration that the flags make."""
     from excise.config import load_config
 
     given = vars(arguments)
@@ -104,7 +104,7 @@ def _config(arguments: argparse.Namespace, model: str) -> Any:
 
 
 def _absolute(name: str) -> str:
-    """A file or folder by its full path, so that a run can be resumed from anywhere; else an id."""
+    """Return the full path of a file or folder, so that a run resumes from anywhere; else the id."""
     path = Path(name)
     local = name != "demo" and (is_file(path) or is_folder(path))
     return str(full_path(path)) if local else name
@@ -190,7 +190,7 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _export_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Settings of the configuration's export section, None where a flag was not given."""
+    """Return settings of the configuration's export section, None where a flag was not given."""
     types = arguments.quantize
     base, tools = arguments.from_gguf, arguments.llama_cpp
     return {
@@ -306,7 +306,7 @@ def _report(arguments: argparse.Namespace) -> int:
 
 
 def _as_event(arguments: argparse.Namespace, result: dict[str, Any]) -> bool:
-    """Say what a command found as the last of its events, where it was asked for events."""
+    """Print a command's result as its last event, where events were asked for; else return False."""
     if arguments.json_events:
         from excise.events import Result
 
@@ -315,7 +315,7 @@ def _as_event(arguments: argparse.Namespace, result: dict[str, Any]) -> bool:
 
 
 def _resume_hint(arguments: argparse.Namespace) -> str:
-    """How to go on with a run; "" where none has begun."""
+    """Return how to resume a run; "" where none has begun."""
     folder = getattr(arguments, "run", None)
     if folder is None or not (folder / "config.toml").is_file():
         return ""

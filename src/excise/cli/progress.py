@@ -55,26 +55,26 @@ _VERBS = {"convert": "Converting to", "quantise": "Quantising to", "measure": "M
 
 
 def _name(phase: str) -> str:
-    """A phase as people read it; those of file types are named by their verb."""
+    """Return a phase as people read it; phases of file types are named by their verb."""
     verb, _, kind = phase.partition(" ")
     return _NAMES.get(phase) or visible(f"{_VERBS[verb]} {kind}" if verb in _VERBS else phase)
 
 
 class _Count(ProgressColumn):
-    """Steps done, where there are steps to count."""
+    """Column of the steps that are done, where there are steps to count."""
 
     def render(self, task: Task) -> Text:
-        """'12/120', or nothing for a phase that is one step."""
+        """Return '12/120', or nothing for a phase of one step."""
         if task.total is None or task.total <= 1:
             return Text("")
         return Text(f"{task.completed:.0f}/{task.total:.0f}")
 
 
 class _Rate(ProgressColumn):
-    """Steps per minute, once some are done."""
+    """Column of the steps per minute, once some are done."""
 
     def render(self, task: Task) -> Text:
-        """The rate of a task whose length is known."""
+        """Return the rate of a task whose length is known."""
         if task.total is None or not task.speed:
             return Text("")
         return Text(f"{60 * task.speed:.0f}/min", style="dim")

@@ -1,4 +1,4 @@
-"""How a command is stopped: Ctrl-C, SIGTERM and SIGHUP are one thing, an interrupt that keeps the state."""
+"""Interrupts: Ctrl-C, SIGTERM and SIGHUP all stop a command with its state kept."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _NAMES = ("SIGINT", "SIGTERM", "SIGHUP")  # the last is not on every system
 
 
 class Stoppable:
-    """Within this context these signals interrupt, where they are not ignored, as under nohup.
+    """Context in which these signals interrupt, unless they are ignored, as under nohup.
 
     Leaving it raises a KeyboardInterrupt where one came, whatever the code that it struck made of it:
     libraries turn an interrupt into errors of their own, an import into an ImportError.

@@ -52,19 +52,19 @@ def out(text: str) -> None:
 
 
 def encoding() -> str:
-    """That of standard output."""
+    """Return the encoding of standard output."""
     return getattr(sys.stdout, "encoding", None) or "utf-8"
 
 
 def _leave() -> None:
-    """Let what is still to be written to standard output go nowhere."""
+    """Discard what is still to be written to standard output."""
     with suppress(OSError):  # where it is no file
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextmanager
 def beside_the_work() -> Iterator[None]:
-    """Within this context it is said what was done: the exit code says that it is, even to nobody."""
+    """Ignore failures to print within this context: the work is done, and the exit code says so."""
     try:
         yield
     except BrokenPipeError:
@@ -74,17 +74,17 @@ def beside_the_work() -> Iterator[None]:
 
 
 def say(text: str) -> None:
-    """One line on standard output."""
+    """Print one line on standard output."""
     out(visible(text) + "\n")
 
 
 def show_json(data: Any, indent: int | None = 1) -> None:
-    """Data for programs, on standard output."""
+    """Print data as JSON on standard output."""
     out(json.dumps(_finite(data), indent=indent, allow_nan=False) + "\n")
 
 
 def _finite(data: Any) -> Any:
-    """Data whose numbers JSON has; those that it lacks as the record writes them, by name."""
+    """Return data with NaN and infinities as text, as the record writes them: JSON lacks them."""
     if isinstance(data, float) and not math.isfinite(data):
         return "NaN" if math.isnan(data) else "Infinity" if data > 0 else "-Infinity"
     if isinstance(data, dict):
@@ -93,19 +93,19 @@ def _finite(data: Any) -> Any:
 
 
 def complain(text: str) -> None:
-    """One line on standard error, however long and of however many lines the reason is."""
+    """Print an error as one line on standard error, however many lines the reason has."""
     stream = errors()
     stream.write(f"excise: {one_line(text)}\n")
     stream.flush()
 
 
 def errors() -> TextIO:
-    """Standard error as a stream that takes anything."""
+    """Return standard error as a stream whose writes never fail."""
     return cast("TextIO", _Unheeded(sys.stderr))
 
 
 class _Unheeded:
-    """A stream that may be gone: what cannot be written to it is dropped."""
+    """Stream that may be gone: what cannot be written to it is dropped."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream

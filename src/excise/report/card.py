@@ -32,7 +32,8 @@ _LICENCE = re.compile(r"[a-z0-9][a-z0-9.-]*")
 _FUNCTIONS = (
     *(formatting.count, formatting.difference, formatting.heading, formatting.inline),
     *(formatting.large, formatting.measured, formatting.parameter, formatting.public_source),
-    *(formatting.sample, formatting.size, formatting.title, formatting.with_unit),
+    *(formatting.role_words, formatting.sample, formatting.size, formatting.title),
+    formatting.with_unit,
 )
 
 

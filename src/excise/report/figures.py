@@ -21,14 +21,14 @@ CHOSEN, FRONT, FAINT = "#e0762f", "#3b86d6", "#8b95a1"
 SERIES = ("#3b86d6", "#e0762f", "#2f9e77", "#a06bd0", "#c9a227", "#d1548a")
 _HEIGHT = 340
 _ORIGINAL = -1  # stands for the original model's number among the trials
-# A drift this far below the largest one is numerical noise: it must not stretch the axis.
+# A KL divergence this far below the largest is numerical noise: it must not stretch the axis.
 _DECADES = 5
 _HIGHEST = 308  # power of ten that a float has
 _NOTHING = 1e-300  # no logarithm can be taken of half of less
 
 
 def front_figure(record: Record) -> go.Figure | None:
-    """Every trial by its first two objectives: what is gained against what it costs."""
+    """Plot every trial by its first two objectives; None where there are fewer, or no trial."""
     trials = [t for t in record.trials if all(name in t.scores for name in record.objectives)]
     if not trials or len(record.objectives) < 2:
         return None
@@ -59,9 +59,9 @@ def front_figure(record: Record) -> go.Figure | None:
 
 
 class _CostAxis:
-    """Where values of a cost stand on its axis: logarithmic for drifts, which span decades.
+    """Scale of the axis of a cost: logarithmic for KL divergences, which span decades.
 
-    Zeros, and values too small to matter, stand at the left end, under a tick that says so.
+    Zeros and values too small to matter are drawn at the left end, under a tick labelled 0.
     """
 
     def __init__(self, name: str, scores: Sequence[Scores]) -> None:
@@ -74,15 +74,15 @@ class _CostAxis:
 
     @property
     def left(self) -> float:
-        """Where zero is drawn."""
+        """Position of zero."""
         return self.least / 2
 
     def place(self, value: float) -> float:
-        """The value as it is drawn."""
+        """Return the value as it is drawn."""
         return max(value, self.left) if self.log else value
 
     def layout(self) -> dict[str, Any]:
-        """The axis' settings for Plotly."""
+        """Return the axis' settings for Plotly."""
         if not self.log:
             if self.name in formatting.NATS:
                 return {"rangemode": "nonnegative"}
@@ -98,7 +98,7 @@ class _CostAxis:
 
 
 def _round_numbers(low: float, high: float) -> list[float]:
-    """1, 2, 5 times powers of ten from low to high; powers alone where there would be many."""
+    """Return 1, 2, 5 times powers of ten from low to high; powers alone where there would be many."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     steps = (1, 2, 5) if last - first <= 3 else (1,)
     numbers = [
@@ -127,7 +127,7 @@ def _points(
 
 
 def _front_line(front: Sequence[TrialRecord], axis: _CostAxis, y: str) -> go.Scatter:
-    """The front's points, joined in steps: between two of them no trial was measured."""
+    """Join the front's points in steps: between two of them no trial was measured."""
     trace = _points("front", front, axis, y, marker={"size": 9, "color": FRONT})
     bars = {"thickness": 1, "width": 2, "color": FRONT}
     trace.update(
@@ -167,7 +167,7 @@ def _hover(trial: TrialRecord) -> str:
 
 
 def profile_figure(shape: Shape) -> go.Figure:
-    """Strength per layer and component, and where the direction was taken from."""
+    """Plot the strength per layer and component, and the layer of the direction."""
     figure = _figure()
     for number, (name, strengths) in enumerate(shape.strengths.items()):
         figure.add_trace(
@@ -189,7 +189,7 @@ def profile_figure(shape: Shape) -> go.Figure:
 
 
 def separation_figure(auc: Sequence[float], index: float | None) -> go.Figure:
-    """How well each layer's direction tells the two prompt sets apart."""
+    """Plot the AUC of each layer's direction between the two prompt sets."""
     figure = _figure()
     figure.add_trace(
         go.Scatter(
@@ -222,7 +222,7 @@ _GEOMETRY = {
 
 
 def geometry_figures(layers: Sequence[dict[str, float]]) -> dict[str, go.Figure]:
-    """What `excise geometry` found, by layer: norms, how far the two sets are apart, rank."""
+    """Plot what `excise geometry` measured by layer: norms, separation, effective rank."""
     out = {}
     for name, lines in _GEOMETRY.items() if layers else ():
         out[name] = figure = _figure()
@@ -243,7 +243,7 @@ def geometry_figures(layers: Sequence[dict[str, float]]) -> dict[str, go.Figure]
 
 
 def importance_figure(importance: dict[str, dict[str, float]]) -> go.Figure:
-    """How much of each objective's variation each parameter explains."""
+    """Plot the share of each objective's variance that each parameter explains."""
     shares = {name: max(t.get(name, 0.0) for t in importance.values())
               for name in dict.fromkeys(p for t in importance.values() for p in t)}  # fmt: skip
     names = sorted(shares, key=lambda name: shares[name])

@@ -29,6 +29,15 @@ _TITLES = {
     "kept": "Accuracy on contrast prompts",
 }
 
+_ROLES = {
+    "target": "trigger the behaviour; used for directions",
+    "contrast": "do not trigger it; used for directions",
+    "target_eval": "trigger the behaviour; score trials",
+    "contrast_eval": "do not trigger it; score trials",
+    "target_holdout": "trigger the behaviour; final measurement",
+    "contrast_holdout": "do not trigger it; final measurement",
+}
+
 # Share of the behaviour that is gone, (original - edited) / original, at or above which the words
 # apply.
 REMOVAL_WORDS = (
@@ -46,13 +55,13 @@ _FILE = re.compile(r"\.(txt|jsonl?|csv|parquet|toml|py|gguf)$", re.IGNORECASE)
 
 
 def title(name: str) -> str:
-    """A score's name as a table shows it."""
+    """Return a score's name as a table shows it."""
     words = name.replace("_", " ").strip()
     return _TITLES.get(name) or words[:1].upper() + words[1:]
 
 
 def unit(name: str) -> str:
-    """The unit that belongs beside a score's name; empty where the value carries its own."""
+    """Return the unit beside a score's name; empty where the value carries its own."""
     return "nats/token" if name in NATS else ""
 
 
@@ -67,8 +76,13 @@ def inline(name: str) -> str:
     return words if words[:2].isupper() else words[:1].lower() + words[1:]
 
 
+def role_words(role: str) -> str:
+    """Return what the prompts of a role are and are used for, or an empty string."""
+    return _ROLES.get(role, "")
+
+
 def number(name: str, value: float) -> str:
-    """A score's value without interval or unit: '7.0 %', '0.0103'."""
+    """Return a score's value without interval or unit: '7.0 %', '0.0103'."""
     return percent(value) if name in RATES else significant(value)
 
 
@@ -83,12 +97,12 @@ def parameter(value: object) -> str:
 
 
 def percent(value: float) -> str:
-    """A share in [0, 1] with one decimal."""
+    """Return a share in [0, 1] as percent with one decimal."""
     return f"{100 * value:.1f} %"
 
 
 def significant(value: float) -> str:
-    """Three significant digits, without an exponent where that is readable."""
+    """Return three significant digits, without an exponent where that is readable."""
     if value == 0:
         return "0"
     if abs(value) < _TINY:
@@ -100,7 +114,7 @@ def significant(value: float) -> str:
 
 
 def interval(name: str, score: ScoreRecord) -> str:
-    """The 95 % interval in the value's own unit, '3.4 to 13.7'; empty for none or an exact zero."""
+    """Return the 95 % interval in the value's unit, '3.4 to 13.7'; empty for none or an exact zero."""
     if score.interval is None or score.interval == (score.value, score.value) == (0, 0):
         return ""
     low, high = (number(name, bound).removesuffix(" %") for bound in score.interval)
@@ -108,7 +122,7 @@ def interval(name: str, score: ScoreRecord) -> str:
 
 
 def measured(name: str, score: ScoreRecord | None) -> str:
-    """Value and interval: '7.0 % (3.4 to 13.7)'; a dash where nothing was measured."""
+    """Return value and interval: '7.0 % (3.4 to 13.7)'; a dash where nothing was measured."""
     if score is None:
         return MISSING
     around = interval(name, score)
@@ -116,23 +130,23 @@ def measured(name: str, score: ScoreRecord | None) -> str:
 
 
 def with_unit(name: str, score: ScoreRecord) -> str:
-    """Value, unit and interval, for running text: '0.0103 nats/token (0.0081 to 0.0125)'."""
+    """Return value, unit and interval in running text: '0.0103 nats/token (0.0081 to 0.0125)'."""
     around = interval(name, score)
     value = f"{number(name, score.value)} {unit(name)}".strip()
     return f"{value} ({around})" if around else value
 
 
 def sample(name: str, score: ScoreRecord | None) -> str:
-    """How much a score rests on: '100 prompts', '3,212 tokens'."""
+    """Return the sample size of a score: '100 prompts', '3,212 tokens'."""
     if score is None:
         return MISSING
     return count(score.n, "token" if name == "drift" else "prompt")
 
 
 def assess(scores: Scores, baseline: Scores) -> str:
-    """What an edit does, by the documented thresholds: 'removes most of the behaviour, at ...'.
+    """Say what an edit does, by fixed thresholds: 'removes most of the behaviour, at low KL'.
 
-    Where the edit's interval meets the original's, the sample cannot tell: no measurable change.
+    Where the intervals of edit and original overlap, there is no measurable change.
     """
     removal = _removal(scores.get("behaviour_rate"), baseline.get("behaviour_rate"))
     if "drift" not in scores:
@@ -148,7 +162,7 @@ def drift_words(value: float) -> str:
 
 
 def change(after: ScoreRecord | None, before: ScoreRecord | None) -> Change:
-    """Whether an edit's behaviour rate can be told from the original's, and which way it went."""
+    """Compare the behaviour rates of edit and original; overlapping intervals are the same."""
     if after is None or before is None:
         return "unmeasured"
     if _overlap(after, before):
@@ -178,7 +192,7 @@ def _overlap(a: ScoreRecord, b: ScoreRecord) -> bool:
 
 
 def thresholds() -> str:
-    """The limits behind `assess`, in one sentence for the foot of a table."""
+    """Return the limits behind `assess`, for the foot of a table."""
     short = [w.removeprefix("removes ").removesuffix(" of the behaviour") for _, w in REMOVAL_WORDS]
     removal = ", ".join(
         f"{words} from {100 * share:.0f} %"
@@ -193,7 +207,7 @@ def thresholds() -> str:
 
 
 def duration(seconds: float) -> str:
-    """'0.4 s', '12 s', '3 min 20 s', '1 h 4 min'."""
+    """Return seconds in words: '0.4 s', '12 s', '3 min 20 s', '1 h 4 min'."""
     if seconds < 10:
         return f"{seconds:.1f} s"
     whole = round(seconds)
@@ -206,17 +220,17 @@ def duration(seconds: float) -> str:
 
 
 def count(n: int, noun: str) -> str:
-    """'1 trial', '3,212 tokens'."""
+    """Return a number with its noun: '1 trial', '3,212 tokens'."""
     return f"{n:,} {noun}{'' if n == 1 else 's'}"
 
 
 def large(n: int) -> str:
-    """A large count in words: '1.24 billion', '5.03 million', '900'."""
+    """Return a large count in words: '1.24 billion', '5.03 million', '900'."""
     return _scaled(n, ((1e12, "trillion"), (1e9, "billion"), (1e6, "million")))
 
 
 def size(n: int) -> str:
-    """Bytes in decimal units: '2.47 GB'."""
+    """Return bytes in decimal units: '2.47 GB'."""
     return _scaled(n, ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")), " bytes")
 
 
@@ -228,7 +242,7 @@ def _scaled(n: int, scales: tuple[tuple[float, str], ...], small: str = "") -> s
 
 
 def public_source(source: str) -> str:
-    """A source as it may be published: a Hub id stays, a path loses its folders."""
+    """Return a source as it may be published: a Hub id stays, a path loses its folders."""
     if "\\" in source or re.match(r"^[A-Za-z]:", source):
         return PureWindowsPath(source).name or source
     path = PurePosixPath(source)
@@ -237,7 +251,7 @@ def public_source(source: str) -> str:
 
 
 def hub_id(source: str) -> str | None:
-    """`source` where it has the form owner/name of a Hub id, else None."""
+    """Return `source` where it is a Hub id, owner/name, else None."""
     if source.count("/") != 1 or public_source(source) != source:
         return None
     try:

@@ -75,7 +75,7 @@ class Table:
 
 
 def html_report(record: Record) -> str:
-    """The report as one HTML document."""
+    """Return the report as one HTML document."""
     chosen = None if record.selected is None else record.trial(record.selected)
     profile = shape(record, chosen) if chosen is not None else None
     plots = {name: figure for name, figure in _figures(record, profile).items() if figure}
@@ -120,7 +120,7 @@ def _template() -> Template:
 
 
 def _content_hash(script: str) -> str:
-    """What a content policy calls this script."""
+    """Return the source that a content security policy names this script by."""
     digest = hashlib.sha256(script.encode()).digest()
     return f"'sha256-{base64.b64encode(digest).decode()}'"
 
@@ -236,14 +236,17 @@ def _marked(points: list[FrontPoint]) -> int | None:
 
 def _prompts(record: Record) -> Table:
     rows = [
-        _cells(role, wording.public_source(p.source), p.sha256[:_HASH_CHARS], f"{p.n:,}")
+        [
+            Cell(role, wording.role_words(role)),
+            *_cells(wording.public_source(p.source), p.sha256[:_HASH_CHARS], f"{p.n:,}"),
+        ]
         for role, p in record.prompts.items()
     ]
-    return Table(["Role", "Source", "SHA-256", "n"], rows, words=3)
+    return Table(["Prompt set", "Source", "SHA-256", "n"], rows, words=3)
 
 
 def _timing(record: Record) -> list[tuple[str, str, float]]:
-    """Phase, time in words, and its share of the longest phase in percent."""
+    """Return each phase, its time in words, and its share of the longest phase in percent."""
     phases = {phase: s for phase, s in record.timing.items() if phase != "total"}
     longest = max(phases.values(), default=0.0) or 1.0
     return [(phase, wording.duration(s), 100 * s / longest) for phase, s in phases.items()]
@@ -266,7 +269,7 @@ def _facts(record: Record) -> Table:
         "Weights": " ".join(model.notes),
         "Measured in": f"{model.dtype} on {model.device}",
         "Method": record.method,
-        "Objectives": ", ".join(record.objectives),
+        "Objectives": "; ".join(map(wording.title, record.objectives)),
         "Chosen by": record.selection,
         "Seed": str(record.seed),
         "Response limit": None if limit is None else wording.count(int(limit), "token"),
@@ -276,7 +279,7 @@ def _facts(record: Record) -> Table:
 
 
 def _artifacts(record: Record) -> Table:
-    """Exports, with what the search measured and what the loaded files gave."""
+    """List exports, with the search's figures and those of the loaded files."""
     names = score_names((), *(t for a in record.artifacts for t in (a.expected, a.measured)))
     rows = [
         [

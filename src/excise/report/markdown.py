@@ -27,7 +27,7 @@ class Markdown(str):
 
 
 def plain(value: object) -> Markdown:
-    """One line of text with every character that Markdown or HTML would read escaped."""
+    """Return one line of text with every character that Markdown or HTML would read escaped."""
     if isinstance(value, Markdown):
         return value
     line = _SPACE.sub(" ", str(value)).strip().replace("&", "&amp;")
@@ -35,13 +35,13 @@ def plain(value: object) -> Markdown:
 
 
 def code(text: object) -> Markdown:
-    """A code span, also inside a table: it cannot be ended from within, and pipes are escaped."""
+    """Return a code span, also for tables: it cannot be ended from within, pipes are escaped."""
     line = _SPACE.sub(" ", str(text)).strip().replace("`", "'").replace("|", "\\|")
     return Markdown(f"`{line}`" if line else "")
 
 
 def fence(text: str, language: str = "") -> Markdown:
-    """A fenced block, with a fence longer than any run of backticks in it."""
+    """Return a fenced block, with a fence longer than any run of backticks in it."""
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     ticks = "`" * max(3, longest + 1)
     return Markdown(f"{ticks}{language}\n{text}\n{ticks}")
@@ -60,7 +60,7 @@ def bullets(items: Iterable[str]) -> str:
 
 
 def environment(**functions: Callable[..., Any]) -> Environment:
-    """Return what templates are read in: every value that is put into one is escaped.
+    """Return a Jinja environment that escapes every value put into its templates.
 
     Args:
         functions: what templates may call, beside the filters `code` and `fence`.

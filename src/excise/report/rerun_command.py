@@ -39,7 +39,7 @@ _ELSEWHERE = ("model.source", "behaviour")
 
 
 def command(record: Record, *, out: str = "DIR") -> str:
-    """The command in shell syntax, one option a line."""
+    """Return the command in shell syntax, one option a line."""
     config, base = _flatten(record.config), _base(record)
     config.setdefault("seed", record.seed)
     words = [["excise", "run", public_source(record.model.source)], ["--out", out]]
@@ -58,13 +58,13 @@ def command(record: Record, *, out: str = "DIR") -> str:
 
 
 def withheld(record: Record) -> list[str]:
-    """Settings that the run had and that `command` leaves out."""
+    """Return settings of the run that `command` leaves out."""
     config = _flatten(record.config)
     return [key for key in _WITHHELD if config.get(key)]
 
 
 def _base(record: Record) -> dict[str, Any]:
-    """What the options of the command are added to."""
+    """Return the settings that hold without any option of the command."""
     builtin = record.behaviour in behaviours()
     config = load_config(behaviour=record.behaviour) if builtin else Config()
     flat = _flatten(config.model_dump(mode="json"))
@@ -76,7 +76,7 @@ def _base(record: Record) -> dict[str, Any]:
 
 
 def _flatten(tree: dict[str, Any], path: str = "") -> dict[str, Any]:
-    """Nested tables as dotted keys; keys without a value are left out."""
+    """Return nested tables as dotted keys, without those that have no value."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict):
@@ -87,7 +87,7 @@ def _flatten(tree: dict[str, Any], path: str = "") -> dict[str, Any]:
 
 
 def _public(key: str, value: Any) -> Any:
-    """The value as it may be published: the names of files without their folders."""
+    """Return the value as it may be published: names of files without their folders."""
     paths = (".source", ".files", ".markers_file", ".chat_template", ".llama_cpp", ".from_gguf")
     if not key.endswith(paths):
         return value

@@ -27,7 +27,7 @@ _FIGURES = (
 
 
 def read_record(folder: Path) -> Record:
-    """The record of a run folder, or of a record's own path.
+    """Read the record of a run folder, or of a record's own path.
 
     Raises:
         RunStateError: there is none, or it is not a whole and consistent record of this schema.
@@ -66,7 +66,7 @@ def _figures_sha256(data: Mapping[str, Any]) -> str:
 
 
 def _contradiction(record: Record) -> str | None:
-    """What in a record cannot be, in words; None in one that a run wrote."""
+    """Say what contradicts itself in a record; None in one that a run wrote."""
     names = record.objectives
     if not names or len(set(names)) < len(names) or len(record.goals) != len(names):
         return "its objectives and their goals do not fit"
@@ -98,7 +98,7 @@ _GEOMETRY = set(
 
 
 def _fits(method: str, params: Mapping[str, Any]) -> bool:
-    """Whether parameters can be those of a method, as far as pages read them."""
+    """Check that parameters can be those of a method, as far as pages read them."""
     try:
         if method == "directional":
             from_params(params)

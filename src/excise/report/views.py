@@ -64,7 +64,7 @@ class Shape:
 
 
 def front_points(record: Record, chosen: int | None = None) -> list[FrontPoint]:
-    """The front from the gentlest to the strongest edit; `chosen` defaults to the selected one."""
+    """Return the front from the gentlest to the strongest edit; `chosen` defaults to the selected."""
     chosen = record.selected if chosen is None else chosen
     points = [
         FrontPoint(trial, number == chosen, assess(trial.scores, record.baseline))
@@ -80,18 +80,18 @@ def _gentleness(record: Record, scores: Scores) -> float:
 
 
 def drift_axis(record: Record) -> str:
-    """The objective that stands for what an edit costs: drift, else the last one."""
+    """Return the objective that is an edit's cost: drift, else the last one."""
     return "drift" if "drift" in record.objectives else record.objectives[-1]
 
 
 def score_names(objectives: Iterable[str], *tables: Scores) -> list[str]:
-    """Every score's name: objectives, built-in ones in their usual order, then the others."""
+    """Return every score's name: objectives, built-in ones in their usual order, then the others."""
     present = dict.fromkeys(name for table in tables for name in table)
     return [name for name in dict.fromkeys([*objectives, *_FIRST, *present]) if name in present]
 
 
 def prompt_sets(record: Record, trial: TrialRecord) -> list[PromptSet]:
-    """Search prompts, and the holdout where `trial` is the one that was measured on it."""
+    """Return search prompts, and the holdout where `trial` is the one that was measured on it."""
     selected = trial.number == record.selected
     before = record.baseline | (record.final_baseline if selected else {})
     after = trial.scores | (record.final if selected else {})
@@ -102,12 +102,12 @@ def prompt_sets(record: Record, trial: TrialRecord) -> list[PromptSet]:
 
 
 def evidence(record: Record, trial: TrialRecord) -> PromptSet:
-    """The prompts whose figures to quote: the holdout where there is one."""
+    """Return the prompts whose figures to quote: the holdout where there is one."""
     return prompt_sets(record, trial)[-1]
 
 
 def side_by_side(record: Record, sets: list[PromptSet]) -> list[Row]:
-    """Every score before and after, the sets beside each other; a score's groups follow it."""
+    """Return every score before and after, sets beside each other; a score's groups follow it."""
     rows = []
     for name in score_names(record.objectives, *(t for s in sets for t in (s.before, s.after))):
         whole = {s.name: Comparison(s.before.get(name), s.after.get(name)) for s in sets}
@@ -131,13 +131,13 @@ def _parts(score: ScoreRecord | None) -> Scores:
 
 
 def artifact_of(record: Record, file_format: str, number: int) -> ArtifactRecord | None:
-    """The last export of this trial in this format."""
+    """Return the last export of this trial in this format."""
     found = [a for a in record.artifacts if a.format == file_format and a.trial == number]
     return found[-1] if found else None
 
 
 def shape(record: Record, trial: TrialRecord) -> Shape | None:
-    """The edit's strength over the layers; None for methods that have no profile."""
+    """Return the edit's strength over the layers; None for methods that have no profile."""
     layers = range(record.model.layers)
     if record.method == "ridge" and "overshoot" in trial.params:
         hill, peak = hill_of(trial.params), trial.params["overshoot"] + (not strengthened(record))
@@ -160,28 +160,28 @@ def shape(record: Record, trial: TrialRecord) -> Shape | None:
 
 
 def _leaders(record: Record, shares: Mapping[str, float]) -> str:
-    """The edited components that go the whole way, by name."""
+    """Return the edited components that are edited at full strength, by name."""
     names = [line.partition(":")[0] for line in record.coverage.edited]
     return ", ".join(name for name in names if name not in shares) or "all components"
 
 
 def behaviour(record: Record) -> str:
-    """The edited behaviour in words: its description, else its name."""
+    """Return the edited behaviour in words: its description, else its name."""
     return record.description.strip() or record.behaviour
 
 
 def strengthened(record: Record) -> bool:
-    """Whether the run edited the behaviour in rather than out."""
+    """Return whether the run strengthened the behaviour instead of removing it."""
     return bool(setting(record, "goal", default="remove") == "strengthen")
 
 
 def is_safeguard(record: Record) -> bool:
-    """Whether the behaviour reads like one that keeps a model from misuse, such as refusal."""
+    """Return whether the behaviour reads like a safeguard against misuse, such as refusal."""
     return _SAFEGUARD.search(f"{record.behaviour} {record.description}") is not None
 
 
 def trial_counts(record: Record) -> dict[str, int]:
-    """Trials by what became of them, in words; those that do not occur are left out."""
+    """Count trials by state, in words; states that do not occur are left out."""
     words = {"complete": "complete", "screened": "screened", "failed": "failed"}
     counts = dict.fromkeys([*words.values(), "unfinished"], 0)
     for trial in record.trials:
@@ -191,19 +191,19 @@ def trial_counts(record: Record) -> dict[str, int]:
 
 
 def formatting_notes(record: Record) -> list[str]:
-    """How prompts were put to the model, where that needs saying, a sentence each."""
+    """Return how prompts were put to the model, where that needs saying, a sentence each."""
     opening = record.formatting.get("opening") or {}
     notes = [*record.formatting.get("notes", []), opening.get("note", "")]
     return [str(note) for note in notes if note]
 
 
 def total_seconds(record: Record) -> float:
-    """The run's time: its `total` where the record has one, else the sum of its phases."""
+    """Return the run's time: its `total` where the record has one, else the sum of its phases."""
     return record.timing.get("total", sum(record.timing.values()))
 
 
 def setting(record: Record, *path: str, default: Any = None) -> Any:
-    """A value of the recorded configuration, or `default` where the record has none."""
+    """Return a value of the recorded configuration, or `default` where the record has none."""
     value: Any = record.config
     for key in path:
         if not isinstance(value, dict) or value.get(key) is None:
