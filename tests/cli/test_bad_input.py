@@ -15,10 +15,10 @@ import torch
 from conftest import job, write_prompts
 from safetensors.torch import load_file, save_file
 
+from excise import run_lock
 from excise.checkpoints import memory_check
 from excise.cli import main as cli
 from excise.methods import registry
-from excise.search import journal
 
 
 @pytest.fixture
@@ -459,7 +459,7 @@ def test_a_run_folder_that_cannot_be_written(tiny, tmp_path, capsys, monkeypatch
     def deny(*_args, **_kwargs):
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(journal.FileLock, "acquire", deny)
+    monkeypatch.setattr(run_lock.FileLock, "acquire", deny)
     for command in (["geometry", str(out)], ["resume", str(out)]):
         capsys.readouterr()
         assert cli.main([*command, "--quiet"]) == 1

@@ -234,7 +234,7 @@ def _json(sub: argparse.ArgumentParser) -> None:
 
 
 def _anyway(sub: argparse.ArgumentParser) -> None:
-    text = "search even if the original model hardly shows the behaviour"
+    text = "search even if the baseline shows nothing to remove (or to add)"
     sub.add_argument("--anyway", action="store_true", help=text)
 
 
