@@ -29,7 +29,7 @@ from reopened import reopen
 from torch import Tensor
 
 from excise import events
-from excise.capture.moments import Text, token_moments
+from excise.capture.moments import TokenSpan, token_moments
 from excise.config import load_config
 from excise.engine.stacking import Stack
 from excise.methods import registry, ridge
@@ -147,7 +147,7 @@ def _captured(bench: Bench, how: str) -> dict[str, Tensor]:
 def _keep_targets(bench: Bench, found: dict[str, Tensor]) -> None:
     """Put the tokens of target prompts before the last into S_prompt."""
     bases = [found.get(f"{writer.name}/basis") for writer in bench.writers]
-    texts = [Text(ids, spare=1) for ids in bench.tokens["target"]]
+    texts = [TokenSpan(ids, spare=1) for ids in bench.tokens["target"]]
     own = sum(len(ids) - 1 for ids in bench.tokens["contrast"])
     moments = token_moments(bench.loaded, bench.writers, texts, bases, "targets", bench.on_event)
     for writer, more in zip(bench.writers, moments, strict=True):

@@ -621,8 +621,8 @@ MUTANTS = (
     Mutant(
         "ridge takes a prompt's last token for one before it",
         "methods/ridge",
-        "before = [Text(ids, spare=1) for ids, _ in pairs]",
-        "before = [Text(ids) for ids, _ in pairs]",
+        "before = [TokenSpan(ids, spare=1) for ids, _ in pairs]",
+        "before = [TokenSpan(ids) for ids, _ in pairs]",
         "tests/methods/test_registry.py -k ridge_keeps",
     ),
     Mutant(

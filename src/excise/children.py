@@ -1,8 +1,8 @@
-"""The one place where child processes are started: llama.cpp's tools, and our own that run it.
+"""Start child processes: llama.cpp's tools, and our own workers. No other module starts any.
 
-No shell; no code from the current folder, which may be a downloaded one; no key of ours in their
-environment; temporary files in a folder that goes with them. They end with this process, however that
-ends (`launcher`), and at once where it is interrupted.
+Children get no shell, no code from the current folder (which may be a downloaded one), none of our API
+keys in their environment, and a folder of their own for temporary files. They end with this process,
+however that ends (`launcher`), and at once on an interrupt.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import psutil
 from excise.errors import ExportError
 from excise.files import temporary
 
-# What a program needs to find itself, its libraries and its place for files; nothing else is passed on.
+# Variables by which a program finds itself, its libraries and its files; no others are passed on.
 _PASSED = frozenset(
     (
         "PATH HOME LANG LANGUAGE TZ LD_LIBRARY_PATH DYLD_LIBRARY_PATH PYTHONPATH "
@@ -34,13 +34,13 @@ _PASSED = frozenset(
     ).split()
 )
 _LAUNCHER = Path(__file__).with_name("launcher.py")
-_LOOK = 0.5  # seconds between two looks at a child that is waited for
-_PATIENCE = 120.0  # seconds for which a child may do nothing at all while it is waited for
-_KEPT = 1 << 16  # bytes of a child's complaints, from the end, that are looked at
+_LOOK = 0.5  # seconds between two checks of a child that is waited for
+_PATIENCE = 120.0  # seconds for which a child may use no CPU while it is waited for
+_KEPT = 1 << 16  # bytes that are read of the end of a child's standard error
 
 
 def environment(temporary: Path, code: Sequence[Path] = ()) -> dict[str, str]:
-    """The environment of a child.
+    """Build the environment of a child.
 
     Args:
         temporary: its folder for temporary files.
@@ -54,17 +54,17 @@ def environment(temporary: Path, code: Sequence[Path] = ()) -> dict[str, str]:
     return passed | {
         **dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(temporary)),
         "PYTHONSAFEPATH": "1",
-        "HF_HUB_OFFLINE": "1",  # all that they read is here
+        "HF_HUB_OFFLINE": "1",  # whatever they read was downloaded before
     }
 
 
 def python(script: Path) -> tuple[str, ...]:
-    """The beginning of a command that runs one of our scripts, or a tool's, with this interpreter."""
+    """Begin a command that runs one of our scripts, or a tool's, with this interpreter."""
     return (sys.executable, "-P", str(script))
 
 
 class Child:
-    """A program that was started; whoever starts it must `stop` it.
+    """Running program; whoever starts it must `stop` it.
 
     Attributes:
         process: it, with pipes for standard input and output where it `talks`, else with neither.
@@ -81,7 +81,7 @@ class Child:
         self._hung = self.late = False
         self._room = temporary("child")
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed by `stop`)
-        # Without site packages it begins in a fifth of the time; elsewhere it needs some.
+        # Without site packages it starts five times as fast; on other systems it needs psutil.
         flags = ["-I", "-S"] if sys.platform == "linux" else ["-I"]
         launcher = [sys.executable, *flags, str(_LAUNCHER), str(os.getpid())]
         pipe = subprocess.PIPE if talks else subprocess.DEVNULL
@@ -92,7 +92,7 @@ class Child:
                 stdout=pipe,
                 stderr=self._errors,
                 env=environment(self._room.path, code),
-                start_new_session=True,  # interrupts are ours: we end it
+                start_new_session=True,  # interrupts reach this process alone, which ends it
             )
         except (OSError, ValueError) as error:  # ValueError: a NUL within an argument
             self._errors.close()
@@ -100,25 +100,25 @@ class Child:
             raise ExportError(f"{what} cannot be run: {error}") from None
 
     def stop(self) -> None:
-        """Kill it where it still runs, with whatever it started, and remove its temporary files."""
+        """Kill it and its own children where they still run, and remove its temporary files."""
         _kill(self.process)
         for pipe in (self.process.stdin, self.process.stdout):
             if pipe is not None:
                 try:
                     pipe.close()
-                except OSError:  # what was not yet sent has no reader any more
+                except OSError:  # flushes what nobody reads any more
                     continue
         self._errors.close()
         self._room.close()
 
     def wait(self) -> int:
-        """Its exit code, when it has ended."""
+        """Wait for its end and return its exit code."""
         with self.awaited():
             return self.process.wait()
 
     @contextmanager
     def awaited(self) -> Iterator[None]:
-        """While something is waited for: a child that does nothing at all for long is ended."""
+        """Watch the child while the caller waits; kill it once it has used no CPU for two minutes."""
         over = threading.Event()
         watch = threading.Thread(target=self._watch, args=(over,), daemon=True)
         watch.start()
@@ -140,9 +140,9 @@ class Child:
                 return
 
     def line(self, seconds: float, longest: int) -> bytes:
-        """The next line of its output, with the newline.
+        """Read the next line of its output, newline included.
 
-        Without one where it ended before, or was ended after so many seconds.
+        The newline is missing where the child ended first, or was ended after so many seconds.
         """
         assert self.process.stdout is not None
         timer = threading.Timer(seconds, self._end_late)
@@ -158,7 +158,7 @@ class Child:
         _kill(self.process)
 
     def complaints(self) -> str:
-        """What it wrote to standard error; the end of it, where that is long."""
+        """Return the end of its standard error."""
         if self._hung:
             return f"error: it did nothing for {_PATIENCE:g} seconds, and was ended"
         size = self._errors.seek(0, os.SEEK_END)
@@ -171,11 +171,11 @@ def run(command: Sequence[str], what: str, code: Sequence[Path] = ()) -> tuple[i
 
     Args:
         command: the program's whole path and its arguments.
-        what: it does, for messages: "llama.cpp's converter".
+        what: what it does, for messages: "llama.cpp's converter".
         code: folders that it imports from beside its own libraries.
 
     Returns:
-        Its exit code, and what it complained of.
+        Its exit code, and the end of its standard error.
 
     Raises:
         ExportError: it cannot be run.
@@ -188,13 +188,13 @@ def run(command: Sequence[str], what: str, code: Sequence[Path] = ()) -> tuple[i
 
 
 def _work(pid: int) -> float:
-    """The seconds of computing that a process and those below it have done; one that reads a disk works."""
+    """Sum the CPU seconds of a process and its descendants; NaN, equal to nothing, if one reads a disk."""
     total = 0.0
     try:
         process = psutil.Process(pid)
         for one in [process, *process.children(recursive=True)]:
             if one.status() == psutil.STATUS_DISK_SLEEP:
-                return float("nan")  # equal to nothing
+                return float("nan")
             total += sum(one.cpu_times()[:2])
     except psutil.Error:
         return float("nan")

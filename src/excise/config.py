@@ -1,4 +1,4 @@
-"""What a run is told to do: frozen sections, and the one place where their sources meet.
+"""Settings of a run: frozen sections, and the order in which their sources are merged.
 
 Later layers win: defaults < behaviour file < `--config` file < flags < `--set a.b=c`. An unknown key
 is an error that names its nearest neighbour. Knows nothing of models, prompts' contents or Optuna.
@@ -18,15 +18,15 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from excise.errors import ConfigError
 from excise.reading import DEEPEST, check_depth, is_file, is_whole, read_toml
-from excise.trees import anchor, merge, nest, parse_value, texts
+from excise.trees import merge, nest, parse_value, resolve_paths, walk_texts
 
 RowNorms = Literal["none", "pre", "full"]
 MethodName = Literal["directional", "subspace", "ridge", "ara"]
 Format = Literal["safetensors", "adapter", "gguf", "gguf-adapter"]
 
 
-_MOST = 10**9  # of anything that is counted
-_NAME_BYTES, _PATH_BYTES = 255, 4096  # what file systems take
+_MOST = 10**9  # upper bound of every count
+_NAME_BYTES, _PATH_BYTES = 255, 4096  # limits of file systems
 _SHOWN = 3  # errors of one configuration that a message names
 T = TypeVar("T")
 
@@ -48,7 +48,7 @@ def _check_distinct(items: tuple[T, ...]) -> tuple[T, ...]:
 
 
 Count = Annotated[int, Field(ge=1, le=_MOST)]
-CountOrNone = Annotated[int, Field(ge=0, le=_MOST)]  # 0: chosen for you
+CountOrNone = Annotated[int, Field(ge=0, le=_MOST)]  # 0: chosen by measurement
 Name = Annotated[str, AfterValidator(_check_name)]  # of a file, a folder, or on the Hub
 Distinct = AfterValidator(_check_distinct)
 
@@ -60,7 +60,7 @@ class Section(BaseModel):
 
 
 class ModelSection(Section):
-    """Which model, and how it is loaded."""
+    """Model to load, and how."""
 
     source: Name = ""
     revision: Name | None = None
@@ -84,9 +84,9 @@ class PromptSource(Section):
 
 
 class PromptSection(Section):
-    """Where prompts come from and how they are dressed. Sizes count rows.
+    """Sources of prompts, and how they are put to the model. Sizes count rows.
 
-    `response_prefix` is what every response begins with: None finds what most of them share.
+    `response_prefix` is the text that every response begins with; None finds what most of them share.
     """
 
     target: PromptSource | None = None
@@ -116,7 +116,7 @@ class DirectionSection(Section):
 
 
 class EditSection(Section):
-    """Which writers are edited, and how. No components named: the family's own choice."""
+    """Writers to edit, and how. Without `components`, the architecture's defaults."""
 
     components: Annotated[tuple[str, ...], Distinct] = ()
     row_norms: RowNorms = "full"
@@ -124,7 +124,7 @@ class EditSection(Section):
 
 
 class SubspaceSection(Section):
-    """Several directions per layer. `rank` counts them, the difference of means among them."""
+    """Several directions per layer. `rank` counts them, the difference of means included."""
 
     rank: int = Field(4, ge=1, le=8)
     kind: Literal["principal", "prototypes"] = "principal"
@@ -133,7 +133,7 @@ class SubspaceSection(Section):
 class RidgeSection(Section):
     """Ridge ablation.
 
-    `basis` bounds the dimensions it works in, `rank` and `neighbours` what the search tries of each.
+    `basis` bounds the dimension of its input basis; `rank` and `neighbours` bound the search.
     """
 
     basis: int = Field(512, ge=16, le=_MOST)
@@ -149,7 +149,7 @@ class AraSection(Section):
 
 
 class ScoreSection(Section):
-    """What is measured. `final` scorers run on the original and on the chosen edit only.
+    """Measurements. `final` scorers run on the original and on the chosen edit only.
 
     `show` names the sides of which a few prompts and responses may stand in the record and report.
     """
@@ -165,9 +165,9 @@ class ScoreSection(Section):
 
 
 class SearchSection(Section):
-    """The optimiser. `batch` is C, the candidates asked and measured together; 0 chooses it.
+    """Search. `batch` is C, the candidates asked and measured together; 0 chooses it.
 
-    `refine` trials more start from the front and descend by gradient.
+    `refine` adds trials that start from the front and descend by gradient.
     """
 
     trials: int = Field(200, ge=1, le=10**6)
@@ -202,11 +202,11 @@ class ExportSection(Section):
 
 
 class Config(Section):
-    """Everything that a run is told. `behaviour` names what is edited out."""
+    """All settings of a run. `behaviour` names what is edited out."""
 
     behaviour: str = "custom"
     description: str = ""
-    method: MethodName | None = None  # None: `methods.named` says which
+    method: MethodName | None = None  # None: `registry.named` chooses
     goal: Literal["remove", "strengthen"] = "remove"
     seed: int = Field(0, ge=0, lt=1 << 63)
     model: ModelSection = ModelSection()
@@ -244,27 +244,29 @@ def load_config(
     if behaviour is not None:
         tree = merge(tree, read_behaviour(behaviour))
     if file is not None:
-        tree = merge(tree, anchor(read_toml(file, "configuration file", ConfigError), file.parent))
+        tree = merge(
+            tree, resolve_paths(read_toml(file, "configuration file", ConfigError), file.parent)
+        )
     for key, value in (flags or {}).items():
-        if isinstance(value, dict):  # a prompt source: the behaviour's columns are not this file's
+        if isinstance(value, dict):  # a prompt source: drop the behaviour's columns
             tree = merge(tree, nest(key, None))
         tree = merge(tree, nest(key, value))
     for expression in sets:
         key, equals, text = expression.partition("=")
         if not equals or not key.strip() or key.count(".") > DEEPEST // 2:
             raise ConfigError(f"--set {expression!r:.60}: write it as section.key=value")
-        tree = merge(tree, anchor(nest(key.strip(), parse_value(text.strip())), Path()))
+        tree = merge(tree, resolve_paths(nest(key.strip(), parse_value(text.strip())), Path()))
     return validate(tree)
 
 
 def validate(tree: dict[str, Any]) -> Config:
-    """A `Config` from plain data; errors are in one line and name their keys.
+    """Validate plain data as a `Config`.
 
     Raises:
-        ConfigError: as `load_config`.
+        ConfigError: as `load_config`, in one line that names the keys.
     """
     check_depth(tree, "the configuration", ConfigError)
-    broken = next((key for key, text in texts(tree) if not is_whole(text)), None)
+    broken = next((key for key, text in walk_texts(tree) if not is_whole(text)), None)
     if broken is not None:
         raise ConfigError(
             f"configuration key {_short(broken)}: holds bytes that are not UTF-8 text"
@@ -279,7 +281,7 @@ def validate(tree: dict[str, Any]) -> Config:
 
 
 def misfit(tree: dict[str, Any]) -> str | None:
-    """What a stored configuration says that none can; None where only keys of other versions differ."""
+    """Find what is wrong with a stored configuration; None where only keys of other versions differ."""
     try:
         Config.model_validate(tree)
     except pydantic.ValidationError as error:
@@ -289,13 +291,17 @@ def misfit(tree: dict[str, Any]) -> str | None:
 
 
 def behaviours() -> dict[str, Path]:
-    """The built-in behaviours: name -> TOML file."""
+    """List the built-in behaviours: name -> TOML file."""
     folder = Path(str(resources.files("excise"))) / "data" / "behaviours"
     return {path.stem: path for path in sorted(folder.glob("*.toml"))}
 
 
 def read_behaviour(name: str) -> dict[str, Any]:
-    """The layer of a built-in behaviour or of a user's TOML file; paths in it are made absolute."""
+    """Read a built-in behaviour's or a user's TOML file; make the paths in it absolute.
+
+    Raises:
+        ConfigError: there is no such behaviour, or its file does not parse.
+    """
     path = behaviours().get(name)
     if path is None:
         path = Path(name)
@@ -304,13 +310,13 @@ def read_behaviour(name: str) -> dict[str, Any]:
             raise ConfigError(
                 f"behaviour {name!r:.100}: neither a built-in one ({known}) nor a TOML file that exists"
             )
-    tree = anchor(read_toml(path, "behaviour file", ConfigError), path.parent)
+    tree = resolve_paths(read_toml(path, "behaviour file", ConfigError), path.parent)
     tree.setdefault("behaviour", path.stem)
     return tree
 
 
 def to_toml(config: Config) -> str:
-    """`config` as TOML that `load_config(file=...)` reads back to an equal value."""
+    """Write `config` as TOML that `load_config(file=...)` reads back to an equal value."""
     lines: list[str] = []
     _emit(config.model_dump(mode="json", exclude_none=True), (), lines)
     return "\n".join(lines).strip() + "\n"
@@ -346,7 +352,7 @@ def _short(key: str) -> str:
 
 
 def _explain(error: Any) -> str:
-    """One pydantic error in the user's words."""
+    """Put one pydantic error in the user's words."""
     path = [str(part) for part in error["loc"]]
     key = _short(".".join(path))
     if error["type"] != "extra_forbidden":

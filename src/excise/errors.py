@@ -89,7 +89,7 @@ class HubError(ExciseError):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether this is how a device, or the CPU's allocator, says that memory has run out."""
+    """Return whether this is how a device, or the CPU's allocator, reports that memory has run out."""
     # By name: this module must load without torch.
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
@@ -98,9 +98,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """A library's error in one line, for a message of ours: its first line, else its type.
+    """Return a library's error as one line of bounded length, or its type where it says nothing.
 
-    With the line after it where the first only leads up to that; no longer than can be read.
+    Where the first line ends with a colon, the next one is added.
     """
     lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
     line = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

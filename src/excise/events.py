@@ -1,4 +1,4 @@
-"""What the library tells its caller while it works. The library itself never prints."""
+"""Events that the library sends to its caller while it works. The library itself never prints."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ class Event:
     """Base of all events."""
 
     def as_dict(self) -> dict[str, Any]:
-        """The event as one JSON-ready object; `event` names its type."""
+        """Return the event as one JSON-ready object; `event` names its type."""
         return {"event": type(self).__name__, **asdict(self)}
 
 
 @dataclass(frozen=True)
 class PhaseStarted(Event):
-    """A phase begins; `total` counts its steps where that is known."""
+    """Start of a phase; `total` counts its steps where that is known."""
 
     phase: str
     total: int | None = None
@@ -30,7 +30,7 @@ class PhaseStarted(Event):
 
 @dataclass(frozen=True)
 class Progress(Event):
-    """`done` of the phase's steps are behind us."""
+    """Number of steps of a phase that are done."""
 
     phase: str
     done: int
@@ -39,7 +39,7 @@ class Progress(Event):
 
 @dataclass(frozen=True)
 class PhaseEnded(Event):
-    """A phase is over after `seconds`."""
+    """End of a phase, which took `seconds`."""
 
     phase: str
     seconds: float
@@ -47,7 +47,7 @@ class PhaseEnded(Event):
 
 @dataclass(frozen=True)
 class TrialMeasured(Event):
-    """One trial of the search has its scores."""
+    """Scores of one trial of the search."""
 
     number: int
     scores: dict[str, float]
@@ -56,21 +56,21 @@ class TrialMeasured(Event):
 
 @dataclass(frozen=True)
 class Notice(Event):
-    """Something that the user should know and that stops nothing."""
+    """Message that the user should know and that stops nothing."""
 
     message: str
 
 
 @dataclass(frozen=True)
 class Finished(Event):
-    """The run is over; `folder` holds its record."""
+    """End of the run; `folder` holds its record."""
 
     folder: str
 
 
 @dataclass(frozen=True)
 class Result(Event):
-    """What a command found or made, once it is over: what it shows to people."""
+    """Result of a command that is over: what it shows to people."""
 
     result: dict[str, Any]
 
@@ -79,7 +79,7 @@ OnEvent = Callable[[Event], None]
 
 
 def ignore(event: Event) -> None:
-    """An `OnEvent` that does nothing."""
+    """Do nothing: an `OnEvent` for callers that want none."""
     del event
 
 

@@ -1,7 +1,7 @@
-"""Files and folders that appear whole or not at all: written beside their place, then renamed.
+"""Write files and folders atomically: beside their place, synced, then renamed.
 
-Whatever ends a process, what it was writing is told from what another one writes now: beside every
-unfinished folder lies a lock that dies with its process, and `sweep` removes what nobody holds.
+An unfinished folder has a lock file beside it, which the operating system releases when its process
+ends. `sweep` removes unfinished folders whose locks are free.
 """
 
 from __future__ import annotations
@@ -24,34 +24,32 @@ from filelock import FileLock, Timeout
 from excise.errors import OutputError, StorageError
 
 WEIGHTS = (".safetensors", ".gguf")
-CARD = "README.md"  # written anew as the record grows: no hash on the record is of it
+CARD = "README.md"  # rewritten as the record grows, so the record holds no hash of it
 _CHUNK = 1 << 24  # bytes copied at a time
-_NEW, _OLD = (
-    ".excise-new",
-    ".excise-old",
-)  # what becomes a file, and what a folder takes the place of
+_NEW = ".excise-new"  # suffix of a file that is being written
+_OLD = ".excise-old"  # suffix of a folder that is being replaced
 _CLAIM = re.compile(r"(\..+\.partial|excise-[a-z]+)-[0-9a-f]{8}")
 _LOCK = ".lock"
-_NAME = 50  # characters of a name in that of an unfinished folder: no file system takes long ones
+_NAME = 50  # characters of the final name in an unfinished folder's: file systems bound names
 
 
 # -- hashes ----------------------------------------------------------------------------------------
 
 
 def hashes_of(folder: Path) -> dict[str, str]:
-    """Relative name -> SHA-256 of every file in a folder but its card."""
+    """Hash every file in a folder but its card: relative name -> SHA-256."""
     files = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
     return {name: _sha256(path) for name, path in sorted(files.items()) if name != CARD}
 
 
 def sha256_of(folder: Path) -> str:
-    """SHA-256 over the sorted names and hashes of a folder's weight files (safetensors and GGUF)."""
+    """Hash a folder's weight files (safetensors and GGUF): SHA-256 over their sorted names and hashes."""
     found = [path for suffix in WEIGHTS for path in folder.rglob(f"*{suffix}")]
     return weights_sha256({path.relative_to(folder).as_posix(): _sha256(path) for path in found})
 
 
 def weights_sha256(hashes: Mapping[str, str]) -> str:
-    """`sha256_of` a folder whose files have these hashes."""
+    """Return what `sha256_of` gives for a folder whose files have these hashes."""
     total = hashlib.sha256()
     for name, digest in sorted(hashes.items()):
         if name.endswith(WEIGHTS):
@@ -68,9 +66,10 @@ def _sha256(path: Path) -> str:
 
 
 class Claim:
-    """A new, empty folder of this process alone: it goes when it is closed, let go of, or at exit.
+    """New, empty folder that this process holds by a lock.
 
-    Where the process is killed, the next one that claims a folder at this place removes it.
+    It is removed when it is closed, when nothing refers to it any more, and at exit. Where the process is
+    killed, the next one that claims a folder at this place removes it.
 
     Raises:
         OSError: it cannot be made.
@@ -79,11 +78,11 @@ class Claim:
     def __init__(self, parent: Path, name: str, mode: int = 0o777) -> None:
         sweep(parent)
         lock = None
-        while lock is None or not _take(lock):
+        while lock is None or not _acquire(lock):
             self.path = parent / f"{name}-{uuid.uuid4().hex[:8]}"
             lock = _lock_of(self.path)
         self._end = weakref.finalize(self, _remove, self.path, lock)
-        self.path.mkdir(mode=mode)  # under its lock: without one it would be nobody's
+        self.path.mkdir(mode=mode)  # locked first: a sweep removes unlocked folders
 
     def close(self) -> None:
         """Remove the folder and all that is in it."""
@@ -91,7 +90,7 @@ class Claim:
 
 
 def temporary(purpose: str) -> Claim:
-    """A claimed folder among the system's temporary files, which nobody else may look into.
+    """Claim a folder among the system's temporary files, readable by this user alone.
 
     Args:
         purpose: one word, part of its name.
@@ -107,7 +106,7 @@ def temporary(purpose: str) -> Claim:
 
 
 def sweep(folder: Path) -> None:
-    """Remove claimed folders whose processes are gone; what cannot be removed is left."""
+    """Remove claimed folders whose processes have ended; leave what cannot be removed."""
     with suppress(OSError):
         names = [entry for entry in os.scandir(folder) if entry.name.endswith(_LOCK)]
         for entry in names:
@@ -115,14 +114,14 @@ def sweep(folder: Path) -> None:
             if _CLAIM.fullmatch(path.name) and entry.is_file(follow_symlinks=False):
                 lock = _lock_of(path)
                 with suppress(OSError):
-                    if _take(lock):
+                    if _acquire(lock):
                         _remove(path, lock)
 
 
 def sweep_held(folder: Path) -> None:
-    """Tidy a folder that only the caller writes to: what any process before it left unfinished there.
+    """Remove what earlier processes left unfinished in a folder that only the caller writes to.
 
-    A folder that was on its way out comes back where nothing has taken its place.
+    A folder that was about to be replaced is put back where its replacement is missing.
     """
     sweep(folder)
     with suppress(OSError):
@@ -141,8 +140,8 @@ def _lock_of(folder: Path) -> FileLock:
     return FileLock(folder.with_name(folder.name + _LOCK), thread_local=False)
 
 
-def _take(lock: FileLock) -> bool:
-    """Whether a lock was free, and its file is the one that others see: a sweep may have removed it."""
+def _acquire(lock: FileLock) -> bool:
+    """Try to lock; say whether the lock is held and its file still exists, as a sweep may remove it."""
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -182,31 +181,31 @@ def check_destination(destination: Path, source: Path | None = None) -> None:
 
 
 def check_writable(destination: Path) -> None:
-    """Whether a folder of this name is there or can be made, and may be written to.
+    """Refuse a folder that is not there and cannot be made, or that this user may not write to.
 
     Raises:
-        OutputError: it or what it would be made in is a file, or is not this user's to write to.
+        OutputError: it or its nearest existing parent is a file, or is not this user's to write to.
     """
     try:
         target = destination.resolve()
-        target.exists()  # says of a name that it is too long
+        target.exists()  # raises where a name is too long
         place = next(p for p in (target, *target.parents) if os.path.lexists(p))
         if place.is_dir() and os.access(place, os.R_OK | os.W_OK | os.X_OK):
             return
         reason = f"{place} " + ("permits no writing" if place.is_dir() else "is a file")
-    except (OSError, ValueError, RuntimeError) as error:  # also a NUL, or links in a circle
+    except (OSError, ValueError, RuntimeError) as error:  # also a NUL, or circular links
         reason = str(getattr(error, "strerror", None) or error).lower()
     raise OutputError(f"the folder {destination} cannot be made: {reason}; choose another folder")
 
 
 @contextmanager
 def staged(destination: Path, size: int) -> Iterator[Path]:
-    """A folder beside `destination` that takes its name on leaving, and is removed on any failure.
+    """Yield a folder beside `destination`; rename it there on success, remove it on failure.
 
     Raises:
         StorageError: less than `size` bytes are free, or a write within the context failed.
     """
-    destination = destination.resolve()  # a link keeps pointing where it did
+    destination = destination.resolve()  # through links, so that a link is not replaced
     with _beside(destination, size, f"cannot write {_shown(destination)}") as partial:
         yield partial
         publish(partial, destination)
@@ -214,7 +213,7 @@ def staged(destination: Path, size: int) -> Iterator[Path]:
 
 @contextmanager
 def scratch(destination: Path, size: int) -> Iterator[Path]:
-    """An empty folder beside `destination` for what is needed on the way; it is always removed.
+    """Yield an empty folder beside `destination` for intermediate files; always remove it.
 
     Raises:
         StorageError: less than `size` bytes are free, or a write within the context failed.
@@ -226,7 +225,7 @@ def scratch(destination: Path, size: int) -> Iterator[Path]:
 
 @contextmanager
 def claimed(destination: Path) -> Iterator[Path]:
-    """A folder beside `destination` in which it can be made and tried before it is `publish`ed.
+    """Yield a claimed folder beside `destination`, to be filled, tried and then `publish`ed.
 
     Raises:
         StorageError: it cannot be made.
@@ -242,21 +241,21 @@ def claimed(destination: Path) -> Iterator[Path]:
         yield claim.path
     finally:
         claim.close()
-        with suppress(OSError):  # where something is in it now
+        with suppress(OSError):  # where it is no longer empty
             for parent in made:
                 parent.rmdir()
 
 
 def publish(folder: Path, destination: Path, *, replace: bool = False) -> None:
-    """Give a finished folder its name, on the disk for good.
+    """Sync a finished folder and rename it to `destination`.
 
     Args:
         folder: on the same file system.
-        destination: where nothing stands, or an empty folder.
-        replace: a folder that stands there goes.
+        destination: a path where nothing stands, or an empty folder.
+        replace: remove a folder that stands there.
 
     Raises:
-        StorageError: it cannot be. What stood there still does.
+        StorageError: it cannot be renamed. What stood there still does.
     """
     destination = destination.resolve()
     old = destination.with_name(f".{destination.name}{_OLD}")
@@ -281,7 +280,7 @@ def publish(folder: Path, destination: Path, *, replace: bool = False) -> None:
 
 @contextmanager
 def _beside(destination: Path, size: int, failed: str) -> Iterator[Path]:
-    """A claimed folder beside `destination`; what fails within it is a failed write."""
+    """Yield a claimed folder beside `destination`; turn an OSError within it into a StorageError."""
     full = _check_room(destination, size)
     with claimed(destination) as folder:
         try:
@@ -293,7 +292,7 @@ def _beside(destination: Path, size: int, failed: str) -> Iterator[Path]:
 
 
 def _check_room(destination: Path, size: int) -> StorageError:
-    """The error that a full disk would be; raised at once where it is certain."""
+    """Raise where less than `size` bytes are free; return the error for a disk that fills up later."""
     existing = next(parent for parent in destination.parents if parent.exists())
     full = StorageError(
         f"disk full: {_shown(destination)} needs {size / 1e9:.2f} GB; free some, or export to another "
@@ -305,14 +304,14 @@ def _check_room(destination: Path, size: int) -> StorageError:
 
 
 def _shown(destination: Path) -> Path:
-    """A destination as people know it: in place of a claimed folder, what that is for."""
+    """Return the path to name in messages: for one inside a claimed folder, the final one."""
     parent = destination.parent
     return parent.parent / destination.name if _CLAIM.fullmatch(parent.name) else destination
 
 
 @contextmanager
 def writing(destination: Path) -> Iterator[None]:
-    """Within this context something is written for `destination`.
+    """Turn an OSError within this context into a StorageError that names `destination`.
 
     Raises:
         StorageError: a write failed.
@@ -328,7 +327,7 @@ def writing(destination: Path) -> Iterator[None]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """An empty file beside `path` to write to; on leaving it takes the name, with the usual permissions.
+    """Yield an empty file beside `path`; on success give it the default permissions and rename it there.
 
     Raises:
         StorageError: a write within the context failed; `path` is as it was.
@@ -336,10 +335,10 @@ def replacing(path: Path) -> Iterator[Path]:
     new = path.with_name(f".{path.name}{_NEW}")
     try:
         new.unlink(missing_ok=True)
-        new.touch(exist_ok=False)  # never through a link that somebody put there
+        new.touch(exist_ok=False)  # never through a planted link
         with usual_mode(new):
             yield new
-        sync(new)  # a rename may outlast a power cut that the data do not
+        sync(new)  # a power cut may keep the rename and lose the data
         new.replace(path)
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error.strerror or error}") from None
@@ -350,7 +349,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def usual_mode(path: Path) -> Iterator[None]:
-    """Within this context `path` is written; it ends with the permissions that new files have here."""
+    """Give `path`, written within this context, the permissions that new files have here."""
     path.touch()
     mode = path.stat().st_mode & 0o777
     yield
@@ -382,9 +381,9 @@ def copy_bytes(old: io.BufferedReader, new: io.BufferedWriter, start: int, stop:
 
 
 def sync(path: Path) -> None:
-    """Make what was written to a file or folder outlast a power cut."""
+    """Flush a file or folder to the disk, so that it survives a power cut."""
     if path.is_dir() and os.name == "nt":
-        return  # Windows opens no folders, and needs not
+        return  # Windows cannot sync folders, and does not need to
     handle = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,8 +1,8 @@
-"""What is in a folder that others made: regular files that can be read, and links that stay within it.
+"""List folders that others made: regular, readable files, and links that stay within the folder.
 
-One place decides which links are followed, for loading, exports and uploads alike: a link out of a
-downloaded folder would bring a file of this machine into an export. Knows nothing of models but how
-the Hub's cache lays them out.
+Loading, exports and uploads decide here alike which links are followed: a link out of a downloaded
+folder would bring a file of this machine into an export. Knows nothing of models but how the Hub's
+cache lays them out.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from excise.reading import is_whole
 
 _MOST = 100_000  # files; a folder with more is not a model's
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_SHARED = re.compile(r"[0-9a-f]{2}/[0-9a-f]{64}")  # a blob in the store that a cache's models share
+_SHARED = re.compile(r"[0-9a-f]{2}/[0-9a-f]{64}")  # a blob in the store shared by a cache's models
 
 
 def list_files(root: Path, error: type[ExciseError]) -> list[Path]:
-    """Every file in a folder and below it, relative to it and sorted; folders named .x are left out.
+    """List every file in a folder and below it, relative to it and sorted; folders named .x are left out.
 
     Raises:
         error: a link leads out of the folder or nowhere, something is neither a file nor a folder, or
-            cannot be read, or is named by bytes that are no text.
+            cannot be read, or its name is not UTF-8.
     """
 
     def unreadable(problem: OSError) -> None:
@@ -49,10 +49,9 @@ def list_files(root: Path, error: type[ExciseError]) -> list[Path]:
 
 
 def check_inside(path: Path, root: Path, error: type[ExciseError]) -> Path:
-    """Where something in the folder `root` really is.
+    """Resolve a path and refuse one outside the folder `root`.
 
-    That is within the folder or, where it is a snapshot in the Hub's cache, a blob of the same
-    repository.
+    A snapshot in the Hub's cache may also link to a blob of the same repository.
 
     Raises:
         error: a link leads elsewhere, or nowhere.
@@ -68,7 +67,7 @@ def check_inside(path: Path, root: Path, error: type[ExciseError]) -> Path:
 
 
 def commit_of(folder: Path) -> str | None:
-    """The commit of a model's snapshot in the Hub's cache, models--OWNER--NAME/snapshots/COMMIT.
+    """Return the commit of a model's snapshot in the Hub's cache, models--OWNER--NAME/snapshots/COMMIT.
 
     None for any other folder, whatever it is called.
     """
@@ -79,7 +78,7 @@ def commit_of(folder: Path) -> str | None:
 
 
 def _is_blob(path: Path, real: Path, home: Path) -> bool:
-    """Whether a snapshot's link leads to a blob of its repository, which may lie in the shared store."""
+    """Return whether a snapshot's link leads to a blob of its repository, maybe in the shared store."""
     if commit_of(home) is None:
         return False
     blobs = home.parents[1] / "blobs"

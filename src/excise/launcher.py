@@ -1,7 +1,7 @@
-"""What every child process of ours is at first, called with PARENT PROGRAM ARGUMENTS...
+"""Launcher of every child process, called with PARENT PROGRAM ARGUMENTS...
 
-It sees to it that the program ends with its parent, however that ends, and then becomes it. A file
-to be run, which imports nothing of the package: it must begin in no time.
+It makes sure that the program ends when its parent ends, and then executes it. It runs as a file and
+imports nothing of the package, so that it starts fast.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import sys
 from collections.abc import Sequence
 
 _DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG, of Linux' prctl
-_LOOK = 0.5  # seconds between two looks at the parent, on other systems
+_LOOK = 0.5  # seconds between two checks of the parent, on other systems
 
 
 def launch(arguments: Sequence[str]) -> None:
-    """Become the program, or run it beside a watch of the parent where a system has no signal for that."""
+    """Execute the program; where the system has no death signal, run it and watch the parent instead."""
     parent, command = int(arguments[0]), list(arguments[1:])
-    if _is_told_of_the_end():
+    if _set_death_signal():
         if os.getppid() != parent:  # it ended before the signal was asked for
             raise SystemExit(1)
         try:
@@ -29,8 +29,8 @@ def launch(arguments: Sequence[str]) -> None:
     raise SystemExit(supervise(parent, command))
 
 
-def _is_told_of_the_end() -> bool:
-    """Ask Linux to kill this process when its parent ends; whether it will."""
+def _set_death_signal() -> bool:
+    """Ask Linux to kill this process when its parent ends; say whether it will."""
     if sys.platform != "linux":
         return False
     import ctypes
@@ -39,7 +39,7 @@ def _is_told_of_the_end() -> bool:
 
 
 def supervise(parent: int, command: Sequence[str]) -> int:
-    """Run the program while `parent` lives; returns its exit code."""
+    """Run the program while `parent` lives; return its exit code."""
     try:
         child = subprocess.Popen(command)
     except OSError as error:
@@ -59,9 +59,7 @@ def _watch(parent: int):  # type: ignore[no-untyped-def]
         return lambda: os.getppid() == parent
     import psutil
 
-    return psutil.Process(
-        parent
-    ).is_running  # by its time of creation too: Windows uses numbers again
+    return psutil.Process(parent).is_running  # compares creation times too: Windows reuses ids
 
 
 if __name__ == "__main__":

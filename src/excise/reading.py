@@ -1,8 +1,8 @@
-"""The one door for files that others made: regular files only, read within bounds, parsed, or one error.
+"""Read files that others made: regular files only, within size limits, parsed, or one error.
 
-Model folders, prompt files, templates, records and run folders come through here, so that no code
-behind it meets a pipe, a gigabyte of JSON, half of a character or another library's exception.
-Knows files and their syntax; what they mean is checked by whoever reads them.
+Model folders, prompt files, templates, records and run folders are read through these functions. So no
+other module meets a pipe, a gigabyte of JSON, a lone surrogate or a parser's own exception. Knows files
+and their syntax; what they mean is checked by whoever reads them.
 """
 
 from __future__ import annotations
@@ -17,19 +17,17 @@ from typing import Any
 
 from excise.errors import InputError
 
-LARGEST_TEXT = (
-    64 << 20
-)  # bytes: of a text file that is read whole, unless its reader says otherwise
-DEEPEST = 64  # lists and tables within each other; real files have about ten
+LARGEST_TEXT = 64 << 20  # bytes of a text file, unless its reader says otherwise
+DEEPEST = 64  # levels of nested lists and tables; real files have about ten
 
 
 def is_file(path: Path) -> bool:
-    """Whether a path leads to a regular file; no where it cannot be looked at, as for names too long."""
+    """Return whether a path leads to a regular file; false where it cannot be looked at."""
     return _mode(path, stat.S_ISREG)
 
 
 def is_folder(path: Path) -> bool:
-    """Whether a path leads to a folder; no where it cannot be looked at."""
+    """Return whether a path leads to a folder; false where it cannot be looked at."""
     return _mode(path, stat.S_ISDIR)
 
 
@@ -41,7 +39,7 @@ def _mode(path: Path, test: Any) -> bool:
 
 
 def check_regular(path: Path, what: str, error: type[InputError]) -> int:
-    """The size in bytes of a regular file that can be opened.
+    """Return the size in bytes of a regular file that can be opened.
 
     Args:
         path: the file.
@@ -68,7 +66,7 @@ def check_regular(path: Path, what: str, error: type[InputError]) -> int:
 def read_bytes(
     path: Path, what: str, error: type[InputError], largest: int = LARGEST_TEXT
 ) -> bytes:
-    """A file's bytes.
+    """Read a file's bytes.
 
     Raises:
         error: as `check_regular`, or it is larger than `largest` bytes.
@@ -87,7 +85,7 @@ def read_bytes(
 
 
 def read_text(path: Path, what: str, error: type[InputError], largest: int = LARGEST_TEXT) -> str:
-    """A file's text, UTF-8 with or without a byte order mark.
+    """Read a file's text, UTF-8 with or without a byte order mark.
 
     Raises:
         error: as `read_bytes`, or it is not UTF-8.
@@ -104,18 +102,22 @@ def parse_json(
     error: type[InputError],
     pairs: Callable[[list[tuple[str, Any]]], Any] | None = None,
 ) -> Any:
-    """Parsed JSON: nested within bounds, all of its strings whole characters.
+    """Parse JSON that nests at most `DEEPEST` levels and whose strings are valid Unicode.
 
-    `pairs` makes each of its tables; where there is none, of a key written twice the last one counts.
+    Args:
+        text: the JSON.
+        where: how the message begins.
+        error: the class to raise.
+        pairs: makes each object from its (key, value) pairs; by default the last of equal keys counts.
 
     Raises:
-        error: it is not. The message begins with `where`.
+        error: it is not valid JSON, nests too deeply, or holds a lone surrogate.
     """
     try:
         data = json.loads(text, object_pairs_hook=pairs)
     except RecursionError:
         raise error(_too_deep(where)) from None
-    except InputError:  # of `pairs`
+    except InputError:  # raised by `pairs`
         raise
     except json.JSONDecodeError as problem:
         line = "" if problem.lineno == 1 else f"line {problem.lineno}, "
@@ -134,7 +136,7 @@ def parse_json(
 def read_json(
     path: Path, what: str, error: type[InputError], largest: int = LARGEST_TEXT
 ) -> dict[str, Any]:
-    """The JSON object in a file.
+    """Read the JSON object in a file.
 
     Raises:
         error: as `read_text` and `parse_json`, or it holds something else than an object.
@@ -148,7 +150,7 @@ def read_json(
 def read_toml(
     path: Path, what: str, error: type[InputError], largest: int = LARGEST_TEXT
 ) -> dict[str, Any]:
-    """The TOML table in a file.
+    """Read the TOML table in a file.
 
     Raises:
         error: as `read_text`, or it is not TOML, or nests too deeply.
@@ -165,7 +167,7 @@ def read_toml(
 
 
 def check_depth(data: Any, where: str, error: type[InputError]) -> None:
-    """Refuse data that whoever walks through it recursively could not.
+    """Refuse data that nests too deeply to be walked recursively.
 
     Raises:
         error: lists and tables nest deeper than `DEEPEST`.
@@ -182,7 +184,7 @@ def check_depth(data: Any, where: str, error: type[InputError]) -> None:
 
 
 def is_whole(text: str) -> bool:
-    """Whether a text has whole characters only: no half of a surrogate pair, which no file can hold."""
+    """Return whether a text is valid Unicode: without lone surrogates, which no file can hold."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -191,7 +193,7 @@ def is_whole(text: str) -> bool:
 
 
 def full_path(path: Path) -> Path:
-    """A whole path to a file or folder; a file keeps its own name.
+    """Return the absolute path of a file or folder; a file that is a link keeps its own name.
 
     In the Hub's cache a file is a link, and what it leads to has neither its name nor its suffix.
     """
@@ -199,7 +201,7 @@ def full_path(path: Path) -> Path:
 
 
 def whole_text(text: str) -> str:
-    """The text with a replacement character for each half of one."""
+    """Replace each lone surrogate by the replacement character."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 

@@ -1,7 +1,7 @@
-"""What was done, in a versioned file: `record.json`. Cards, reports and exports read nothing else.
+"""Record of a run, `record.json`: a versioned file that cards, reports and exports are made from.
 
-The shape is a contract: keys may be added, never renamed or removed. `report.stored_record` reads it typed
-and consistent, so that no code behind it looks again.
+Its shape is a contract: keys may be added, never renamed or removed. `report.stored_record` reads it
+typed and checks its consistency, so that no other module has to.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from excise.errors import RunStateError
 
 SCHEMA = 1
 _PATH_CHARS = 4096
-_LARGEST = 1e100  # of what has a meaning; figures can still be drawn
+_LARGEST = 1e100  # of a figure: no larger one has a meaning or can be drawn
 
 Size = Annotated[int, Field(ge=0, lt=1 << 63)]
 Seconds = Annotated[float, Field(ge=0, le=1e12)]
@@ -42,13 +42,13 @@ def _check_path(path: str) -> str:
 
 
 class Part(BaseModel):
-    """Base of the record's parts: immutable; keys of later versions are kept."""
+    """Base of the record's parts: immutable, and keeps keys of later versions."""
 
     model_config = ConfigDict(frozen=True, extra="allow", ser_json_inf_nan="strings")
 
 
 class ScoreRecord(Part):
-    """A measurement. `parts` holds the same by group of prompts, where they are grouped."""
+    """Measurement. `parts` holds the same by group of prompts, where they are grouped."""
 
     value: float
     n: Size
@@ -72,12 +72,11 @@ class ModelRecord(Part):
     parameters: Size
     config_sha256: str
     license: str | None = None
-    multimodal: bool = False  # it has towers for images or sounds beside its language model
-    sampling: dict[
-        str, bool | int | Finite
-    ] = {}  # of the generation config: temperature, top_p and the like
-    fingerprint: str | None = None  # `identity.fingerprint` of its checkpoint
-    notes: list[str] = []  # what the measured weights are, where they are not simply the source's
+    multimodal: bool = False  # it has image or audio towers
+    # Of the generation config: temperature, top_p and the like.
+    sampling: dict[str, bool | int | Finite] = {}
+    fingerprint: str | None = None  # of its checkpoint: `study_identity.fingerprint`
+    notes: list[str] = []  # how the measured weights differ from the source's
 
 
 class PromptRecord(Part):
@@ -92,8 +91,8 @@ class PromptRecord(Part):
 class TrialRecord(Part):
     """One trial.
 
-    `screened`, in records of earlier versions: it met 16 prompts a side, because its drift alone put it
-    behind the front. Always false now.
+    `screened`, in records of earlier versions: it was measured on 16 prompts a side, because its drift
+    alone put it behind the front. Always false now.
     """
 
     number: int
@@ -106,7 +105,7 @@ class TrialRecord(Part):
 
 
 class CoverageRecord(Part):
-    """What the edit touches, and what it does not and why."""
+    """Writers that the edit changes, and those that it does not, with the reason."""
 
     edited: list[str]
     not_edited: list[str]
@@ -147,7 +146,7 @@ def _check_details(details: dict[str, Any]) -> dict[str, Any]:
 
 
 class Formatting(Part):
-    """What pages read of how prompts are put to the model."""
+    """What reports read of how prompts are put to the model."""
 
     notes: list[str] = []
     opening: dict[str, Any] | None = None
@@ -159,12 +158,12 @@ def _check_formatting(formatting: dict[str, Any]) -> dict[str, Any]:
 
 
 class ArtifactRecord(Part):
-    """An exported model: loaded again, and measured again beside what the search measured.
+    """Exported model, loaded again and measured again.
 
-    `expected` was measured by the search's engine, `measured` on the loaded artifact, both on the
-    search prompts; `sha256` is over the names and hashes of the files that hold weights, `files` has
-    the hash of every file but the card, which is written anew as the record grows. `coverage` says
-    what this trial's edit touches, which may be less than what the search could have edited.
+    `expected` was measured by the search's engine, `measured` on the loaded artifact, both on the search
+    prompts. `sha256` is over the names and hashes of the weight files. `files` has the hash of every file
+    but the card, which is rewritten as the record grows. `coverage` says what this trial's edit changes,
+    which may be less than what the search could have edited.
     """
 
     path: Annotated[str, AfterValidator(_check_path)]
@@ -180,7 +179,7 @@ class ArtifactRecord(Part):
 
 
 class Record(Part):
-    """The whole run."""
+    """Whole run."""
 
     schema_version: int = pydantic.Field(SCHEMA, alias="schema")
     behaviour: str
@@ -191,7 +190,7 @@ class Record(Part):
     seed: int
     config: dict[str, Any]
     prompts: dict[str, PromptRecord]
-    # How prompts are put to the model: `stage.Tokens.as_dict`.
+    # How prompts are put to the model: chat template, variables, header, response prefix.
     formatting: Annotated[dict[str, Any], AfterValidator(_check_formatting)] = {}
     objectives: list[str]
     goals: list[Literal["minimize", "maximize"]]
@@ -213,13 +212,13 @@ class Record(Part):
     timing: dict[str, Seconds]
     artifacts: list[ArtifactRecord] = []
     files: dict[str, str] = {}  # SHA-256 of what the run folder keeps of the model, by name
-    identity: dict[str, str] = {}  # hashes of what the trials belong to: `identity.digests`
+    identity: dict[str, str] = {}  # hashes of what the trials depend on: `study_identity.digests`
     figures_sha256: str | None = None  # of what was measured and chosen
 
     model_config = ConfigDict(frozen=True, extra="allow", populate_by_name=True)
 
     def trial(self, number: int) -> TrialRecord:
-        """The trial of this number.
+        """Return the trial of this number.
 
         Raises:
             RunStateError: there is none.
@@ -230,7 +229,7 @@ class Record(Part):
         raise RunStateError(f"this run has no trial {number}; it has 0 to {len(self.trials) - 1}")
 
     def chosen(self) -> TrialRecord:
-        """The selected trial.
+        """Return the selected trial.
 
         Raises:
             RunStateError: nothing was selected yet.

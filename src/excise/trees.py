@@ -1,6 +1,6 @@
-"""Settings as plain nested tables: from dotted keys, laid over each other, names of files made whole.
+"""Settings as plain nested tables: made from dotted keys, merged, file names made absolute.
 
-Knows where the names of files stand, not what settings mean.
+Knows which settings are file names, not what settings mean.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from excise.reading import full_path, is_file, is_folder
 Tree = dict[str, Any]
 
 
-def texts(data: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """Every text within plain data, keys too, and where it is."""
+def walk_texts(data: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """Yield every text within plain data, keys too, with its dotted path."""
     if isinstance(data, str):
         yield path, data
     elif isinstance(data, dict):
         for key, value in data.items():
             yield path, str(key)
-            yield from texts(value, f"{path}.{key}".lstrip("."))
+            yield from walk_texts(value, f"{path}.{key}".lstrip("."))
     elif isinstance(data, list | tuple):
         for value in data:
-            yield from texts(value, path)
+            yield from walk_texts(value, path)
 
 
-def anchor(tree: Tree, folder: Path) -> Tree:
-    """Make the names of files in a tree relative to `folder`, not to where a later command is called."""
+def resolve_paths(tree: Tree, folder: Path) -> Tree:
+    """Make the file names in a tree absolute, taken relative to `folder`."""
     places: list[tuple[Any, tuple[str, ...]]]
     places = [(value, ("source",)) for value in _table(tree, "prompts").values()]
     places += [
@@ -54,21 +54,21 @@ def _table(tree: Tree, name: str) -> Tree:
 
 
 def _beside(name: str, folder: Path) -> str:
-    """The whole path of what lies there; other names, such as ids, as they are."""
+    """Return the absolute path of what exists at `folder / name`; leave other names, such as ids, alone."""
     place = folder / name
     found = name not in ("", "demo") and (is_file(place) or is_folder(place))
     return str(full_path(place)) if found else name
 
 
 def nest(key: str, value: Any) -> Tree:
-    """A dotted key and its value as nested tables."""
+    """Turn a dotted key and its value into nested tables."""
     for part in reversed(key.split(".")):
         value = {part: value}
     return dict(value)
 
 
 def merge(below: Tree, above: Tree) -> Tree:
-    """`below` with what `above` says in its place, table by table."""
+    """Merge two trees; where both have a value, `above` wins."""
     merged = dict(below)
     for key, value in above.items():
         old = merged.get(key)
@@ -79,7 +79,7 @@ def merge(below: Tree, above: Tree) -> Tree:
 
 
 def parse_value(text: str) -> Any:
-    """A value in TOML, else the text as it is."""
+    """Parse a TOML value; return the text itself where it is none."""
     try:
         found = tomllib.loads(f"value = {text}")
     except (ValueError, RecursionError):

@@ -1,7 +1,7 @@
-"""Text of others, made safe to show: what a terminal obeys, or shows as nothing, is written out.
+"""Escape characters of foreign text that a terminal would obey or not show.
 
-Escape sequences move the cursor and write over lines, bidirectional controls turn letters round, and
-what has no width hides. All of these come out as escapes; letters, signs and spaces stay as they are.
+Escape sequences move the cursor and overwrite lines, bidirectional controls reorder letters, and
+zero-width characters hide. All of these become escapes; letters, signs and spaces stay as they are.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ _TAIL = 160  # of these from its end, where it says what to do
 
 
 def visible(text: str, *, lines: bool = False) -> str:
-    r"""`text` with every character that is no letter, sign or space as an escape: `\x1b`, `\u202e`.
+    r"""Return `text` with every character that is no letter, sign or space escaped: `\x1b`, `\u202e`.
 
     Args:
         text: from anywhere.
@@ -25,7 +25,7 @@ def visible(text: str, *, lines: bool = False) -> str:
 
 
 def one_line(text: str, longest: int = _LONGEST) -> str:
-    """`text` on one line of bounded length: its beginning and its end."""
+    """Put `text` on one line of bounded length: its beginning and its end."""
     text = visible(" ".join(part for line in text.split("\n") if (part := line.strip())))
     if len(text) <= longest:
         return text

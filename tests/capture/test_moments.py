@@ -10,7 +10,7 @@ import torch
 
 from excise import events
 from excise.capture import moments
-from excise.capture.moments import Text
+from excise.capture.moments import TokenSpan
 from excise.errors import MeasurementError, MemoryExhausted
 
 ROWS = builders.token_ids(11, seed=4, shortest=2)
@@ -47,7 +47,7 @@ def test_last_rows_are_those_of_each_prompt_alone(model):
 @pytest.mark.parametrize("reduced", [False, True])
 def test_token_moments_count_every_token_but_those_left_out(model, reduced):
     writers = writers_of(model)
-    texts = [Text(ids, number % 3, number % 2) for number, ids in enumerate(ROWS)]
+    texts = [TokenSpan(ids, number % 3, number % 2) for number, ids in enumerate(ROWS)]
     bases = [None] * len(writers)
     if reduced:
         draw = torch.Generator().manual_seed(0)
@@ -68,7 +68,9 @@ def test_token_moments_count_every_token_but_those_left_out(model, reduced):
 
 def test_sketches_span_where_the_tokens_lie(model):
     writers = writers_of(model)[:1]
-    texts = [Text(ids) for ids in ROWS[:2]]  # fewer tokens than features: the span can be had whole
+    texts = [
+        TokenSpan(ids) for ids in ROWS[:2]
+    ]  # fewer tokens than features: the span can be had whole
     sketch = moments.token_sketches(model, writers, texts, 60, "capture", events.ignore)[0]
     basis = torch.linalg.svd(sketch.double(), full_matrices=False)[2]
     x = torch.cat([plain(model, writers[0], t.ids)[0] for t in texts]).double()
@@ -140,7 +142,7 @@ def test_experts_show_what_is_routed_to_them(name):
     per_prompt = {count / len(ROWS) for count in reached.values()}
     assert per_prompt <= {1.0, 2.0}  # as many experts as a token has
     assert len({len(rows.inputs) for rows in found}) > 1
-    texts = [Text(row) for row in ROWS]
+    texts = [TokenSpan(row) for row in ROWS]
     sums = moments.token_moments(
         model, writers, texts, [None] * len(writers), "capture", events.ignore
     )
@@ -193,7 +195,7 @@ def test_no_writers_inputs_are_kept_beside_anothers(model, monkeypatch):
 
     monkeypatch.setattr(moments, "_watched", watching)
     writers = model.anatomy.select(builders.COMPONENTS)
-    texts = [Text(ids) for ids in ROWS]
+    texts = [TokenSpan(ids) for ids in ROWS]
     moments.last_rows(model, writers, ROWS, "capture", events.ignore)
     moments.token_moments(model, writers, texts, [None] * len(writers), "capture", events.ignore)
     moments.token_sketches(model, writers, texts, 4, "capture", events.ignore)

@@ -20,7 +20,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from excise.checkpoints.dequantise import fp8, mxfp4
 from excise.checkpoints.loading import load
-from excise.checkpoints.quantisation import packing
+from excise.checkpoints.quantisation import find_scheme
 from excise.checkpoints.safetensors_headers import Stored
 from excise.cli import main as cli
 from excise.config import ModelSection
@@ -171,7 +171,7 @@ def test_methods_that_cannot_be_unpacked(settings, words):
     ):
         weight = Stored(Path("x"), "a.qweight", "I32", (4, 4), 0, 64)
         with pytest.raises(ModelError) as error:
-            packing(config, [weight], "owner/name")
+            find_scheme(config, [weight], "owner/name")
         assert words in str(error.value)
         assert "\n" not in str(error.value)
 

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 
 from excise.checkpoints.loading import load, resolve
 from excise.checkpoints.model_folder import (
-    explained,
+    library_errors,
     read_config,
     read_generation,
     read_tensors,
@@ -312,13 +312,16 @@ class PanicException(BaseException):
 
 @pytest.mark.parametrize("error", [Exception("plain\nmore"), SyntaxError("x"), PanicException("y")])
 def test_whatever_a_library_raises_is_one_line(error):
-    with pytest.raises(ModelError, match=r"it cannot be loaded: (plain|x|y)$"), explained("it"):
+    with (
+        pytest.raises(ModelError, match=r"it cannot be loaded: (plain|x|y)$"),
+        library_errors("it"),
+    ):
         raise error
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError(), ExciseError("ours")])
 def test_what_is_not_the_files_fault_goes_on(error):
-    with pytest.raises(type(error)), explained("it"):
+    with pytest.raises(type(error)), library_errors("it"):
         raise error
 
 

@@ -26,7 +26,7 @@ from excise.config import ModelSection
 from excise.gguf import engine, llamacpp, ollama
 from excise.gguf.engine import GgufModel
 from excise.gguf.patching import patched_name
-from excise.prompts.chat_template import plain_tokens
+from excise.prompts.chat_template import special_tokens
 from excise.record import ArtifactRecord, ScoreRecord
 from excise.report import card_loading
 from excise.report.formatting import measured
@@ -272,7 +272,7 @@ def go(template: str, chat: list[dict[str, str]]) -> str:
 
 
 def template_of(tokenizer: Any, text: str | None = None) -> ollama.Template:
-    return ollama.Template(text or tokenizer.chat_template, plain_tokens(tokenizer))
+    return ollama.Template(text or tokenizer.chat_template, special_tokens(tokenizer))
 
 
 def chats(*, system: bool) -> list[list[dict[str, str]]]:

@@ -168,11 +168,11 @@ def test_a_writers_edit_does_not_depend_on_those_beside_it():
 def test_a_runaway_is_said():
     """Without kept norms and with c > 1 the objective falls without end."""
     stats = stats_of(5, keep_norms=False)
-    with pytest.raises(MeasurementError, match=r"ara: the edit of first ran away"):
+    with pytest.raises(MeasurementError, match=r"ara: the edit of first diverged"):
         ara_math.build(stats, [0, 1], ara_math.AraPoint(0.0, 1.0, 1.3, 1), 60, ["first", "second"])
     broken = stats_of(5)
     broken.start[1, 0, 0] = float("nan")
-    with pytest.raises(MeasurementError, match=r"ara: the edit of second ran away"):
+    with pytest.raises(MeasurementError, match=r"ara: the edit of second diverged"):
         ara_math.build(broken, [0, 1], POINTS[0], 5, ["first", "second"])
 
 

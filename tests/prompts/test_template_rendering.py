@@ -104,7 +104,7 @@ def test_a_template_that_grows_is_refused(renderer, template, words):
 def test_a_template_that_does_not_end_is_refused(monkeypatch, template):
     monkeypatch.setattr(template_rendering, "_SECONDS", 0.5)
     with Renderer() as renderer:
-        renderer.look("", "the template", "x")  # the process has begun
+        renderer.analyse("", "the template", "x")  # the process has begun
         begun = time.monotonic()
         with pytest.raises(ModelError, match="does not come to an end within"):
             make(renderer, template)
@@ -129,9 +129,9 @@ def test_what_a_template_says_of_itself(renderer):
         "{% if x == 'none' or x in ['low', 'high'] %}{{ strftime_now('%Y') }}{{ y }}{% endif %}"
         "{% set z = 1 %}{% generation %}{{ z }}{% break %}{% endgeneration %}"
     )
-    look = renderer.look(text, "the template", "x")
-    assert look.names >= {"x", "y"}
-    assert "z" not in look.names
-    assert look.clock == ("%Y",)
-    assert look.values == {"none", "low", "high"}
-    assert renderer.look("{{ x }}", "the template", "x").clock is None
+    facts = renderer.analyse(text, "the template", "x")
+    assert facts.names >= {"x", "y"}
+    assert "z" not in facts.names
+    assert facts.clock == ("%Y",)
+    assert facts.values == {"none", "low", "high"}
+    assert renderer.analyse("{{ x }}", "the template", "x").clock is None

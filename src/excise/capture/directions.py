@@ -1,8 +1,8 @@
 """Directions from residuals: pure maths, no model.
 
-Shapes: L layers, D residual width. Means are over prompts, at the last prompt token, of the residual
-after each layer. Method: difference of means, Arditi et al. 2024 (arXiv:2406.11717); the projected
-form removes the part along the contrast mean.
+Shapes: L layers, D residual width. Means are over prompts, of the residual stream after each layer at
+the last prompt token. Method: difference of means, Arditi et al. 2024 (arXiv:2406.11717). The projected
+form removes the component along the contrast mean.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch import Tensor
 from excise.errors import MeasurementError
 
 _TINY = 1e-12
-_ROUNDING = 1e-5  # of a residual's norm: means of the same tokens differ by this much at most
+_ROUNDING = 1e-5  # share of a residual's norm by which means of equal tokens differ at most
 
 
 @dataclass(frozen=True)
 class Directions:
-    """Per layer: the unit difference of means, and the unit contrast mean.
+    """Unit difference of means and unit contrast mean of every layer.
 
     Attributes:
         unit: (L, D) float32, normalised target mean - contrast mean after each layer.
@@ -33,7 +33,7 @@ class Directions:
     projected: bool = False
 
     def at(self, layer: int, index: float | None) -> Tensor:
-        """The direction (D,) used at `layer`: its own, or the one at a float `index`.
+        """Return the direction (D,) used at `layer`: its own, or the one at a float `index`.
 
         A float index f takes normalise(lerp(unit[floor f], unit[ceil f], frac f)).
         """
@@ -48,7 +48,7 @@ class Directions:
 
 
 def mixture(index: float, layers: int) -> list[tuple[int, float]]:
-    """A float index as (row, weight) pairs: one pair at a whole number, else two."""
+    """Split a float index into (row, weight) pairs: one pair at a whole number, else two."""
     low = min(max(int(index), 0), layers - 1)
     high, fraction = min(low + 1, layers - 1), float(index) - low
     if fraction <= 0.0 or high == low:
@@ -57,10 +57,10 @@ def mixture(index: float, layers: int) -> list[tuple[int, float]]:
 
 
 def from_means(target: Tensor, contrast: Tensor, *, projected: bool = False) -> Directions:
-    """Directions from the mean residuals (L, D) of target and contrast prompts.
+    """Compute directions from the mean residuals (L, D) of target and contrast prompts.
 
-    Layers whose means do not differ by more than rounding (short convolutions see nothing but the
-    template's last tokens) take the direction of the next layer above whose means do.
+    Layers whose means differ by no more than rounding (a short convolution sees only the template's last
+    tokens) take the direction of the next layer above whose means do differ.
 
     Raises:
         MeasurementError: a mean is not finite, or the two sets do not differ after the last layer.
@@ -86,7 +86,7 @@ def from_means(target: Tensor, contrast: Tensor, *, projected: bool = False) -> 
 
 
 def normalise(x: Tensor) -> Tensor:
-    """x / |x| along the last axis."""
+    """Return x / |x| along the last axis."""
     size: Tensor = x.norm(dim=-1, keepdim=True)
     return x / size.clamp_min(_TINY)
 
@@ -100,7 +100,10 @@ def winsorise(x: Tensor, quantile: float) -> Tensor:
 
 
 def auc(target: Tensor, contrast: Tensor) -> float:
-    """Chance that a target value exceeds a contrast value (ties count half): area under the ROC."""
+    """Compute the area under the ROC curve: the probability that a target value exceeds a contrast value.
+
+    Ties count half. Both are one-dimensional.
+    """
     wins = (target[:, None] > contrast[None, :]).double()
     ties = (target[:, None] == contrast[None, :]).double()
     return float((wins + 0.5 * ties).mean())

@@ -1,4 +1,4 @@
-"""Where target and contrast residuals lie, layer by layer. Pure maths, no model.
+"""Describe target and contrast residuals layer by layer: norms, separation, effective rank. Pure maths.
 
 Shapes: P target and N contrast prompts, L layers, D residual width.
 """
@@ -24,7 +24,7 @@ class LayerGeometry:
         difference_norm: norm of the difference of the means.
         cosine: between the two means.
         silhouette: mean silhouette of the two sets, -1 to 1 (Rousseeuw 1987).
-        auc: chance that a target residual lies further along the difference of means.
+        auc: probability that a target residual lies further along the difference of means.
         effective_rank: of the target residuals less the contrast mean: the exponential of the entropy
             of their squared singular values' shares (after Roy and Vetterli 2007). One where they all
             lie along one direction.
@@ -40,12 +40,12 @@ class LayerGeometry:
     effective_rank: float
 
     def as_dict(self) -> dict[str, float]:
-        """For JSON and the record."""
+        """Return the figures for JSON and the record."""
         return {k: v if k == "layer" else round(float(v), 6) for k, v in asdict(self).items()}
 
 
 def describe_layers(target: Tensor, contrast: Tensor) -> list[LayerGeometry]:
-    """Geometry of residuals (P, L, D) and (N, L, D), layer by layer."""
+    """Compute the geometry of residuals (P, L, D) and (N, L, D), layer by layer."""
     return [
         _layer(number, target[:, number].double(), contrast[:, number].double())
         for number in range(target.shape[1])
@@ -72,7 +72,7 @@ def _layer(number: int, target: Tensor, contrast: Tensor) -> LayerGeometry:
 
 
 def effective_rank(rows: Tensor) -> float:
-    """exp(entropy) of the shares of the squared singular values of rows (P, D)."""
+    """Return exp(entropy) of the shares of the squared singular values of rows (P, D)."""
     square = torch.linalg.svdvals(rows).square()
     share = square / square.sum().clamp_min(1e-300)
     share = share[share > 0]

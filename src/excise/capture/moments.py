@@ -1,7 +1,7 @@
-"""What flows into and out of writers, captured once: rows at the last prompt token, moments over tokens.
+"""Capture writers' inputs and outputs once: rows at the last prompt token, second moments over tokens.
 
-Rows are kept for as many prompts as there are; over all tokens only moments are kept, so memory does
-not grow with the text. Knows hooks and batches; knows no method.
+Rows are kept per prompt; over all tokens only moments are kept, so memory does not grow with the text.
+Knows hooks and batches; knows no method.
 
 Shapes: B rows, T tokens, P prompts, O and I a writer's out and in features, Q rows of a basis.
 """
@@ -27,15 +27,15 @@ from excise.prompts.tokens import Batch, batches, pad_token
 R = TypeVar("R")
 
 _ROWS = 64
-# A writer that fewer prompts reach is left alone: an edit fitted to them would be fitted to noise.
+# Fewest prompts that an edit is fitted to: with fewer it would fit noise.
 FEWEST_PROMPTS = 8
 
 
 @dataclass(frozen=True)
 class LastRows:
-    """One writer's inputs (P, I) and outputs (P, O) at the prompts' last token, in prompt order.
+    """One writer's inputs (P, I) and outputs (P, O) at the last prompt token, in prompt order.
 
-    Of an expert, only the prompts that are routed to it.
+    For an expert, only the prompts that are routed to it.
     """
 
     inputs: Tensor
@@ -43,28 +43,28 @@ class LastRows:
 
 
 @dataclass(frozen=True)
-class Text:
-    """Token ids, and which of them count: those from `begin` on, but for the last `spare`."""
+class TokenSpan:
+    """Token ids, of which those from `begin` on count, without the last `spare`."""
 
     ids: Sequence[int]
     begin: int = 0
     spare: int = 0
 
 
-# Called with a writer's number, its inputs (S, I) and outputs (S, O), and where they stand in the batch,
-# row * T + position (S,).
+# Called with a writer's number, its inputs (S, I) and outputs (S, O), and their flat positions in the
+# batch, row * T + position (S,).
 _Show = Callable[[int, Tensor, Tensor, Tensor], None]
-# The same with its batch: gives what of them is wanted, which is small beside them.
+# The same with the batch; returns a small summary of them.
 _Reduce = Callable[[int, Tensor, Tensor, Tensor, Batch], R]
-# Takes it, once the pass that it is from is through.
+# Receives a summary once its pass has succeeded.
 _Take = Callable[[int, R], None]
 
 
 @contextmanager
 def _watched(writers: Sequence[Writer], show: _Show) -> Iterator[None]:
-    """Within this context `show` is told of every writer's inputs and outputs.
+    """Call `show` with every writer's inputs and outputs within this context.
 
-    Of fused experts, each is shown the tokens that are routed to it, outputs before the routing weight.
+    Each fused expert is shown the tokens that are routed to it, outputs before the routing weight.
     """
     handles = []
     fused: dict[nn.Module, dict[int, int]] = {}
@@ -91,7 +91,7 @@ def _hook(number: int, show: _Show) -> Callable[[nn.Module, tuple[Tensor, ...], 
 
 
 def _watching(module: Any, numbers: dict[int, int], show: _Show) -> Callable[..., Tensor]:
-    """A forward of fused experts that shows each expert's share, `numbers` being expert -> writer."""
+    """Return a forward of fused experts that shows each expert's share; `numbers`: expert -> writer."""
 
     def see(expert: Tensor, token: Tensor, x: Tensor, y: Tensor) -> None:
         for one, number in numbers.items():
@@ -116,7 +116,7 @@ def _pass(
     name: str,
     on_event: OnEvent,
 ) -> None:
-    """Run all rows through the model; of every writer's inputs and outputs, `take` what they reduce to."""
+    """Run all rows through the model; pass every writer's reduced inputs and outputs to `take`."""
     pad = pad_token(loaded.model, loaded.tokenizer)
     chunks = batches(rows, _ROWS, pad, loaded.device, padding=loaded.anatomy.padding)
     for batch in track(chunks, name, len(chunks), on_event):
@@ -126,7 +126,7 @@ def _pass(
 def _run(
     loaded: Loaded, writers: Sequence[Writer], batch: Batch, reduce: _Reduce[R], take: _Take[R]
 ) -> None:
-    """One batch, in halves where memory is short: nothing is taken before the pass is through."""
+    """Run one batch, in halves where memory is short; nothing is taken before the pass has succeeded."""
     found: dict[int, R] = {}
 
     def show(number: int, x: Tensor, y: Tensor, at: Tensor) -> None:
@@ -164,12 +164,13 @@ def last_rows(
     name: str,
     on_event: OnEvent,
 ) -> list[LastRows]:
-    """Every writer's inputs and outputs at the last token of every prompt, on the CPU in float32.
+    """Capture every writer's inputs and outputs at the last token of every prompt, on the CPU in float32.
 
     Outputs are as the matrix gives them, bias included.
 
     Raises:
-        MeasurementError: they are not finite. MemoryExhausted: one prompt does not fit.
+        MeasurementError: they are not finite.
+        MemoryExhausted: one prompt does not fit.
     """
     parts: list[list[_Last]] = [[] for _ in writers]
 
@@ -196,7 +197,7 @@ _Last = tuple[Tensor, Tensor, Tensor]  # which prompts (S,), inputs (S, I), outp
 
 
 def _in_order(writer: Writer, parts: list[_Last]) -> LastRows:
-    """Rows of all batches in the order of their prompts; none for an expert that no prompt reaches."""
+    """Sort the rows of all batches by prompt; none for an expert that no prompt is routed to."""
     if not parts:
         out, features = writer.weight.shape
         return LastRows(torch.zeros(0, features), torch.zeros(0, out))
@@ -207,13 +208,13 @@ def _in_order(writer: Writer, parts: list[_Last]) -> LastRows:
 
 @dataclass
 class TokenMoments:
-    """Second moment of one writer's inputs over tokens: in a basis, and its mean diagonal in full.
+    """Second moment of one writer's inputs over tokens.
 
     Attributes:
         basis: (Q, I) orthonormal rows, or None for all of input space.
         moment: (Q, Q) float64 sum of x x^T in the basis.
-        square: sum of |x|^2.
-        tokens: how many there were.
+        square: sum of |x|^2, in all of input space.
+        tokens: number of tokens.
     """
 
     basis: Tensor | None
@@ -222,44 +223,47 @@ class TokenMoments:
     tokens: int = 0
 
     def add(self, x: Tensor) -> None:
-        """Inputs (T, I) of some tokens."""
+        """Add the inputs (T, I) of some tokens."""
         self.square += float(x.square().sum(dtype=torch.float64))
         self.tokens += x.shape[0]
         z = x if self.basis is None else x @ self.basis.T
         self.moment += (z.T @ z).double()
 
     def join(self, more: TokenMoments) -> None:
-        """Those of other tokens."""
+        """Add the sums over another batch's tokens; both must share the basis."""
         self.square += more.square
         self.tokens += more.tokens
         self.moment += more.moment
 
     def empty(self) -> TokenMoments:
-        """Moments of no token, in the same basis."""
+        """Return the moments of no tokens, in the same basis."""
         return TokenMoments(self.basis, torch.zeros_like(self.moment))
 
     def mean(self) -> Tensor:
-        """The moment per token (Q, Q), in float32; zero where there was no token."""
+        """Return the moment per token (Q, Q), in float32; zero where there was no token."""
         return (self.moment / max(self.tokens, 1)).float()
 
 
 def token_moments(
     loaded: Loaded,
     writers: Sequence[Writer],
-    texts: Sequence[Text],
+    texts: Sequence[TokenSpan],
     bases: Sequence[Tensor | None],
     name: str,
     on_event: OnEvent,
 ) -> list[TokenMoments]:
-    """Every writer's input moments over tokens.
+    """Sum every writer's second input moment over tokens.
 
     Args:
         loaded: the model.
-        writers: which writers.
-        texts: whose tokens.
+        writers: the writers to capture.
+        texts: the tokens to count.
         bases: (Q, I) a basis per writer, or None.
         name: of the phase, for progress.
         on_event: told of progress.
+
+    Raises:
+        MemoryExhausted: one text does not fit.
     """
     sizes = [
         basis.shape[0] if basis is not None else writer.shape[1]
@@ -272,11 +276,11 @@ def token_moments(
         )
         for writer, basis, q in zip(writers, bases, sizes, strict=True)
     ]
-    bounds = _from_the_end(texts)
+    bounds = _span_bounds(texts)
 
     def reduce(number: int, x: Tensor, _y: Tensor, at: Tensor, batch: Batch) -> TokenMoments:
         part = out[number].empty()
-        part.add(x[_counted(batch, bounds, x.device)[at]].float())
+        part.add(x[_counted_positions(batch, bounds, x.device)[at]].float())
         return part
 
     def take(number: int, found: TokenMoments) -> None:
@@ -289,17 +293,20 @@ def token_moments(
 def token_sketches(
     loaded: Loaded,
     writers: Sequence[Writer],
-    texts: Sequence[Text],
+    texts: Sequence[TokenSpan],
     size: int,
     name: str,
     on_event: OnEvent,
 ) -> list[Tensor]:
-    """For every writer `size` rows (size, I) that span most of where its inputs over tokens lie.
+    """Sketch, for every writer, the range of its inputs over tokens: `size` rows (size, I).
 
-    A range sketch (Halko, Martinsson and Tropp 2011): S Omega with a random Omega (I, size), where S is
-    the second moment, without ever forming S.
+    A randomised range sketch (Halko, Martinsson and Tropp 2011): S Omega with a random Omega (I, size),
+    where S is the second moment, without ever forming S.
+
+    Raises:
+        MemoryExhausted: one text does not fit.
     """
-    bounds = _from_the_end(texts)
+    bounds = _span_bounds(texts)
     draws, sums = [], []
     for number, writer in enumerate(writers):
         generator = torch.Generator().manual_seed(number)
@@ -308,7 +315,7 @@ def token_sketches(
         sums.append(torch.zeros(size, weight.shape[1], device=weight.device))
 
     def reduce(number: int, x: Tensor, _y: Tensor, at: Tensor, batch: Batch) -> Tensor:
-        rows = x[_counted(batch, bounds, x.device)[at]].float()
+        rows = x[_counted_positions(batch, bounds, x.device)[at]].float()
         return (rows @ draws[number]).T @ rows
 
     def take(number: int, found: Tensor) -> None:
@@ -318,24 +325,24 @@ def token_sketches(
     return sums
 
 
-def _from_the_end(texts: Sequence[Text]) -> Tensor:
-    """Where what counts begins and ends in every text, in tokens from its end (N, 2)."""
+def _span_bounds(texts: Sequence[TokenSpan]) -> Tensor:
+    """Return where the counted tokens of every text begin and end, in tokens from its end (N, 2)."""
     return torch.tensor([[len(text.ids) - text.begin, text.spare] for text in texts])
 
 
-def _counted(batch: Batch, bounds: Tensor, device: torch.device) -> Tensor:
-    """Which positions (B * T) of a left-padded batch count, by `_from_the_end` of all texts."""
+def _counted_positions(batch: Batch, bounds: Tensor, device: torch.device) -> Tensor:
+    """Return which positions (B * T) of a left-padded batch count, by `_span_bounds` of all texts."""
     mine = bounds[batch.rows].to(device)  # (B, 2)
     left = torch.arange(batch.ids.shape[1], 0, -1, device=mine.device)[None]  # tokens to the end
     return ((left <= mine[:, :1]) & (left > mine[:, 1:])).flatten()
 
 
-def few_prompts(
+def rarely_reached(
     writers: Sequence[Writer], captured: Mapping[str, Tensor]
 ) -> tuple[set[int], tuple[str, ...]]:
-    """Which writers too few prompts reach, as experts may be, and what to say of them.
+    """Find the writers, such as experts, that too few prompts reach; return their numbers and a note.
 
-    Where there are only a few prompts in all, as many as there are will do.
+    Where there are only a few prompts in all, that number is enough.
     """
     counts = [
         min(len(captured[f"{w.name}/{side}"]) for side in ("target", "contrast")) for w in writers
@@ -350,7 +357,7 @@ def few_prompts(
 
 
 def stacked_biases(writers: Sequence[Writer]) -> Tensor | None:
-    """The writers' biases (G, O) in float32, zeros for those without; None where none has one."""
+    """Stack the writers' biases (G, O) in float32, zeros for those without; None where none has one."""
     if all(w.bias is None for w in writers):
         return None
     zeros = torch.zeros(writers[0].shape[0], device=writers[0].like.device)

@@ -1,7 +1,7 @@
-"""Residuals at the last prompt token, streamed: memory does not grow with the number of prompts.
+"""Stream residuals at the last prompt token: memory does not grow with the number of prompts.
 
-Hooks sit on the layers, so the last row is the residual before any final norm (a model's own
-`hidden_states[-1]` is after it). Shapes: B rows, L layers, D residual width.
+Hooks sit on the layers, so the last row is the residual stream before any final norm (a model's own
+`hidden_states[-1]` is after it). Shapes: B rows, P prompts, L layers, D residual width.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Pass = Callable[[], Iterator[tuple[Batch, Tensor]]]
 
 @contextmanager
 def last_token_residuals(anatomy: Anatomy) -> Iterator[list[Tensor]]:
-    """Collect, for each forward pass, the last token's residual: embedding, then each layer's output."""
+    """Collect the last token's residual in each forward pass: embedding, then each layer's output."""
     rows: list[Tensor] = []
 
     def before_first(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -48,7 +48,7 @@ def last_token_residuals(anatomy: Anatomy) -> Iterator[list[Tensor]]:
 
 
 def residual_pass(anatomy: Anatomy, batches: Sequence[Batch], winsor: float | None) -> Pass:
-    """A pass over `batches` that can be run again; each residual is winsorised on its own."""
+    """Return a pass over `batches` that can be run again; each residual is winsorised on its own."""
 
     def run() -> Iterator[tuple[Batch, Tensor]]:
         for batch in batches:
@@ -59,7 +59,7 @@ def residual_pass(anatomy: Anatomy, batches: Sequence[Batch], winsor: float | No
 
 
 def _residuals(anatomy: Anatomy, batch: Batch) -> Tensor:
-    """Last-token residuals (B, L+1, D) of one batch, in halves where memory is short."""
+    """Return the last-token residuals (B, L+1, D) of one batch, in halves where memory is short."""
     try:
         with last_token_residuals(anatomy) as rows, torch.inference_mode():
             anatomy.backbone(
@@ -78,7 +78,7 @@ def _residuals(anatomy: Anatomy, batch: Batch) -> Tensor:
 
 
 def mean(run: Pass) -> Tensor:
-    """Mean residual (L+1, D) in float64, from one pass."""
+    """Compute the mean residual (L+1, D) in float64, in one pass."""
     total, count = torch.zeros(()), 0
     for _, x in run():
         total = total + x.double().sum(0).cpu()
@@ -87,9 +87,9 @@ def mean(run: Pass) -> Tensor:
 
 
 def geometric_median(run: Pass) -> Tensor:
-    """Geometric median (L+1, D): Weiszfeld's iteration, one pass over the prompts each.
+    """Compute the geometric median (L+1, D) by Weiszfeld's iteration, one pass over the prompts each.
 
-    Less drawn by a few extreme prompts than the mean. Stops when no layer moves by more than 1e-4
+    It is more robust to a few extreme prompts than the mean. It stops when no layer moves by more than 1e-4
     of its norm, or after 12 passes.
     """
     centre = mean(run)
@@ -98,7 +98,7 @@ def geometric_median(run: Pass) -> Tensor:
         weights = torch.zeros(centre.shape[0], 1, dtype=torch.float64)
         for _, x in run():
             residual = x.double().cpu()
-            # A prompt that sits on the centre has no direction to pull in: the clamp keeps it finite.
+            # The clamp keeps the weight of a prompt that lies on the centre finite.
             w = 1.0 / (residual - centre).norm(dim=-1, keepdim=True).clamp_min(1e-8)
             total += (w * residual).sum(0)
             weights += w.sum(0)
@@ -111,5 +111,5 @@ def geometric_median(run: Pass) -> Tensor:
 
 
 def projections(run: Pass, unit: Tensor) -> Tensor:
-    """Each prompt's residual after layer l along unit[l] (L, D): (P, L), rows in no set order."""
+    """Project each prompt's residual after layer l on unit[l] (L, D): (P, L), rows in no set order."""
     return torch.cat([torch.einsum("bld,ld->bl", x[:, 1:].cpu(), unit) for _, x in run()])

@@ -1,11 +1,11 @@
-"""A plain copy of a checkpoint that comes quantised: what is searched, edited and exported.
+"""Dequantise a checkpoint to a plain bfloat16 copy, which is then searched, edited and exported.
 
-FP8 with scales per block, row or tensor, and MXFP4 as gpt-oss stores it. Each packed tensor is
-unpacked by its format's own formula, rounded once to bfloat16, and stored under the name that the
-unquantised model has; every other tensor is copied as it is, also those that no class loads. The copy
-lives in a scratch folder and goes when the model does.
+Reads FP8 with scales per block, row or tensor, and MXFP4 as gpt-oss stores it. Each quantised tensor is
+decoded by its format's own formula, rounded once to bfloat16, and stored under the name that the
+unquantised model has. Every other tensor is copied as it is, also those that no class loads. The copy
+lies in a scratch folder and is removed with the model.
 
-Where only the configuration says that weights are packed, the copy differs in that configuration alone.
+Where only the configuration claims a quantisation, the copy differs in that configuration alone.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from torch import Tensor
 from excise.checkpoints.model_folder import CONFIG, INDEX, is_other_form, read_tensors
 from excise.checkpoints.quantisation import (
     SCALES,
-    Packing,
+    Scheme,
     check_mxfp4,
     check_scale,
     is_pair,
-    spread_of,
+    scale_layout,
 )
 from excise.checkpoints.safetensors_headers import BITS, FP8, Stored
 from excise.errors import ModelError, StorageError
@@ -39,7 +39,7 @@ from excise.files import Claim, temporary
 from excise.folders import list_files
 
 DTYPE = torch.bfloat16
-# Of activations: they mean nothing without the kernels that use them.
+# Scales of activations: no use without the kernels that read them.
 _DROPPED = ("activation_scale", "input_scale", "k_scale", "v_scale")
 _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _WORDS = {"fp8": "FP8", "mxfp4": "MXFP4", "compressed-tensors": "FP8 (compressed-tensors)"}
@@ -52,45 +52,46 @@ _LEFT_OVER = (
 
 @dataclass(frozen=True)
 class Plain:
-    """A plain copy: its folder, which goes with `scratch`, and a sentence on what it is a copy of."""
+    """Plain copy: its folder, which `scratch` removes, and a sentence on what it was made from."""
 
     folder: Path
     note: str
     scratch: Claim
 
 
-def unpack(
-    folder: Path, files: Sequence[Path], config: dict[str, Any], found: Packing
+def dequantise(
+    folder: Path, files: Sequence[Path], config: dict[str, Any], found: Scheme
 ) -> Plain | None:
-    """A plain copy of the safetensors checkpoint in `folder`; None where it is plain and says so.
+    """Make a plain copy of the safetensors checkpoint in `folder`; None where it is plain and says so.
 
     Args:
         folder: the checkpoint.
         files: its weight files.
         config: its config.json.
-        found: as `packing` gave it.
+        found: from `find_scheme`.
 
     Raises:
-        ModelError: a packed tensor lacks its scales, or they do not fit. StorageError: no room.
+        ModelError: a quantised tensor lacks its scales, or they do not fit.
+        StorageError: no room.
     """
     if found.method is None and found.claim is None:
         return None
     packed = _Tensors(files)
     plans = {} if found.method is None else {f: list(_plan(packed, f, found.block)) for f in files}
     rest = [
-        folder / file for file in list_files(folder, ModelError) if not _is_made_anew(file, plans)
+        folder / file for file in list_files(folder, ModelError) if not _is_rewritten(file, plans)
     ]
     need = (4 if found.method == "mxfp4" else 2) * sum(file.stat().st_size for file in plans)
-    scratch = make_room(need + sum(file.stat().st_size for file in rest))
+    scratch = claim_scratch(need + sum(file.stat().st_size for file in rest))
     target = scratch.path
     for file in rest:
-        _take(file, target / file.relative_to(folder))
+        _link_or_copy(file, target / file.relative_to(folder))
     total = sum(_write(target / file.name, plan) for file, plan in plans.items())
     if plans:
         weight_map = {name: file.name for file, plan in plans.items() for name, *_ in plan}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         _write_json(target / INDEX, index)
-    _write_json(target / CONFIG, _without(config))
+    _write_json(target / CONFIG, _without_quantisation(config))
     note = _LEFT_OVER.format(found.claim)
     if found.method is not None:
         note = UNPACKED.format(_WORDS[found.method])
@@ -98,18 +99,18 @@ def unpack(
 
 
 class _Tensors:
-    """All tensors of a checkpoint, by name, wherever they are stored."""
+    """All tensors of a checkpoint, by name, whatever shard they are stored in."""
 
     def __init__(self, files: Sequence[Path]) -> None:
         self.by_name = {tensor.name: tensor for tensor in read_tensors(files)}
         self.names = set(self.by_name)
 
     def of_file(self, file: Path) -> list[Stored]:
-        """Those of one file, in the order of their names."""
+        """List the tensors of one file, sorted by name."""
         return sorted((t for t in self.by_name.values() if t.file == file), key=lambda t: t.name)
 
     def get(self, name: str) -> Stored:
-        """Where a tensor is stored.
+        """Return where a tensor is stored.
 
         Raises:
             ModelError: there is none.
@@ -121,7 +122,7 @@ class _Tensors:
         return self.by_name[name]
 
     def read(self, name: str) -> Tensor:
-        """The stored tensor."""
+        """Read a tensor as it is stored."""
         with safe_open(self.get(name).file, framework="pt") as file:
             return file.get_tensor(name)  # type: ignore[no-any-return]
 
@@ -131,7 +132,7 @@ _Planned = tuple[str, tuple[int, ...], str, Callable[[], Tensor]]
 
 
 def _plan(found: _Tensors, file: Path, block: tuple[int, int] | None) -> Iterator[_Planned]:
-    """What goes into the plain copy of one file."""
+    """Yield every tensor of the plain copy of one file, and how it is made."""
     for tensor in found.of_file(file):
         name, shape = tensor.name, tensor.shape
         plain = name.removesuffix("_blocks")
@@ -145,19 +146,19 @@ def _plan(found: _Tensors, file: Path, block: tuple[int, int] | None) -> Iterato
             scale = found.get(next(ends, f"{name}{SCALES[0]}"))
             check_scale(tensor, scale, block)
             yield name, shape, "BF16", partial(_fp8_of, found, name, scale.name, block)
-        elif not _is_aside(name, found):
+        elif not _is_auxiliary(name, found):
             yield name, shape, tensor.dtype, partial(_as_stored, tensor)
 
 
 def _as_stored(tensor: Stored) -> Tensor:
-    return torch.frombuffer(tensor.read_bytes(), dtype=torch.uint8) if tensor.elements else _NOTHING
+    return torch.frombuffer(tensor.read_bytes(), dtype=torch.uint8) if tensor.elements else _EMPTY
 
 
-_NOTHING = torch.empty(0, dtype=torch.uint8)
+_EMPTY = torch.empty(0, dtype=torch.uint8)
 
 
-def _is_aside(name: str, found: _Tensors) -> bool:
-    """Whether a tensor only serves another one that is unpacked."""
+def _is_auxiliary(name: str, found: _Tensors) -> bool:
+    """Return whether a tensor only serves to decode another one."""
     if name.endswith(_DROPPED):
         return True
     if name.endswith("_scales"):
@@ -167,16 +168,16 @@ def _is_aside(name: str, found: _Tensors) -> bool:
 
 
 def fp8(weight: Tensor, scale: Tensor, block: tuple[int, int] | None) -> Tensor:
-    """Unpacked weight (..., O, I), from FP8 and its scales.
+    """Decode an FP8 weight (..., O, I).
 
     Args:
         weight: FP8.
-        scale: one number, one a row (..., O, 1), or one a block (..., O / b, I / c), the last of which
+        scale: one number, one per row (..., O, 1), or one per block (..., O / b, I / c), the last of which
             may be cut.
         block: (b, c), where the configuration gives it.
     """
     values, scales = weight.float(), scale.float()
-    spread = spread_of(weight.shape, scale.shape, block)
+    spread = scale_layout(weight.shape, scale.shape, block)
     if spread == "blocks" and block is not None:
         for side, length in zip((-2, -1), block, strict=True):
             scales = scales.repeat_interleave(length, side).narrow(side, 0, values.shape[side])
@@ -194,9 +195,11 @@ def _mxfp4_of(found: _Tensors, plain: str) -> Tensor:
 
 
 def mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
-    """Unpacked weight (E, I, O), from blocks (E, O, G, 16) of two values a byte and scales (E, O, G).
+    """Decode an MXFP4 weight to (E, I, O).
 
-    The low half of a byte comes first; a scale is an exponent of two with bias 127 (OCP MX 1.0).
+    Args:
+        blocks: (E, O, G, 16) bytes of two values each, the low half first.
+        scales: (E, O, G) exponents of two with bias 127 (OCP Microscaling Formats 1.0).
     """
     table = torch.tensor([*_FP4, *(-x for x in _FP4)], dtype=DTYPE)
     values = torch.stack([table[(blocks & 15).int()], table[(blocks >> 4).int()]], dim=-1)
@@ -207,8 +210,8 @@ def mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
 # -- files -----------------------------------------------------------------------------------------
 
 
-def make_room(room: int) -> Claim:
-    """A scratch folder on a disk with room for so many bytes.
+def claim_scratch(room: int) -> Claim:
+    """Claim a scratch folder on a disk with room for so many bytes.
 
     Raises:
         StorageError: there is no such room.
@@ -224,7 +227,7 @@ def make_room(room: int) -> Claim:
 
 
 def _write(path: Path, plan: list[_Planned]) -> int:
-    """Write a safetensors file tensor by tensor; returns the bytes of its tensors."""
+    """Write a safetensors file tensor by tensor; return the bytes of its tensors."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for name, shape, dtype, _ in plan:
@@ -245,8 +248,8 @@ def _write(path: Path, plan: list[_Planned]) -> int:
     return at
 
 
-def _is_made_anew(file: Path, plans: Mapping[Path, Any]) -> bool:
-    """Whether a file of the source is written anew, or is weights that the copy does without."""
+def _is_rewritten(file: Path, plans: Mapping[Path, Any]) -> bool:
+    """Return whether the copy has its own version of a source's file, or does without it."""
     name = file.name
     if is_other_form(name):
         return True
@@ -256,8 +259,8 @@ def _is_made_anew(file: Path, plans: Mapping[Path, Any]) -> bool:
     )
 
 
-def _without(config: dict[str, Any]) -> dict[str, Any]:
-    """A configuration that says nothing of quantisation."""
+def _without_quantisation(config: dict[str, Any]) -> dict[str, Any]:
+    """Drop the quantisation settings from a configuration."""
     plain = {key: value for key, value in config.items() if key != "quantization_config"}
     if isinstance(plain.get("text_config"), dict):
         inner = plain["text_config"]
@@ -272,10 +275,10 @@ def _write_json(path: Path, data: dict[str, Any]) -> None:
         raise StorageError(f"cannot write {path}: {error.strerror or error}") from None
 
 
-def _take(file: Path, target: Path) -> None:
-    """A second name of a file, or a copy where that cannot be: on another disk, of another user's.
+def _link_or_copy(file: Path, target: Path) -> None:
+    """Hard-link a file, or copy it where that cannot be: on another disk, of another user's.
 
-    No link: those that lead out of a model's folder are followed nowhere, not even ours.
+    Not a symbolic link: one that leads out of a model's folder is refused, even ours.
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The writers of a model that no data row describes: generic rules, and then the proof.
+"""Discover the writers of a model that no data row describes, by generic rules, and prove them.
 
 Shapes: N tokens, D residual width.
 """
@@ -36,16 +36,16 @@ from excise.model.anatomy import (
 from excise.model.forward import Forward
 from excise.model.kv_cache import cache_argument, select_rows
 
-# Of the states' norm: room for half precision; another row's states cost most of it.
-_STEPS_APART = 0.1
-# What a model may raise that is called in a way that it was not made for.
+# Share of the hidden states' norm: rounding in half precision is below, another row's states above.
+_CACHE_TOLERANCE = 0.1
+# What a model may raise when it is called in a way that it was not written for.
 _FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError)
-_WINDOW = 64  # tokens: windows up to this are stepped past; whole passes of long texts take long
-_PASSES = 30  # of the least squares that measure a norm's gain
+_WINDOW = 64  # tokens: sliding windows up to this are tested past their end; longer ones take long
+_PASSES = 30  # of alternating least squares
 
 
 def anatomy_of(model: Any) -> Anatomy:
-    """The anatomy of a model: as its data row says, or as it is discovered.
+    """Return the anatomy of a model: from its data row, or discovered.
 
     Raises:
         UnknownArchitecture: neither is possible.
@@ -54,10 +54,10 @@ def anatomy_of(model: Any) -> Anatomy:
 
 
 def discover(model: Any) -> Anatomy:
-    """The anatomy of a model that no row describes, found by generic rules and then proven.
+    """Discover the anatomy of a model by generic rules, and prove it.
 
-    Of all matrices in a layer whose output has the residual's width, and of the norms that take just
-    such an output, those are writers without which the layer's output is not explained. Layers are
+    Candidates are the matrices in a layer whose output has the residual's width, and the norms that take
+    just such an output. Those without which the layer's output is not explained are the writers. Layers are
     not skipped and padding is not trusted: slower, and right.
 
     Raises:
@@ -94,35 +94,38 @@ def discover(model: Any) -> Anatomy:
     )
     check_unshared(writers, config.model_type)
     prove(model, found)
-    _prove_steps(model, found)
+    _prove_cache(model, found)
     return found
 
 
-def _prove_steps(model: Any, anatomy: Anatomy) -> None:
-    """Check that rows go on from a cache as in one pass, also after others have left the batch.
+def _prove_cache(model: Any, anatomy: Anatomy) -> None:
+    """Check that decoding from a cache gives what one pass gives, also after rows have left the batch.
 
     Raises:
-        UnknownArchitecture: the model keeps something of the rows elsewhere.
+        UnknownArchitecture: the model keeps state of the rows outside its cache.
     """
     who = f"model type {anatomy.model_type!r}: no data row describes it, and"
     try:
-        # A prompt of one token must not look like a step.
+        # A prompt of one token must not be taken for a decoding step.
         cases = [(3, [1]), (1, [1, 0])]
         window = getattr(model.config.get_text_config(), "sliding_window", None)
         if isinstance(window, int) and window <= _WINDOW:
             cases.append((window + 1, [1]))
-        apart = [_steps_apart(model, anatomy, *case) for case in cases]
+        apart = [_cache_error(model, anatomy, *case) for case in cases]
     except _FAILURES as error:
         raise UnknownArchitecture(f"{who} it cannot be decoded ({first_line(error)})") from error
-    if not all(share <= _STEPS_APART for share in apart):  # also where one is not a number
+    if not all(share <= _CACHE_TOLERANCE for share in apart):  # a NaN fails too
         raise UnknownArchitecture(
             f"{who} step by step it does not say what it says in one pass: it keeps states of the "
             "batch's rows outside its cache"
         )
 
 
-def _steps_apart(model: Any, anatomy: Anatomy, first: int, rows: list[int]) -> float:
-    """How far states of some rows step by step, after `first` tokens of all, are from one pass."""
+def _cache_error(model: Any, anatomy: Anatomy, first: int, rows: list[int]) -> float:
+    """Return the relative distance between hidden states of single steps and those of one pass.
+
+    `first` tokens of all rows are prefilled; then only `rows` go on, a token at a time.
+    """
     forward, ids = Forward(model, anatomy), probe_tokens(model, first + 2)
     mask = torch.ones_like(ids)
     positions = mask.cumsum(-1) - 1
@@ -157,7 +160,7 @@ def _find_layers(model: Any, config: Any) -> tuple[str, Any, tuple[nn.Module, ..
 def _find_writers(
     run: LayerRun, layer: nn.Module, index: int, path: str, width: int
 ) -> list[Writer]:
-    """The writers of one layer: every candidate that the layer's output cannot be explained without."""
+    """Return one layer's writers: every candidate without which the layer's output is not explained."""
     candidates = {name: m for name, m in layer.named_modules() if _could_write(m, width)}
     norms = {n: m for n, m in layer.named_modules() if _is_norm(m, width)}
     seen = outputs_of(run, [*candidates.values(), *norms.values()])
@@ -194,7 +197,7 @@ def _is_norm(module: Any, width: int) -> bool:
 
 
 def _chained_gain(seen: Seen, norms: list[nn.Module], y: Tensor) -> Tensor | None:
-    """Product of the gains of the norms that take just this output, one after the other."""
+    """Multiply the gains of the norms that take just this output, one after the other."""
     gain: Tensor | None = None
     while True:
         following = [
@@ -213,7 +216,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 def _measured_gain(x: Tensor, y: Tensor) -> Tensor:
-    """The gain (D,) of an RMS norm, y = gain x / rms(x), whatever each token's rms is.
+    """Estimate the gain (D,) of an RMS norm, y = gain x / rms(x), whatever each token's rms is.
 
     By alternating least squares: y / x is a product of one factor per token and one per dimension.
     """

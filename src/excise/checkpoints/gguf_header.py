@@ -1,9 +1,9 @@
 """Read the header of a GGUF file: its keys, and where its tensors are. No tensor is read here.
 
-gguf-py's own reader makes an object of every token of the vocabulary; this one steps over long arrays
-and keeps their length only, so that its memory does not grow with the vocabulary. Every library that
-reads such a file here comes after it: what the header claims is held against bounds that real files
-keep, and against the file's own length.
+gguf-py's own reader makes an object of every token of the vocabulary. This one skips long arrays and
+keeps only their length, so its memory does not grow with the vocabulary. It runs before every library
+that reads such a file: the header is checked against limits that real files keep, and against the
+file's own length.
 """
 
 from __future__ import annotations
@@ -63,14 +63,14 @@ _LAYER = re.compile(r"\bblk\.(\d{1,4})\.")
 
 @dataclass(frozen=True)
 class LongArray:
-    """An array that was stepped over."""
+    """Array that was skipped, with its length."""
 
     count: int
 
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """One tensor: `shape` is row-major, as torch has it; `start` and `stop` are its bytes."""
+    """One tensor: `shape` is row-major, as in torch; its bytes are start <= byte < stop."""
 
     name: str
     type: GGMLQuantizationType
@@ -87,7 +87,7 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class GgufFile:
-    """The header of one file."""
+    """Header of one file."""
 
     path: Path
     keys: dict[str, Any]
@@ -100,18 +100,18 @@ class GgufFile:
         return str(self.keys.get("general.architecture", ""))[:64]
 
     def hyper(self, name: str) -> Any:
-        """A key of the architecture's own, such as "block_count"; None where it is not there."""
+        """Return a key of the architecture's own, such as "block_count"; None where it is missing."""
         return self.keys.get(f"{self.architecture}.{name}")
 
     @property
     def parts(self) -> int:
-        """How many files the model was split into; 1 where it was not."""
+        """Number of files that the model is split into; 1 where it is not."""
         count = self.keys.get("split.count", 1)
         return count if type(count) is int and count > 1 else 1
 
 
 class _Cursor:
-    """Reads forward through the mapped bytes of a header."""
+    """Reader that moves forward through the mapped bytes of a header."""
 
     def __init__(self, data: mmap.mmap, at: int) -> None:
         self._data = data
@@ -188,7 +188,7 @@ def _text(raw: bytes) -> str:
 
 
 def read_gguf(path: Path) -> GgufFile:
-    """The header of a GGUF file, checked to be whole.
+    """Read the header of a GGUF file and check that the file is whole.
 
     Raises:
         ModelError: no such file, not a GGUF, of a version or type that is not known, truncated, or of
@@ -259,7 +259,7 @@ def _place(name: str, kind: int, shape: tuple[int, ...], start: int) -> GgufTens
 
 
 def _check_places(tensors: Iterable[GgufTensor], size: int) -> None:
-    """Refuse tensors that lie outside the file or upon each other."""
+    """Refuse tensors that lie outside the file or overlap."""
     last = None
     for tensor in sorted(tensors, key=lambda t: (t.start, t.stop)):
         if tensor.stop > size:
@@ -272,7 +272,7 @@ def _check_places(tensors: Iterable[GgufTensor], size: int) -> None:
 
 
 def shard_names(name: str) -> list[str]:
-    """The names of all files of a split model, of which one is called `name`; it alone where none is."""
+    """List the file names of a split model, one of which is `name`; `name` alone where it is not split."""
     match = _SHARD.match(name)
     if match is None:
         return [name]
@@ -281,7 +281,7 @@ def shard_names(name: str) -> list[str]:
 
 
 def read_shards(path: Path) -> list[GgufFile]:
-    """The header of `path`, or of all the files that it is one of, where it was split.
+    """Read the header of `path` and, where it is one file of a split model, those of all the others.
 
     Raises:
         ModelError: as `read_gguf`; a file of a split is missing, or they do not belong together.
@@ -319,7 +319,7 @@ def read_shards(path: Path) -> list[GgufFile]:
 
 
 def check_sizes(shards: Sequence[GgufFile]) -> None:
-    """Refuse a language model whose header promises what its tensors do not hold.
+    """Refuse a language model whose header does not agree with its tensors.
 
     Raises:
         ModelError: a layer has no tensor, or a size is not that of any tensor or of any real model.
@@ -370,7 +370,7 @@ def check_sizes(shards: Sequence[GgufFile]) -> None:
 
 
 def name_map(head: GgufFile) -> TensorNameMap:
-    """From the names of a Transformers checkpoint to those of this GGUF.
+    """Return gguf-py's map from parameter names of a Transformers checkpoint to tensor names of this GGUF.
 
     Raises:
         ModelError: gguf-py does not know its architecture.
@@ -387,6 +387,6 @@ def name_map(head: GgufFile) -> TensorNameMap:
 
 
 def gguf_name(names: TensorNameMap, name: str) -> str | None:
-    """The GGUF's name of a parameter, or None."""
+    """Return the GGUF's name of a parameter, or None."""
     plain = re.sub(r"\blanguage_model\.(model\.)?", "", name)
     return names.get_name(plain, try_suffixes=(".weight", ".bias"))

@@ -1,7 +1,7 @@
-"""A GGUF file as the model to search: a plain bfloat16 copy of it, with its configuration and tokenizer.
+"""Dequantise a GGUF file to a plain bfloat16 checkpoint, with its configuration and tokenizer.
 
-Transformers reads it, after `gguffile` has held its header against what it contains; what Transformers
-would fill in at random, or leave out, is refused by name.
+Transformers reads it, after `gguf_header` has checked its header against its tensors. A file that
+Transformers would complete at random, or read in part, is refused by name.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
-from excise.checkpoints.dequantise import DTYPE, UNPACKED, Plain, make_room
+from excise.checkpoints.dequantise import DTYPE, UNPACKED, Plain, claim_scratch
 from excise.checkpoints.gguf_header import GgufFile, check_sizes, gguf_name, name_map, read_shards
-from excise.checkpoints.model_folder import check_loaded, explained
+from excise.checkpoints.model_folder import check_loaded, library_errors
 from excise.errors import ModelError, StorageError, first_line
 
 _FILE = "model.gguf"
-# Tensors that say nothing which the configuration does not: angles of rotary embeddings.
+# RoPE frequencies: the configuration says the same.
 _ASIDE = re.compile(r"^(rope_|.*\.(rope_freqs|attn_rot_embd)\.)")
 _LICENCE = 200  # characters: of the name of a licence
-# Llama 3.1 and what was made from it: its keys name none of these, and all files have the same.
+# RoPE scaling of Llama 3.1 and its derivatives: no key of the file names it, and it is always the same.
 _LLAMA3 = {
     "rope_type": "llama3",
     "low_freq_factor": 1.0,
@@ -40,7 +40,7 @@ _LLAMA3 = {
 
 
 def unpack_gguf(file: Path) -> Plain:
-    """A plain copy of a GGUF file, or of all the files that it is one of.
+    """Make a plain copy of a GGUF file and, where it is split, of all its parts.
 
     Raises:
         ModelError: it is not a whole GGUF of a language model, or not one that Transformers reads
@@ -51,8 +51,8 @@ def unpack_gguf(file: Path) -> Plain:
     check_sizes(shards)
     stored = sum(shard.size for shard in shards)
     plain = 2 * sum(math.prod(t.shape) for shard in shards for t in shard.tensors.values())
-    claim = make_room(plain + (stored if len(shards) > 1 else 0))
-    # In a folder of its own: what lies beside the file is none of the model's.
+    claim = claim_scratch(plain + (stored if len(shards) > 1 else 0))
+    # In a folder of its own, so that nothing beside the file is read.
     source = claim.path / "gguf"
     source.mkdir()
     if len(shards) == 1:
@@ -96,14 +96,14 @@ def join(shards: Sequence[GgufFile], target: Path) -> None:
 
 
 def _read(source: Path, shards: Sequence[GgufFile], file: Path) -> tuple[Any, Any]:
-    """Tokenizer and model as Transformers reads them, and nothing of the model left to chance."""
+    """Load tokenizer and model with Transformers; refuse a file that it does not read in full."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     given = {"gguf_file": _FILE}
-    # One of its bars is beyond that switch.
-    with explained(file.name, "cannot be read"), redirect_stderr(StringIO()):
+    # One progress bar does not heed that switch.
+    with library_errors(file.name, "cannot be read"), redirect_stderr(StringIO()):
         config = AutoConfig.from_pretrained(source, **given)
         with torch.device("meta"):
             _check_elements(file, shards, AutoModelForCausalLM.from_config(config))
@@ -119,12 +119,12 @@ def _read(source: Path, shards: Sequence[GgufFile], file: Path) -> tuple[Any, An
         )
     check_loaded(info, file.name)
     _check_all_read(file, shards, model)
-    _turn_as_llama3(file, shards, model)
+    _restore_llama3_rope(file, shards, model)
     return tokenizer, model
 
 
 def _check_elements(file: Path, shards: Sequence[GgufFile], model: nn.Module) -> None:
-    """Refuse a header whose model is far larger than the file before room is made for it."""
+    """Refuse a header whose model is far larger than the file, before the model is allocated."""
     held = sum(math.prod(t.shape) for shard in shards for t in shard.tensors.values())
     needed = sum(parameter.numel() for parameter in model.parameters())
     if needed > 2 * held:
@@ -134,16 +134,16 @@ def _check_elements(file: Path, shards: Sequence[GgufFile], model: nn.Module) ->
 
 
 def _check_all_read(file: Path, shards: Sequence[GgufFile], model: Any) -> None:
-    """Refuse a file with tensors that have no place in the model made of it, such as biases.
+    """Refuse a file with tensors, such as biases, that the loaded model has no place for.
 
-    Their number of elements tells; names, which are not one to one for every family, only say which.
+    The number of elements decides. Names, which do not map one to one in every family, only say which.
     """
     tied = set(model.all_tied_weights_keys)
     ours = {name: t for name, t in model.state_dict().items() if name not in tied}
     layers = model.config.get_text_config().num_hidden_layers
     spare: dict[str, int] = {}
     for name, tensor in ((t.name, t) for shard in shards for t in shard.tensors.values()):
-        beyond = re.match(r"blk\.(\d+)\.", name)  # layers that only guess tokens ahead
+        beyond = re.match(r"blk\.(\d+)\.", name)  # multi-token prediction layers come last
         guesses = beyond and int(beyond[1]) >= layers and shards[0].hyper("nextn_predict_layers")
         aside = _ASIDE.match(name) or (tied and name == "output.weight")
         if not aside and not guesses:
@@ -160,11 +160,11 @@ def _check_all_read(file: Path, shards: Sequence[GgufFile], model: Any) -> None:
         )
 
 
-def _turn_as_llama3(file: Path, shards: Sequence[GgufFile], model: Any) -> None:
-    """Put the stretched angles of Llama 3.1 into the configuration: Transformers leaves them out.
+def _restore_llama3_rope(file: Path, shards: Sequence[GgufFile], model: Any) -> None:
+    """Put the RoPE scaling of Llama 3.1 into the configuration: Transformers leaves it out.
 
     Raises:
-        ModelError: the file's are of another kind.
+        ModelError: the file's frequencies are of another kind.
     """
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -194,7 +194,7 @@ def _turn_as_llama3(file: Path, shards: Sequence[GgufFile], model: Any) -> None:
 
 
 def _licence(head: GgufFile) -> str | None:
-    """The licence that a file names in one line."""
+    """Return the licence that a file names in one line."""
     name = head.keys.get("general.license")
     known = isinstance(name, str) and name.isprintable() and 0 < len(name) <= _LICENCE
     return str(name) if known else None

@@ -1,7 +1,7 @@
-"""The licence that a model's own card states, in its front matter.
+"""Read the licence that a model's own card states in its front matter.
 
-Cards come from anybody. The front matter is read as YAML's events, within bounds: nothing is built of
-it, so aliases are not followed, and what is not valid states no licence.
+Cards come from anybody. The front matter is read as YAML events, within limits: no objects are built,
+aliases are not followed, and invalid YAML states no licence.
 """
 
 from __future__ import annotations
@@ -19,14 +19,13 @@ from excise.reading import is_file
 CARD = "README.md"
 _MOST = 1 << 16  # bytes or characters of a card: its front matter stands at the beginning
 _DEEPEST, _LONGEST, _SEVERAL = 16, 100, 8  # levels; characters of a name; names
-_LOADER = getattr(
-    yaml, "CSafeLoader", yaml.SafeLoader
-)  # the one in C, where PyYAML was built with it
+# The loader in C, where PyYAML was built with it.
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _NULL = ("", "~", "null", "none")
 
 
 def licence_of(folder: Path) -> str | None:
-    """The licence of the model in a folder; None where none is stated. Several are joined by ", "."""
+    """Return the licence of the model in a folder, several joined by ", "; None where none is stated."""
     path = folder / CARD
     if not is_file(path):
         return None
@@ -39,19 +38,19 @@ def licence_of(folder: Path) -> str | None:
 
 
 def stated_in(card: str) -> str | None:
-    """The licence in a card's front matter."""
+    """Return the licence in a card's front matter; None where none is stated."""
     first, *rest = card[:_MOST].splitlines() or [""]
     if first.rstrip() != "---":
         return None
     text = "\n".join(takewhile(lambda line: line.rstrip() != "---", rest))
     found: list[list[str]] = []
-    with suppress(yaml.YAMLError):  # what stands before the fault is what it states
+    with suppress(yaml.YAMLError):  # what precedes the error counts
         found.extend(_values(yaml.parse(text, Loader=_LOADER), "license"))
-    return _name(found[-1]) if found else None  # of a key that stands there twice, the last holds
+    return _name(found[-1]) if found else None  # of equal keys the last counts
 
 
 def _values(events: Iterable[Any], wanted: str) -> Iterator[list[str]]:
-    """The text, or the texts of the list, that a key of the outermost table has, each time."""
+    """Yield, for each occurrence of a key of the outermost mapping, its text or the texts of its list."""
     depth, key = 0, None
     found: list[str] = []
     for event in events:
@@ -68,7 +67,7 @@ def _values(events: Iterable[Any], wanted: str) -> Iterator[list[str]]:
                 continue
             if key == wanted and depth <= 2:
                 found.append(str(event.value))
-        if depth == 1 and key is not None:  # its value is over
+        if depth == 1 and key is not None:  # the end of its value
             if key == wanted:
                 yield found
             key = None

@@ -1,7 +1,7 @@
-"""Load a causal LM, its tokenizer and its anatomy from a folder or a Hub id.
+"""Load a causal LM, its tokenizer and its anatomy from a folder, a GGUF file or a Hub id.
 
-Only safetensors are read, no remote code runs unless the configuration asks for it, and whatever is
-wrong with a checkpoint is said in one line before anything is computed.
+Only safetensors and GGUF are read, and no remote code runs unless the configuration allows it. A fault of
+a checkpoint is reported in one line before anything is computed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import psutil
 import torch
 from torch import nn
 
-from excise.checkpoints.dequantise import Plain, unpack
+from excise.checkpoints.dequantise import Plain, dequantise
 from excise.checkpoints.discovery import discover
 from excise.checkpoints.gguf_header import shard_names
 from excise.checkpoints.gguf_source import unpack_gguf
@@ -24,13 +24,13 @@ from excise.checkpoints.memory_check import check_fits
 from excise.checkpoints.model_folder import (
     check_folder,
     check_loaded,
-    explained,
     is_gguf,
+    library_errors,
     read_config,
     read_tensors,
     weight_files,
 )
-from excise.checkpoints.quantisation import packing
+from excise.checkpoints.quantisation import find_scheme
 from excise.checkpoints.safetensors_headers import count_elements
 from excise.checkpoints.tokenizer import load_tokenizer
 from excise.config import ModelSection
@@ -50,14 +50,14 @@ from excise.reading import full_path, is_file, is_folder
 
 DEMO = "demo"  # names the embedded model
 _NOT_WEIGHTS = [*"*.bin *.pt *.pth *.ckpt *.gguf *.onnx *.h5 *.msgpack".split(), "original/*"]
-# A model of more elements than this, times its weights' and beside them, is not the one that they are of.
+# A model may have this many times the elements of its weights, and this many more.
 _MORE, _SPARE = 2, 1 << 24
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model ready to be measured. `folder` holds the checkpoint that it came from."""
+    """Model ready to be measured. `folder` holds the checkpoint that it was loaded from."""
 
     model: Any
     tokenizer: Any
@@ -66,9 +66,9 @@ class Loaded:
     revision: str | None
     folder: Path
     dtype: torch.dtype
-    plain: Plain | None = None  # where the source is quantised: the copy that `folder` is
-    quantize: str | None = None  # how its matrices were packed as they were loaded
-    offload: Any = None  # the folder of weights that are read when they are used
+    plain: Plain | None = None  # the dequantised copy in `folder`, where the source is quantised
+    quantize: str | None = None  # how bitsandbytes packed its matrices on loading
+    offload: Any = None  # claimed folder of offloaded weights
 
     @property
     def is_local(self) -> bool:
@@ -77,24 +77,24 @@ class Loaded:
 
     @property
     def place(self) -> str:
-        """The source as others load it: a whole path, or a Hub id."""
+        """Source as others load it: an absolute path, or a Hub id."""
         if self.plain is None and self.is_local:
             return str(self.folder)
         return str(full_path(Path(self.source))) if self.is_local else self.source
 
     @property
     def published(self) -> str | None:
-        """The source's Hub id; None for a file or folder, whose path is nobody else's business."""
+        """Source's Hub id; None for a file or folder, as local paths are not published."""
         return None if self.is_local else self.source
 
     @property
     def device(self) -> torch.device:
-        """Where token ids go."""
+        """Device that token ids go to."""
         return device_of(self.model.get_input_embeddings())
 
     @property
     def notes(self) -> list[str]:
-        """What the weights are, where they are not simply those of the source."""
+        """Sentences on how the loaded weights differ from the source's; empty where they do not."""
         notes = []
         if self.plain is not None:
             notes.append(self.plain.note)
@@ -115,7 +115,7 @@ def load(section: ModelSection) -> Loaded:
         UnknownArchitecture: no data row for its model type, and its writers cannot be proven.
     """
     source = resolve(section)
-    plain = _plain(section, source)
+    plain = _dequantised(section, source)
     folder = source if plain is None else plain.folder
     files = weight_files(folder)
     _check_type(section, folder)
@@ -133,7 +133,7 @@ def load(section: ModelSection) -> Loaded:
         raise ModelError(f"model {section.source}: tensor {bad} holds NaN or infinite values")
     model.eval().requires_grad_(False)
     anatomy = _anatomy(section, model)
-    _try(section, model, anatomy)
+    _check_runs(section, model, anatomy)
     return Loaded(
         model=model,
         tokenizer=tokenizer,
@@ -148,10 +148,13 @@ def load(section: ModelSection) -> Loaded:
     )
 
 
-def _try(section: ModelSection, model: Any, anatomy: Anatomy) -> None:
-    """Refuse a model that is made, and then cannot be run: settings meet each other in a pass first.
+def _check_runs(section: ModelSection, model: Any, anatomy: Anatomy) -> None:
+    """Run one short pass: some settings contradict each other only in a forward pass.
 
-    Not where weights are offloaded: a pass would bring in all of them.
+    Not where weights are offloaded, as a pass would bring in all of them.
+
+    Raises:
+        ModelError: the pass fails, or gives NaN.
     """
     if not anatomy.layers:
         raise ModelError(
@@ -160,7 +163,7 @@ def _try(section: ModelSection, model: Any, anatomy: Anatomy) -> None:
     if any_offloaded(model):
         return
     ids = torch.tensor([[0, 1] * 4], device=device_of(model.get_input_embeddings()))
-    with explained(f"model {section.source}", "cannot be run"), torch.inference_mode():
+    with library_errors(f"model {section.source}", "cannot be run"), torch.inference_mode():
         logits = model(input_ids=ids).logits
     if bool(logits.isnan().any()):
         raise ModelError(
@@ -180,17 +183,23 @@ def _anatomy(section: ModelSection, model: Any) -> Anatomy:
     return discover(model)
 
 
-def _plain(section: ModelSection, folder: Path) -> Plain | None:
-    """A plain copy of a source that is quantised, or says so; None for one that is plain."""
+def _dequantised(section: ModelSection, folder: Path) -> Plain | None:
+    """Dequantise the source; None where it is plain and its configuration says so."""
     if folder.is_file():
         return unpack_gguf(folder)
     check_folder(folder)
     files, config = weight_files(folder), read_config(folder)
-    return unpack(folder, files, config, packing(config, read_tensors(files), section.source))
+    return dequantise(
+        folder, files, config, find_scheme(config, read_tensors(files), section.source)
+    )
 
 
 def resolve(section: ModelSection) -> Path:
-    """The local folder of a model, or its GGUF file; downloaded when `source` is a Hub id."""
+    """Return the model's local folder or GGUF file; download it where `source` is a Hub id.
+
+    Raises:
+        ModelError: there is none, or it cannot be downloaded.
+    """
     if section.source == DEMO:
         return Path(str(resources.files("excise"))) / "data" / "demo" / "model"
     path = Path(section.source)
@@ -246,7 +255,7 @@ def _download(section: ModelSection) -> Path:
 
 
 def _dtype(section: ModelSection, folder: Path, files: list[Path]) -> torch.dtype:
-    """The dtype asked for; `auto` takes what the device does well, and never what does not fit."""
+    """Return the dtype asked for; `auto` takes one that the device supports well and that fits."""
     if section.dtype != "auto":
         return _DTYPES[section.dtype]
     stored = read_config(folder)
@@ -262,7 +271,7 @@ def _dtype(section: ModelSection, folder: Path, files: list[Path]) -> torch.dtyp
 
 
 def _check_type(section: ModelSection, folder: Path) -> None:
-    """Say before anything is loaded that a model type is unknown.
+    """Refuse an unknown model type before anything is loaded.
 
     Raises:
         UnknownArchitecture: Transformers has no class for it.
@@ -278,7 +287,7 @@ def _check_type(section: ModelSection, folder: Path) -> None:
 
 
 def _auto_class(folder: Path) -> Any:
-    """The class that loads all of a model: a multimodal one with its towers, whose bytes stay."""
+    """Return the class that loads all of a model: a multimodal one with its towers."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as MULTIMODAL,
@@ -297,8 +306,8 @@ def _load_model(
 
     logging.disable_progress_bar()
     device_map = section.device_map or ("cuda:0" if torch.cuda.is_available() else None)
-    quantise = _packing(section, dtype)
-    with explained(f"model {section.source}"):
+    quantise = _quantisation_config(section, dtype)
+    with library_errors(f"model {section.source}"):
         model, info = _auto_class(folder).from_pretrained(
             folder,
             dtype=dtype,
@@ -317,16 +326,19 @@ def _load_model(
 
 
 def _check_shapes(section: ModelSection, folder: Path) -> None:
-    """Refuse a configuration whose model is larger than the weights, before any of it is made.
+    """Refuse a configuration whose model is larger than the weights, before any of it is allocated.
 
-    What is missing from the weights, or of another shape there, would be made at random first. Where a
-    model's own code may run, it may ask for memory all the same.
+    Transformers would fill in at random what is missing from the weights, or of another shape there.
+    Where a model's own code may run, it may ask for memory all the same.
+
+    Raises:
+        ModelError: config.json describes a larger model than the weights hold.
     """
     if section.trust_remote_code:
         return
     from transformers import AutoConfig
 
-    with explained(f"model {section.source}"), torch.device("meta"):
+    with library_errors(f"model {section.source}"), torch.device("meta"):
         model = _auto_class(folder).from_config(AutoConfig.from_pretrained(folder))
     count = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
     stored = count_elements(read_tensors(weight_files(folder)))
@@ -349,8 +361,8 @@ def _check_packed(section: ModelSection, model: nn.Module) -> None:
             )
 
 
-def _packing(section: ModelSection, dtype: torch.dtype) -> Any:
-    """How Transformers is to pack the matrices as it loads them; None for not at all."""
+def _quantisation_config(section: ModelSection, dtype: torch.dtype) -> Any:
+    """Return Transformers' settings for quantising the matrices on loading; None for not at all."""
     if section.quantize is None:
         return None
     if find_spec("bitsandbytes") is None:

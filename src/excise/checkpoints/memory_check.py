@@ -1,7 +1,7 @@
-"""Whether a model fits the memory at hand, known from its files' headers alone, and what would fit.
+"""Check that a model's weights fit into memory, by its files' headers alone, and name what would fit.
 
-Nothing is loaded here. Figures are of weights: keys, values and activations come on top, and the
-engine finds room for those itself.
+Nothing is loaded here. Keys, values and activations come on top of the weights; the engine finds room
+for those itself.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ class Sizes:
     other: int
 
     def bytes(self, dtype: torch.dtype, quantise: str | None = None) -> float:
-        """Weights in memory."""
+        """Return the bytes that the weights take in memory."""
         item = dtype.itemsize
         packed = _QUANTISED[quantise] if quantise else item
         return self.matrices * packed + self.other * item
 
 
 def sizes(files: Sequence[Path]) -> Sizes:
-    """Elements of a checkpoint, from its headers."""
+    """Count a checkpoint's elements, from its headers."""
     matrices = other = 0
     for tensor in read_tensors(files):
         count, name = tensor.elements, tensor.name
@@ -47,7 +47,7 @@ def sizes(files: Sequence[Path]) -> Sizes:
 
 
 def free_memory() -> tuple[int, str]:
-    """Bytes that weights may take now, and where."""
+    """Return the bytes that weights may take now, and where."""
     if torch.cuda.is_available():
         return torch.cuda.mem_get_info()[0], "on the GPU"
     return psutil.virtual_memory().available, "in this machine's memory"
@@ -56,10 +56,10 @@ def free_memory() -> tuple[int, str]:
 def check_fits(section: ModelSection, files: Sequence[Path], dtype: torch.dtype) -> None:
     """Refuse a model whose weights do not fit, before any of them is read.
 
-    A `device_map` of the user's own is taken at its word: it may offload.
+    A `device_map` is trusted: it may offload.
 
     Raises:
-        ModelError: they do not fit; what would fit is in its line.
+        ModelError: they do not fit; the message says what would.
     """
     if section.device_map is not None:
         return

@@ -1,8 +1,8 @@
-"""The one door for a checkpoint's folder: everything in it is looked at before a library reads it.
+"""Check a checkpoint's folder before a library reads it, and read its JSON files.
 
-Its files are regular, readable and its own; its JSON is parsed within bounds; the settings that our code
-or a model class trusts are of their types, and no size in them goes beyond what the weights hold. Whatever
-a library raises all the same is turned into one line here (`explained`).
+Files must be regular, readable and inside the folder. JSON is parsed within limits. Settings that our
+code or a model class trusts must have the right types, and no size may exceed what the weights hold. An
+error that a library raises all the same becomes one line (`library_errors`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ CONFIG, GENERATION = "config.json", "generation_config.json"
 INDEX = "model.safetensors.index.json"
 _WHOLE = "model.safetensors"  # all weights in one file
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-# Other forms of the weights: pickles, which also can run code, and those of other runtimes.
+# Weights in other formats: pickles, which can run code, and those of other runtimes.
 _OTHER_FORMS = (*_PICKLES, ".bin.index.json", ".gguf", ".onnx", ".h5", ".msgpack")
 _DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 _ADAPTER = "adapter_config.json"
@@ -34,7 +34,7 @@ _LFS = (".safetensors", ".json", ".model", ".jinja", ".txt")  # what a load may 
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a folder that is not, or not only, one whole model.
+    """Refuse a folder that does not hold exactly one whole model.
 
     Raises:
         ModelError: a file cannot be read, is a pipe, a link out of the folder or a Git LFS pointer; the
@@ -66,7 +66,7 @@ _MERGE = "merge it first, PeftModel.from_pretrained(base, adapter).merge_and_unl
 
 
 def is_other_form(name: str) -> bool:
-    """Whether a file holds weights in another form than safetensors."""
+    """Return whether a file holds weights in another format than safetensors."""
     return name.lower().endswith(_OTHER_FORMS)
 
 
@@ -74,14 +74,14 @@ def is_other_form(name: str) -> bool:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The checkpoint's config.json, its settings of the types that they must have.
+    """Read the checkpoint's config.json and check the types of its settings.
 
     Raises:
         ModelError: there is none, it cannot be read, or a setting is of another type.
     """
     path = folder / CONFIG
     if not path.is_symlink() and not path.exists():
-        raise ModelError(f"model folder {folder} has no {CONFIG}{_instead(folder)}")
+        raise ModelError(f"model folder {folder} has no {CONFIG}{_other_contents(folder)}")
     check_inside(path, folder, ModelError)
     config = _read(path, "model configuration")
     _check_types(path, config)
@@ -89,7 +89,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_generation(folder: Path) -> dict[str, Any]:
-    """The checkpoint's generation_config.json; empty where there is none.
+    """Read the checkpoint's generation_config.json; empty where there is none.
 
     Raises:
         ModelError: it cannot be read, or a setting is of another type or range than it can have.
@@ -105,7 +105,7 @@ def read_generation(folder: Path) -> dict[str, Any]:
 
 
 def read_optional(path: Path) -> dict[str, Any]:
-    """A JSON object that a checkpoint may have; empty where there is none.
+    """Read a JSON object that a checkpoint may have; empty where there is none.
 
     Raises:
         ModelError: there is one that cannot be read.
@@ -127,8 +127,8 @@ def _check_fetched(path: Path) -> None:
         raise ModelError(f"{path} is a Git LFS pointer: fetch files with `git lfs pull`")
 
 
-def _instead(folder: Path) -> str:
-    """What a folder without a configuration is."""
+def _other_contents(folder: Path) -> str:
+    """Describe what a folder without a configuration holds instead, for a message."""
     found = [path.name for path in list_files(folder, ModelError) if path.parent == Path()]
     if _ADAPTER in found:
         return f": it is an adapter, not a model; {_MERGE}"
@@ -140,7 +140,7 @@ def _instead(folder: Path) -> str:
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether a file is GGUF, by its first bytes and whatever its name."""
+    """Return whether a file is GGUF, by its first bytes and whatever its name."""
     if not is_file(path):
         return False
     try:
@@ -150,7 +150,7 @@ def is_gguf(path: Path) -> bool:
         return False
 
 
-# What a setting may be, by its name, wherever in the configuration it stands.
+# Types of settings, by their names, wherever in the configuration they stand.
 _TEXTS = ("model_type", "dtype", "torch_dtype", "transformers_weights")
 _TABLES = (
     "text_config",
@@ -161,7 +161,7 @@ _TABLES = (
     "auto_map",
 )
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
-# Of generation: what a card names and a runner is told.
+# Ranges of generation settings, which cards show and Modelfiles pass on.
 _RANGES: dict[str, tuple[float, float]] = {
     "temperature": (0, 1000), "top_p": (0, 1), "top_k": (-1, 1 << 31), "min_p": (0, 1),
     "repetition_penalty": (0, 1000),
@@ -180,7 +180,7 @@ def _check_types(path: Path, config: dict[str, Any]) -> None:
 
 
 def _wanted(name: str, value: Any) -> str | None:
-    """What a setting of this name should be, where its value is not that."""
+    """Say what a setting of this name should be; None where its value is that."""
     if value is None:
         return None
     if name in _TEXTS and not isinstance(value, str):
@@ -198,7 +198,7 @@ def _wanted(name: str, value: Any) -> str | None:
 
 
 def _settings(config: dict[str, Any], within: str = "") -> Iterator[tuple[str, str, Any]]:
-    """Every setting, also of tables in tables: where it stands, its name, its value."""
+    """Yield every setting, nested tables included: its dotted path, name and value."""
     for name, value in config.items():
         where = f"{within}{name}"
         yield where, name, value
@@ -206,13 +206,13 @@ def _settings(config: dict[str, Any], within: str = "") -> Iterator[tuple[str, s
             yield from _settings(value, f"{where}.")
 
 
-# Settings that say how many modules, or names, a class makes one by one.
+# Settings that count modules or names which a class makes one by one.
 _COUNTS = re.compile(r"(^|_)(layers?|depths?|blocks?|experts|labels)$")
-_FEW = 1000  # of which many are made in seconds, whatever the weights hold
+_FEW = 1000  # so many are made in seconds, whatever the weights hold
 
 
 def _check_sizes(folder: Path, config: dict[str, Any], tensors: Sequence[Stored]) -> None:
-    """Refuse counts that would have a class make modules for hours, before it is asked to."""
+    """Refuse module counts far beyond the weights: a class would build modules for hours."""
     fused = [tensor.shape[0] for tensor in tensors if len(tensor.shape) > 2]
     most = max(_FEW, len(tensors), *fused)
     for where, name, value in _settings(config):
@@ -238,7 +238,7 @@ def _shown(value: Any) -> str:
 
 
 def weight_index(folder: Path) -> Path | None:
-    """The index that a checkpoint's shards are loaded by; None where one file is loaded.
+    """Find the index that a checkpoint's shards are loaded by; None where one file is loaded.
 
     In Transformers' order: what the configuration names, one whole file, an index.
     """
@@ -250,7 +250,7 @@ def weight_index(folder: Path) -> Path | None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors shards of a checkpoint, each checked to open and to be whole.
+    """List the safetensors shards of a checkpoint, each checked to open and to be whole.
 
     Raises:
         ModelError: none, only pickles, a shard that the index names is missing, outside the folder,
@@ -273,10 +273,10 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_tensors(files: Sequence[Path]) -> list[Stored]:
-    """The tensors of a checkpoint's weight files.
+    """Read the headers of a checkpoint's weight files.
 
     Raises:
-        ModelError: one is stored in two of them, or a header is not whole.
+        ModelError: a tensor is stored in two of them, or a header is not whole.
     """
     found: dict[str, Stored] = {}
     for file in files:
@@ -297,7 +297,7 @@ def _no_weights(folder: Path) -> str:
             f"model folder {folder} has only pickled weights, which can run code when loaded: "
             "convert them to safetensors first"
         )
-    return f"model folder {folder} has no .safetensors weights{_instead(folder)}"
+    return f"model folder {folder} has no .safetensors weights{_other_contents(folder)}"
 
 
 def _named_weights(folder: Path) -> str | None:
@@ -345,7 +345,7 @@ def _check_shard(path: Path) -> None:
 
 
 def check_loaded(info: dict[str, Any], what: str) -> None:
-    """Refuse a model in which Transformers has made up what it did not find.
+    """Refuse a model in which Transformers has filled in missing tensors at random.
 
     Args:
         info: what `from_pretrained` gives for `output_loading_info`.
@@ -364,12 +364,12 @@ def check_loaded(info: dict[str, Any], what: str) -> None:
 
 
 @contextmanager
-def explained(what: str, fault: str = "cannot be loaded") -> Iterator[None]:
-    """Within this context a library reads what others made, and whatever it raises is one line.
+def library_errors(what: str, fault: str = "cannot be loaded") -> Iterator[None]:
+    """Turn whatever a library raises within this context into a one-line `ModelError`.
 
-    There is no narrower class: model classes raise what their code happens to, the tokenizers library
-    raises `Exception` itself, and its panics are not even that, so they are known by their name. What
-    Transformers logs meanwhile, tables of many lines, is of what our own checks name.
+    No narrower class would do: model classes raise whatever their code happens to, and the tokenizers
+    library raises `Exception` itself. Its panics are not even that, so they are recognised by their name.
+    What Transformers logs meanwhile is silenced, because our own checks name the same faults.
     """
     from transformers.utils import logging
 

@@ -1,7 +1,7 @@
-"""How a checkpoint is quantised: by its tensors, whatever its configuration says.
+"""Find a checkpoint's quantisation scheme from its tensors, whatever its configuration claims.
 
-Quantising and merging leave settings behind, so that plain weights are called packed; and packed ones
-come without a word.
+Quantising and merging leave settings behind, so plain weights are called quantised, and quantised ones
+come without settings.
 
 Shapes: O and I a writer's out and in features.
 """
@@ -16,11 +16,11 @@ from typing import Any
 from excise.checkpoints.safetensors_headers import FP8, Stored
 from excise.errors import ModelError
 
-# Suffixes of the scales of an FP8 weight; an inverse scale is multiplied all the same.
+# Suffixes of the scales of an FP8 weight; both are multiplied, whatever the name says.
 SCALES = ("_scale_inv", "_scale")
 SCALE_DTYPES = ("F64", "F32", "F16", "BF16", "F8_E8M0")
-# By which tensors that are packed some other way are known: names, and matrices of whole numbers.
-_FOREIGN = re.compile(
+# Names of tensors in other schemes; matrices of integers are another sign of one.
+_UNKNOWN = re.compile(
     r"\.(qweight|qzeros|g_idx|weight_packed|weight_shape|absmax|quant_map|SCB)$|\.quant_state\."
 )
 _CLAIM = 60  # characters of what a configuration calls a method
@@ -28,8 +28,8 @@ _WHOLE = ("U8", "I8", "I16", "U16", "I32", "U32")
 
 
 @dataclass(frozen=True)
-class Packing:
-    """How a checkpoint says that it is quantised, and how its tensors are.
+class Scheme:
+    """Quantisation scheme of a checkpoint: claimed, and found.
 
     Attributes:
         claim: the method that its configuration names; None where it names none.
@@ -42,11 +42,11 @@ class Packing:
     block: tuple[int, int] | None = None
 
 
-def packing(config: dict[str, Any], tensors: Sequence[Stored], source: str) -> Packing:
-    """How a checkpoint is quantised, by its tensors.
+def find_scheme(config: dict[str, Any], tensors: Sequence[Stored], source: str) -> Scheme:
+    """Find a checkpoint's quantisation scheme from its tensors.
 
     Raises:
-        ModelError: in a way that cannot be taken apart.
+        ModelError: it cannot be dequantised here.
     """
     found = config.get("quantization_config")
     found = _inner(config).get("quantization_config") if found is None else found
@@ -55,12 +55,12 @@ def packing(config: dict[str, Any], tensors: Sequence[Stored], source: str) -> P
         None if found is None else str(settings.get("quant_method") or "an unnamed method")[:_CLAIM]
     )
     names = {tensor.name for tensor in tensors}
-    foreign = next((t for t in tensors if _is_foreign(t, names, claim is not None)), None)
+    foreign = next((t for t in tensors if _is_unknown(t, names, claim is not None)), None)
     floats = claim == "compressed-tensors" and settings.get("format") == "float-quantized"
     fp8 = next((t for t in tensors if t.dtype in FP8), None)
     mxfp4 = any(is_pair(t.name, names) for t in tensors)
     if foreign is None and fp8 is None and not mxfp4:
-        return Packing(claim, None)
+        return Scheme(claim, None)
     if foreign is not None or not (claim in (None, "fp8", "mxfp4") or floats):
         raise ModelError(_not_unpacked(claim, settings, source, foreign or fp8))
     if fp8 is not None and claim is None and not any(fp8.name + end in names for end in SCALES):
@@ -69,7 +69,7 @@ def packing(config: dict[str, Any], tensors: Sequence[Stored], source: str) -> P
             "was made from"
         )
     name = "mxfp4" if mxfp4 and fp8 is None else claim if floats else "fp8"
-    return Packing(claim, name, _block(settings, source))
+    return Scheme(claim, name, _block(settings, source))
 
 
 def _inner(config: dict[str, Any]) -> dict[str, Any]:
@@ -77,18 +77,18 @@ def _inner(config: dict[str, Any]) -> dict[str, Any]:
     return inner if isinstance(inner, dict) else {}
 
 
-def _is_foreign(tensor: Stored, names: set[str], claimed: bool) -> bool:
-    """Whether a tensor is packed in a way that is not known here."""
-    if _FOREIGN.search(tensor.name) or tensor.dtype in ("F4", "F6_E2M3", "F6_E3M2"):
+def _is_unknown(tensor: Stored, names: set[str], claimed: bool) -> bool:
+    """Return whether a tensor is quantised in a way that is not known here."""
+    if _UNKNOWN.search(tensor.name) or tensor.dtype in ("F4", "F6_E2M3", "F6_E3M2"):
         return True
     base = re.sub("_(blocks|scales)$", "", tensor.name)
     if len(tensor.shape) < 2 or tensor.dtype not in _WHOLE or is_pair(f"{base}_blocks", names):
         return False
-    return claimed or tensor.name.endswith("weight")  # masks are kept as whole numbers too
+    return claimed or tensor.name.endswith("weight")  # masks are integers too
 
 
 def is_pair(name: str, names: set[str]) -> bool:
-    """Whether a tensor is the values of an MXFP4 pair."""
+    """Return whether a tensor holds the values of an MXFP4 pair of values and scales."""
     return name.endswith("_blocks") and f"{name.removesuffix('_blocks')}_scales" in names
 
 
@@ -120,10 +120,10 @@ def _block(settings: dict[str, Any], source: str) -> tuple[int, int] | None:
     )
 
 
-def spread_of(
+def scale_layout(
     shape: Sequence[int], scale: Sequence[int], block: tuple[int, int] | None
 ) -> str | None:
-    """What each number of an FP8 weight's scales is for: "one", "rows" or "blocks"; None if nothing."""
+    """Tell what each scale of an FP8 weight applies to: "one" (all of it), "rows", "blocks"; else None."""
     shape, scale = tuple(shape), tuple(scale)
     if block is not None and len(shape) > 1 and len(scale) == len(shape):
         parts = (-(-side // length) for side, length in zip(shape[-2:], block, strict=True))
@@ -137,21 +137,21 @@ def spread_of(
 
 
 def check_scale(tensor: Stored, scale: Stored, block: tuple[int, int] | None) -> None:
-    """Whether `scale` is the scales of an FP8 tensor.
+    """Refuse a tensor that cannot be the scales of an FP8 tensor.
 
     Raises:
-        ModelError: it cannot be.
+        ModelError: dtype or shape do not fit.
     """
-    if scale.dtype in SCALE_DTYPES and spread_of(tensor.shape, scale.shape, block) is not None:
+    if scale.dtype in SCALE_DTYPES and scale_layout(tensor.shape, scale.shape, block) is not None:
         return
     raise _damaged(scale, tensor, f" in blocks of {list(block)}" if block else "")
 
 
 def check_mxfp4(blocks: Stored, scales: Stored) -> None:
-    """Whether two tensors are values and scales of MXFP4.
+    """Refuse two tensors that cannot be values and scales of MXFP4.
 
     Raises:
-        ModelError: they cannot be.
+        ModelError: dtypes or shapes do not fit.
     """
     fits = len(blocks.shape) >= 3 and blocks.shape[-1] == 16 and scales.shape == blocks.shape[:-1]
     if not fits or (blocks.dtype, scales.dtype) != ("U8", "U8"):

@@ -1,7 +1,7 @@
-"""The headers of safetensors files: read within bounds, and checked before anything trusts them.
+"""Read the headers of safetensors files within limits, and check them against the file.
 
-Behind `read_header` every name is there once, every shape fits its bytes, and the bytes of all
-tensors together are the file.
+After `read_header` every name is unique, every shape fits its bytes, and the tensors' bytes fill the
+file without a gap.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "C64": 64, "BOOL": 8, "F4":
 BITS |= {f"{sign}{bits}": bits for sign in "IU" for bits in (8, 16, 32, 64)}
 BITS |= {"F8_E4M3": 8, "F8_E5M2": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6}
 FP8 = ("F8_E4M3", "F8_E5M2")
-_LONGEST = 100_000_000  # bytes of a header, as the format's own reader has it
+_LONGEST = 100_000_000  # bytes of a header, the limit of the safetensors library
 _NAME = 500  # characters of the name of a tensor
-_WHY = 300  # characters of what is wrong with one, which names others' tensors
+_WHY = 300  # characters of the fault that a message shows
 _POINTER = b"version https://git-lfs"
 
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor of a file: its dtype as the header writes it, its shape, and where its bytes are."""
+    """One tensor of a file: its dtype as the header writes it, its shape, and the range of its bytes."""
 
     file: Path
     name: str
@@ -41,11 +41,11 @@ class Stored:
 
     @property
     def elements(self) -> int:
-        """How many numbers it holds."""
+        """Number of its elements."""
         return math.prod(self.shape)
 
     def read_bytes(self) -> bytearray:
-        """Its bytes as they are stored.
+        """Read its bytes as they are stored.
 
         Raises:
             ModelError: the file is no longer as it was.
@@ -63,17 +63,17 @@ class Stored:
 
 
 class _BadHeader(InputError):
-    """What is wrong with a header, without its file."""
+    """Fault of a header, without the file's name."""
 
 
 def is_pointer(file: Path) -> bool:
-    """Whether a file is what Git leaves in place of one that Git LFS has not fetched."""
+    """Return whether a file is a Git LFS pointer, left in place of one that was not fetched."""
     with file.open("rb") as stream:
         return stream.read(len(_POINTER)) == _POINTER
 
 
 def read_header(file: Path) -> list[Stored]:
-    """The tensors of a safetensors file, in the order of its header.
+    """List the tensors of a safetensors file, in the order of its header.
 
     Raises:
         ModelError: it cannot be read, is cut, or its header contradicts itself or the file.
@@ -100,12 +100,12 @@ def read_header(file: Path) -> list[Stored]:
 
 
 def count_elements(tensors: Sequence[Stored]) -> int:
-    """How many numbers these tensors hold together."""
+    """Count the elements of all these tensors."""
     return sum(tensor.elements for tensor in tensors)
 
 
 def _parse(file: Path, text: bytes, size: int) -> list[Stored]:
-    header = parse_json(text, "its header", _BadHeader, pairs=_once)
+    header = parse_json(text, "its header", _BadHeader, pairs=_unique_keys)
     if not isinstance(header, dict):
         raise _BadHeader("its header is not a JSON object")
     header.pop("__metadata__", None)
@@ -145,8 +145,8 @@ def _counts(values: Any) -> tuple[int, ...] | None:
     return tuple(values) if fit else None
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A table of which no key is written twice."""
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build a table; refuse a key that is written twice."""
     table = dict(pairs)
     if len(table) < len(pairs):
         names = [name for name, _ in pairs]

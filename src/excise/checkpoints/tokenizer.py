@@ -1,7 +1,7 @@
-"""A tokenizer, from a checkpoint's folder: the one place where its libraries' own errors end.
+"""Load a tokenizer from a checkpoint's folder; its libraries' own errors become one line here.
 
-What comes out of here has read a text and written it back once, so that a vocabulary that contradicts
-itself is said as the model is loaded.
+Each tokenizer has encoded and decoded a sample once, so a vocabulary that contradicts itself is reported
+when the model is loaded.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from excise.checkpoints.model_folder import explained, read_optional
+from excise.checkpoints.model_folder import library_errors, read_optional
 from excise.errors import ModelError
 
-# Of which a tokenizer's classes read what is there; the first is some tens of megabytes at most.
+# JSON files that tokenizer classes may read; the first can have tens of megabytes.
 _TABLES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "chat_template.json", "processor_config.json"),
@@ -21,7 +21,7 @@ _SAMPLE = "What is it? 3.14"
 
 
 def load_tokenizer(folder: Path, source: str, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer in `folder`; `source` names the model that it is of, for messages.
+    """Load the tokenizer in `folder`; `source` names its model in messages.
 
     Raises:
         ModelError: there is none, or it cannot be read, or does not work.
@@ -31,7 +31,7 @@ def load_tokenizer(folder: Path, source: str, *, trust_remote_code: bool = False
     what = f"tokenizer of {source}"
     for name in _TABLES:
         read_optional(folder / name)
-    with explained(what):
+    with library_errors(what):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         ids = tokenizer(_SAMPLE)["input_ids"]
         if not isinstance(tokenizer.decode(ids), str):

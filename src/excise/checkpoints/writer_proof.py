@@ -1,8 +1,8 @@
-"""Proof, on a model's own layers, of where its writers are.
+"""Prove on a model's own layers which modules are its writers (output projections).
 
-What a layer gives must be, token by token, a combination of what it was given and of what its
-writers put out, times the gains of their post-norms: scalars (norms, multipliers, gates) may differ
-by token, directions may not come from anywhere else. Every layer runs alone, as a float32 copy.
+A layer's output must be, token by token, a linear combination of its input and of its writers' outputs,
+times the gains of their post-norms. The coefficients (norms, multipliers, gates) may differ by token.
+Every layer runs alone, as a float32 copy.
 
 Shapes: N tokens, D residual width, K vectors of one token.
 """
@@ -22,7 +22,7 @@ from excise.model.anatomy import Anatomy, Writer
 from excise.model.edits import Edit
 from excise.model.experts import edited_forward, stack_experts
 
-TOLERANCE = 3e-5  # of a layer's output, in float32; a writer that is left out costs 1e-3 and more
+TOLERANCE = 3e-5  # of a layer's output, in float32; without one of its writers it is 1e-3 and more
 _TOKENS = 10
 _ROWS = 2
 
@@ -37,26 +37,26 @@ class LayerRun:
     twins: dict[int, Any]  # id of a module of the model -> its copy
 
     def twin(self, module: nn.Module) -> nn.Module:
-        """The copy of one of the layer's modules."""
+        """Return the copy of one of the layer's modules."""
         found = self.twins[id(module)]
         assert isinstance(found, nn.Module)
         return found
 
     @property
     def given(self) -> Tensor:
-        """The residual that the layer was given: (B, T, D), or (streams, B, T, D)."""
+        """The layer's input: hidden states (B, T, D), or (streams, B, T, D)."""
         hidden: Tensor = self.args[0] if self.args else self.kwargs["hidden_states"]
         return hidden
 
     def __call__(self) -> Any:
-        """What the layer gives; what it was given stays as it is."""
+        """Run the layer; leave its input as it is."""
         args, kwargs = copy.deepcopy((self.args, self.kwargs))
         with torch.inference_mode():
             return self.layer(*args, **kwargs)
 
 
 def prove(model: nn.Module, anatomy: Anatomy) -> None:
-    """Check that the anatomy's writers, and they alone, write to the residual at every layer.
+    """Check that the anatomy's writers, and no other modules, write to the residual stream at every layer.
 
     Raises:
         UnknownArchitecture: something else writes, a writer does not, or an edit of one does not
@@ -83,7 +83,7 @@ def prove(model: nn.Module, anatomy: Anatomy) -> None:
 
 
 def layer_runs(model: nn.Module, anatomy: Anatomy) -> Iterator[LayerRun]:
-    """Every layer's call in one pass over random tokens, with a copy of the layer, one at a time."""
+    """Yield every layer's call in one pass over random tokens, with a float32 copy of the layer."""
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     def keep(_module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -105,7 +105,7 @@ def layer_runs(model: nn.Module, anatomy: Anatomy) -> Iterator[LayerRun]:
 
 
 def run_backbone(anatomy: Anatomy, ids: Tensor) -> Tensor:
-    """Final hidden states (B, T, D) of token ids (B, T), without a cache."""
+    """Return the final hidden states (B, T, D) of token ids (B, T), without a cache."""
     with torch.inference_mode():
         hidden: Tensor = anatomy.backbone(
             input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False
@@ -114,7 +114,7 @@ def run_backbone(anatomy: Anatomy, ids: Tensor) -> Tensor:
 
 
 def probe_tokens(model: Any, tokens: int = _TOKENS) -> Tensor:
-    """Random token ids (B, T), the same every time."""
+    """Draw random token ids (B, T), the same every time."""
     draw = torch.Generator().manual_seed(0)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     ids = torch.randint(vocabulary // 4, vocabulary, (_ROWS, tokens), generator=draw)
@@ -124,9 +124,11 @@ def probe_tokens(model: Any, tokens: int = _TOKENS) -> Tensor:
 def coverage_error(
     run: LayerRun, writers: Sequence[Writer], passes: Sequence[nn.Module] = ()
 ) -> tuple[float, dict[str, float]]:
-    """Share of the layer's output that its input and writers do not explain, and each one's own share.
+    """Measure what share of the layer's output is not explained by its input and writers.
 
-    The share of a component is how much more is unexplained without it.
+    Returns:
+        The unexplained share, and for every component how much is unexplained without it; 0 for one that
+        explains nothing.
     """
     modules = {id(writer.module): writer for writer in writers}
     names = {key: writer.component for key, writer in modules.items()}
@@ -148,7 +150,7 @@ def coverage_error(
 
 @dataclass(frozen=True)
 class Seen:
-    """What a layer's modules were given and gave, by the id of the model's module, and its output."""
+    """Inputs and outputs of a layer's modules, by the id of the model's module, and the layer's output."""
 
     outputs: dict[int, Tensor]
     inputs: dict[int, Tensor]
@@ -156,7 +158,7 @@ class Seen:
 
 
 def outputs_of(run: LayerRun, modules: Sequence[nn.Module]) -> Seen:
-    """Run the layer and keep what goes into and comes out of these modules."""
+    """Run the layer; keep the inputs and outputs of these modules."""
     outputs: dict[int, Tensor] = {}
     inputs: dict[int, Tensor] = {}
 
@@ -177,7 +179,7 @@ def outputs_of(run: LayerRun, modules: Sequence[nn.Module]) -> Seen:
 
 
 def unexplained(given: Tensor, columns: dict[str, Tensor], result: Tensor) -> float:
-    """Largest |rest| / |output| over tokens, by least squares over the K vectors of each token."""
+    """Return the largest |rest| / |output| over tokens, by least squares over each token's K vectors."""
     width = result.shape[-1]
     n = result.shape[-3] * result.shape[-2]
     streams = given.double().reshape(-1, n, width)  # (streams, N, D)
@@ -193,7 +195,7 @@ def unexplained(given: Tensor, columns: dict[str, Tensor], result: Tensor) -> fl
 
 
 def _responds(run: LayerRun, writer: Writer) -> bool:
-    """Whether a random edit of the matrix changes the module's output exactly as predicted."""
+    """Return whether a random edit of the matrix changes the module's output exactly as predicted."""
     twin: Any = run.twin(writer.module)
     before = outputs_of(run, [writer.module])
     key = id(writer.module)
@@ -205,7 +207,7 @@ def _responds(run: LayerRun, writer: Writer) -> bool:
     right = torch.randn(1, i, generator=draw) / i**0.5
     edit = Edit(left, right, 1 + 0.1 * torch.rand(o, generator=draw))
     bias = replace(writer, module=twin).bias
-    if bias is not None:  # the scale is for the matrix: undone for the bias
+    if bias is not None:  # the scale is for the matrix: undo it for the bias
         assert edit.scale is not None
         edit = replace(edit, shift=bias - edit.scale * bias)
     x, y = before.inputs[key], before.outputs[key]
@@ -222,7 +224,7 @@ def _responds(run: LayerRun, writer: Writer) -> bool:
 
 
 def _predicted_experts(run: LayerRun, twin: Any, edit: Edit) -> Tensor:
-    """The experts' output when every expert has this edit, by the way that candidates are stacked."""
+    """Compute the experts' output when every expert has this edit, in the way that stacks do."""
     seen: list[Any] = []
     hook = twin.register_forward_pre_hook(
         lambda _m, args, kwargs: seen.append((args, kwargs)), with_kwargs=True
@@ -255,12 +257,12 @@ def _gain(writer: Writer) -> Tensor:
 
 
 def flat(y: Tensor) -> Tensor:
-    """Tokens in one row: (N, D)."""
+    """Flatten to one row per token: (N, D)."""
     return y.reshape(-1, y.shape[-1])
 
 
 def _float(value: Any) -> Any:
-    """The same, with floating tensors in float32."""
+    """Convert floating tensors, also within containers, to float32."""
     if isinstance(value, Tensor):
         return value.float() if value.is_floating_point() else value
     if isinstance(value, dict):

@@ -1,7 +1,7 @@
-"""Measure GGUF files by running them with llama.cpp: the same scorers as the search's.
+"""Measure GGUF files by running them with llama.cpp, scored as the search scores.
 
-A file is measured beside its own unedited counterpart of the same type, so that what quantisation does
-to both is not taken for the edit's doing. Cards and records get the figures of both.
+A file is measured beside its unedited counterpart of the same type, so that the effect of quantisation
+is not taken for the edit's. Cards and records get the figures of both.
 
 Shapes: T tokens, V vocabulary.
 """
@@ -25,13 +25,13 @@ from excise.engine.stacking import CandidateEdits
 from excise.errors import ExportError
 
 _WORKER = Path(__file__).with_name("worker.py")
-_LONGEST_LINE = 1 << 24  # bytes: of an answer, without the logits after it
+_LONGEST_LINE = 1 << 24  # bytes of an answer, without its logits
 _CHUNK = 64  # positions whose distributions are compared at a time
 _REASON = re.compile(r"GGML_ASSERT.*|error.*|.*Error: .*", re.IGNORECASE)
 
 
 def available() -> bool:
-    """Whether llama-cpp-python is installed."""
+    """Return whether llama-cpp-python is installed."""
     return importlib.util.find_spec("llama_cpp") is not None
 
 
@@ -44,7 +44,7 @@ class GgufModel:
 
     def __init__(self, path: Path, longest: int, adapter: Path | None = None) -> None:
         self._path = path
-        # As many threads as torch has: llama.cpp's own choice is many times slower on a busy machine.
+        # torch's number of threads: llama.cpp's default is many times slower on a busy machine.
         numbers = [str(longest), str(torch.get_num_threads())]
         command = [*children.python(_WORKER), str(path), *numbers]
         command += [] if adapter is None else [str(adapter)]
@@ -62,7 +62,7 @@ class GgufModel:
         self._child.stop()
 
     def read(self, ids: Sequence[int], keep: int) -> Tensor:
-        """Raw logits (keep, V) of the next token after each of the last `keep` of `ids`.
+        """Return the raw logits (keep, V) of the next token after each of the last `keep` of `ids`.
 
         Raises:
             ExportError: llama.cpp stopped, or gave something else.
@@ -74,7 +74,7 @@ class GgufModel:
         return torch.frombuffer(bytearray(raw), dtype=torch.float32).view(shape)
 
     def greedy(self, ids: Sequence[int], ends: frozenset[int], limit: int) -> tuple[int, ...]:
-        """Greedy response tokens, an end token included.
+        """Decode greedily; return the response tokens, an end token included.
 
         Raises:
             ExportError: llama.cpp stopped, or gave something else.
@@ -86,7 +86,7 @@ class GgufModel:
         return tuple(tokens)
 
     def tokens(self, text: str) -> tuple[int, ...]:
-        """The tokens that llama.cpp reads of a prompt: with a BOS before it where the file says so.
+        """Tokenise a prompt as llama.cpp does: with a BOS before it where the file says so.
 
         Raises:
             ExportError: llama.cpp stopped, or gave something else.
@@ -102,7 +102,7 @@ class GgufModel:
         try:
             pipe.write(json.dumps(asked).encode() + b"\n")
             pipe.flush()
-        except OSError:  # it ended: its complaints say why
+        except OSError:  # it has ended; its standard error says why
             raise self._stopped() from None
         return self._answer()
 
@@ -131,7 +131,7 @@ class GgufModel:
         return raw
 
     def _stopped(self) -> ExportError:
-        """Why the process ended, from what it complained of."""
+        """Explain why the process ended, from its standard error."""
         code = self._child.wait()
         reasons = _REASON.findall(self._child.complaints())
         self._child.stop()
@@ -148,10 +148,10 @@ def _whole_numbers(found: Any) -> TypeGuard[list[int]]:
 
 
 class GgufEngine:
-    """Answers scorers' requests for one GGUF: an `Engine` that measures no edits.
+    """Engine that answers scorers' requests for one GGUF, without edits.
 
-    `reference` is another engine on the same prompts, whose model is the original; `spoken` are the
-    last tokens of every prompt that belong to its response.
+    `reference` is another engine on the same prompts, whose model is the original. `spoken` are the last
+    tokens of every prompt that belong to its response.
     """
 
     def __init__(
@@ -177,7 +177,7 @@ class GgufEngine:
     def measure(
         self, candidates: Sequence[CandidateEdits], requests: Sequence[Request]
     ) -> list[Evidence]:
-        """As `Engine.measure`, for the one candidate without edits."""
+        """Measure as `Engine.measure` does, for the one candidate without edits."""
         assert len(candidates) == 1, "a GGUF is one model"
         evidence = Evidence()
         for request in requests:
@@ -188,7 +188,7 @@ class GgufEngine:
         return [evidence]
 
     def responses(self, side: str) -> list[Response]:
-        """Whole greedy responses to a side's prompts, made once."""
+        """Return whole greedy responses to a side's prompts, decoded once."""
         if side not in self._known:
             self._known[side] = [self._answer(ids) for ids in self._prompts[side]]
         return self._known[side]
@@ -199,7 +199,7 @@ class GgufEngine:
         return Response(tokens, text, tokens[-1] in self._ends)
 
     def _diverge(self, side: str) -> Iterator[Tensor]:
-        """KL(original || this) at every token of the original's responses, per prompt."""
+        """Yield KL(original || this) at every token of the original's responses, per prompt."""
         original = self._reference or self
         for ids, response in zip(self._prompts[side], original.responses(side), strict=True):
             whole = [*ids, *response.tokens[:-1]]

@@ -1,7 +1,7 @@
-"""Rows of weights in ggml's types: to float32 and back, as llama.cpp itself does it.
+"""Convert rows of weights between float32 and ggml's types, as llama.cpp itself does.
 
-gguf-py turns every type into float32 and makes the plain types; ggml's own quantiser, from an
-installed llama-cpp-python, makes the others (K and IQ types).
+gguf-py decodes every type and encodes the plain ones; ggml's own quantiser, from an installed
+llama-cpp-python, encodes the others (K and IQ types).
 
 Shapes: O rows, I columns.
 """
@@ -19,10 +19,10 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType, dequanti
 
 from excise.errors import ConfigError, ExportError, ModelError
 
-# What gguf-py makes bit for bit as ggml does.
+# Types that gguf-py encodes bit for bit as ggml does.
 _PLAIN = frozenset({"F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"})
 FLOATS = ("F32", "F16", "BF16")
-# These need an importance matrix, which Excise does not make.
+# Types that need an importance matrix, which Excise does not compute.
 _NEED_IMATRIX = frozenset({"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "Q2_K_S"})
 _NO_TARGETS = frozenset(
     {"GUESSED", "MXFP4_MOE", "NVFP4", "IQ2_M", "IQ3_XS", "TQ1_0", "TQ2_0", "Q1_0", "Q2_0"}
@@ -34,13 +34,13 @@ Raw = npt.NDArray[np.uint8]
 
 
 def file_types() -> dict[str, int]:
-    """Names that a file can be quantised to, such as "Q4_K_M", and llama.cpp's number for each."""
+    """List the types that a file can be quantised to, such as "Q4_K_M": name -> llama.cpp's number."""
     names = {t.name.removeprefix("ALL_").removeprefix("MOSTLY_"): int(t) for t in LlamaFileType}
     return {n: v for n, v in names.items() if n not in _NEED_IMATRIX | _NO_TARGETS}
 
 
 def check_file_type(name: str) -> str:
-    """The name as llama.cpp writes it.
+    """Return the name as llama.cpp writes it.
 
     Raises:
         ConfigError: no such type, or one that needs an importance matrix.
@@ -58,7 +58,7 @@ def check_file_type(name: str) -> str:
 
 
 def to_float(raw: Raw, kind: GGMLQuantizationType) -> Rows:
-    """Stored rows (O, bytes) as float32 (O, I).
+    """Decode stored rows (O, bytes) to float32 (O, I).
 
     Raises:
         ModelError: gguf-py does not know this type.
@@ -70,7 +70,7 @@ def to_float(raw: Raw, kind: GGMLQuantizationType) -> Rows:
 
 
 def check_can_store(kind: GGMLQuantizationType) -> None:
-    """Whether `from_float` makes this type here.
+    """Refuse a type that `from_float` cannot encode here.
 
     Raises:
         ExportError: it needs llama-cpp-python, or an importance matrix.
@@ -89,7 +89,7 @@ def check_can_store(kind: GGMLQuantizationType) -> None:
 
 
 def from_float(rows: Rows, kind: GGMLQuantizationType) -> Raw:
-    """Rows (O, I) as `kind` stores them, (O, bytes); every row is a matter of its own."""
+    """Encode rows (O, I) in the type `kind`: (O, bytes). Each row is quantised on its own."""
     library = ggml_library()
     if library is None or kind.name in FLOATS:
         return np.ascontiguousarray(quantize(rows, kind)).view(np.uint8).reshape(len(rows), -1)
@@ -111,7 +111,7 @@ def from_float(rows: Rows, kind: GGMLQuantizationType) -> Raw:
 
 @cache
 def ggml_library() -> Any:
-    """ggml, as llama-cpp-python brings it; None where that is not installed."""
+    """Load the ggml library of llama-cpp-python; None where that is not installed."""
     try:
         import llama_cpp
     except (ImportError, OSError, RuntimeError):

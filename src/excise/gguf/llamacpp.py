@@ -1,7 +1,7 @@
-"""llama.cpp's own converter and quantiser, found and driven as programs of their own.
+"""Find llama.cpp's own converter and quantiser, and run them as programs of their own.
 
-A program that crashes cannot take Excise with it, and gets no shell: arguments are lists. Nothing of a
-checkpoint runs: the folder that the converter reads holds no code and names none.
+A program that crashes cannot take Excise with it, and gets no shell: arguments are lists. No code of a
+checkpoint runs: the folder that the converter reads holds none and names none.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ _NOISE = re.compile(r"^(INFO|WARNING|DEBUG|Traceback|\s|Writing:)|^$")
 
 @dataclass(frozen=True)
 class Tools:
-    """How the converter and the quantiser are called; `quantizer` is None where there is none."""
+    """Commands of the converter and the quantiser; `quantizer` is None where there is none."""
 
     converter: Path
     quantizer: tuple[str, ...] | None
 
 
 def find_tools(folder: Path | None, types: Sequence[str] = ()) -> Tools:
-    """llama.cpp's tools: in `folder`, else on PATH, else in llama-cpp-python and its source.
+    """Find llama.cpp's tools: in `folder`, else on PATH, else in llama-cpp-python and its source.
 
     Args:
         folder: a checkout of llama.cpp.
-        types: what is to be written; names that are not plain floats need the quantiser.
+        types: types to write; those that are not plain floats need the quantiser.
 
     Raises:
         ConfigError: there is no converter, or no quantiser where one is needed.
@@ -78,7 +78,7 @@ def _find_converter(folder: Path | None) -> Path:
 
 
 def _installed_sources() -> list[Path]:
-    """llama.cpp within the source of an installed llama-cpp-python, where that was kept."""
+    """Find llama.cpp within the source of an installed llama-cpp-python, where that was kept."""
     folders = list((Path(sys.prefix) / "src").glob("llama[-_]cpp[-_]python*"))
     found = importlib.util.find_spec("llama_cpp")
     if found is not None and found.origin is not None:
@@ -100,7 +100,7 @@ def _find_quantizer(folder: Path | None) -> tuple[str, ...] | None:
 
 
 def plain_copy(source: Path, folder: Path) -> Path:
-    """Links in the new `folder` to the checkpoint `source`, without anything that could run.
+    """Link the files of the checkpoint `source` into the new `folder`, without anything that could run.
 
     The converter trusts the code that a checkpoint brings or names; here it meets none.
     """
@@ -128,7 +128,7 @@ def convert(
         target: the file to write.
         kind: of the large tensors.
         name: the model's name, for the file's metadata.
-        mmproj: write the vision and audio projector in place of the language model.
+        mmproj: write the vision and audio projector instead of the language model.
 
     Raises:
         ExportError: the converter failed; its own last line says why.
@@ -160,7 +160,7 @@ def _run(command: Sequence[str], what: str, code: Sequence[Path] = ()) -> None:
 
 
 def _reason(text: str, code: int) -> str:
-    """The last line of a program's complaint that says something."""
+    """Return the last line of a program's complaint that says something."""
     lines = [line.strip() for line in text.splitlines() if not _NOISE.match(line)]
     return lines[-1][:300] if lines else f"exit code {code}"
 

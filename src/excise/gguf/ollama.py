@@ -153,7 +153,7 @@ def probe(template: Template) -> Pieces | None:
     with Renderer() as renderer:
         try:
             # What is true of today only has no place in a file.
-            if renderer.look(template.text, _NAME, "").clock is not None:
+            if renderer.analyse(template.text, _NAME, "").clock is not None:
                 return None
             return _probe(_Asked(renderer, template))
         except ModelError:  # it takes too long, or too much memory

@@ -1,12 +1,10 @@
-"""Fold edits into a GGUF of the same model in place of converting it anew.
+"""Fold edits into a GGUF of the same model instead of converting the model anew.
 
-Only the edited tensors' bytes change, and each keeps its type: every other tensor, every key and the
-place of everything in the file stay what they were. Rows are computed a block at a time, so memory
-does not grow with the file. What is edited are the source model's values where they are in memory;
-where they are not, the values that the GGUF holds.
+Only the edited tensors' bytes change, and each keeps its type: every other tensor, every key and all
+offsets in the file stay what they were. Rows are computed a block at a time, so memory does not grow with
+the file. The source model's values are edited where they are in memory, else the values in the GGUF.
 
-That the file is of this very model is proven by its values, as far as its types can show it: names
-only say where to look.
+The file must hold this model's values, as far as its types can show that: names only say where to look.
 
 Shapes: O rows and I columns of a writer, E experts.
 """
@@ -48,17 +46,17 @@ from excise.model.overrides import threads
 
 PATCHED = "edited-"  # put before the names of patched files
 _BLOCK = 1 << 18  # elements computed at a time
-_WORKERS = 2  # blocks computed at a time; ggml's quantiser and torch let each other run
+_WORKERS = 2  # blocks computed at a time: ggml's quantiser and torch release the GIL
 _PROBE = 16  # rows compared at each of a tensor's two ends and its middle
-# How far apart (relative, Frobenius) a model's own values are after a type's rounding, with room to
-# spare; by bits per weight. Another model's values of the same shape are apart by about 1.4.
-_APART = ((16, 0.01), (8, 0.03), (6, 0.06), (5, 0.1), (4, 0.2), (3, 0.35), (0, 0.6))
+# Relative Frobenius distance between a model's values and their rounding to a type, with a margin; by
+# bits per weight. Another model's values of the same shape are at about 1.4.
+_ROUNDING = ((16, 0.01), (8, 0.03), (6, 0.06), (5, 0.1), (4, 0.2), (3, 0.35), (0, 0.6))
 _SAME_NORMS = 0.01
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a writer's matrix or bias is: `rows` rows of a shard's tensor, from row `first` on.
+    """Place of a writer's matrix or bias: `rows` rows of a shard's tensor, from row `first` on.
 
     Fused experts are one tensor (E, O, I), and its rows are those of all experts.
     """
@@ -79,7 +77,7 @@ class _Fold:
 
 @dataclass(frozen=True)
 class Patch:
-    """What a patch wrote: the files, and the names of the tensors that changed."""
+    """Files that a patch wrote, and the names of the tensors that changed."""
 
     files: tuple[Path, ...]
     tensors: tuple[str, ...]
@@ -101,7 +99,7 @@ def patch_gguf(
 
     Args:
         base: a GGUF of the writers' model, or any one file of a split one.
-        destination: a new or empty folder; it is seen when all of it is there.
+        destination: a new or empty folder; it appears when all of it is there.
         edits: writer name -> edit.
         writers: the loaded model's writers, holding their original values.
         model: the model that they are of; its norms are compared too.
@@ -112,7 +110,7 @@ def patch_gguf(
     Raises:
         ModelError: `base` is not a whole GGUF of this model.
         ExportError: an edit cannot be stored in it.
-        OutputError, StorageError: as `staging.staged`.
+        OutputError, StorageError: as `files.staged`.
     """
     check_destination(destination)
     shards = read_shards(base)
@@ -130,7 +128,7 @@ def patch_gguf(
 
 
 def patched_name(base: Path, prefix: str = PATCHED) -> str:
-    """The name of the patched copy of a file, without what shells and Modelfiles could misread."""
+    """Name the patched copy of a file, without what shells and Modelfiles could misread."""
     stem = re.sub(r"[^\w.+@-]+", "-", base.name.removesuffix(".gguf"))
     return f"{prefix}{stem}.gguf"
 
@@ -141,7 +139,12 @@ def find_folds(
     writers: Sequence[Writer],
     model: nn.Module,
 ) -> list[_Fold]:
-    """What is to change where, in the files' order; everything is checked before anything is written."""
+    """Find where each edit goes, in the files' order; check everything before anything is written.
+
+    Raises:
+        ModelError: a tensor is missing, or has another shape or other values than the model's.
+        ExportError: an edit needs a bias that the file lacks, or a type that cannot be written here.
+    """
     check_sizes(shards)
     names = name_map(shards[0])
     where = {tensor.name: n for n, shard in enumerate(shards) for tensor in shard.tensors.values()}
@@ -177,7 +180,7 @@ def find_folds(
 
 
 def _module_name(writer: Writer) -> str:
-    """A writer's name; of an expert, that of the module which holds all of them."""
+    """Return a writer's name; for an expert, that of the module which holds all of them."""
     if writer.expert is None:
         return writer.name
     return re.sub(rf"\.{writer.expert}(?=\.[^.]+$)", "", writer.name)
@@ -191,7 +194,11 @@ def _check_norms(
     where: Mapping[str, int],
     model: nn.Module,
 ) -> None:
-    """Norms are stored in float32, so they tell a model from its siblings whatever the other types."""
+    """Compare the norms: stored in float32, they tell a model from its siblings whatever the other types.
+
+    Raises:
+        ModelError: a norm has another shape, or other values.
+    """
     pairs = []
     for name, parameter in model.named_parameters():
         found = tensors.get(gguf_name(names, name) or "") if parameter.dim() == 1 else None
@@ -205,7 +212,7 @@ def _check_norms(
             stored = torch.from_numpy(_read(file, found, 0, 1)[0].copy())
         ours = parameter.detach().float().cpu()
         # llama.cpp's converter adds one to gains that the model applies as 1 + weight.
-        if not any(_apart(stored - shift, ours) <= _SAME_NORMS for shift in (0.0, 1.0)):
+        if not any(_distance(stored - shift, ours) <= _SAME_NORMS for shift in (0.0, 1.0)):
             raise ModelError(
                 f"{found.name} of {path} does not hold the values of {name}: it is a GGUF of "
                 "another model, or of this one in another version"
@@ -222,7 +229,7 @@ def _check_values(path: Path, place: Place, name: str, values: Tensor) -> None:
     with path.open("rb") as file:
         stored = [_read(file, tensor, place.first + a, place.first + b) for a, b in sorted(spans)]
     ours = torch.cat([matrix[a:b].float().cpu() for a, b in sorted(spans)])
-    apart = _apart(torch.from_numpy(np.concatenate(stored)), ours)
+    apart = _distance(torch.from_numpy(np.concatenate(stored)), ours)
     if not apart <= _limit(tensor):
         raise ModelError(
             f"{tensor.name} of {path} does not hold the values of {name} (they are {apart:.2g} "
@@ -239,15 +246,15 @@ def _shape(path: Path, tensor: GgufTensor, name: str, shape: tuple[int, ...]) ->
 
 def _limit(tensor: GgufTensor) -> float:
     bits = 8 * tensor.row_bytes / tensor.shape[-1]
-    return next(limit for least, limit in _APART if bits >= least)
+    return next(limit for least, limit in _ROUNDING if bits >= least)
 
 
-def _apart(stored: Tensor, ours: Tensor) -> float:
+def _distance(stored: Tensor, ours: Tensor) -> float:
     return float((stored - ours).norm() / ours.norm().clamp_min(1e-12))
 
 
 def _read(file: io.BufferedReader, tensor: GgufTensor, first: int, last: int) -> Any:
-    """Rows first <= row < last as float32 (rows, I)."""
+    """Read rows first <= row < last as float32 (rows, I)."""
     size = tensor.row_bytes
     file.seek(tensor.start + first * size)
     raw = np.frombuffer(file.read((last - first) * size), dtype=np.uint8)
@@ -255,7 +262,7 @@ def _read(file: io.BufferedReader, tensor: GgufTensor, first: int, last: int) ->
 
 
 def _write(source: Path, target: Path, folds: Iterable[_Fold]) -> None:
-    """Copy one file, its edited rows anew."""
+    """Copy one file with its edited rows replaced."""
     with source.open("rb") as old, target.open("xb") as new:
         done = 0
         for fold in folds:
@@ -268,7 +275,7 @@ def _write(source: Path, target: Path, folds: Iterable[_Fold]) -> None:
 
 
 def _fold(fold: _Fold, start: int, old: io.BufferedReader, new: io.BufferedWriter) -> int:
-    """Write the edited rows; returns where they end."""
+    """Write the edited rows; return where they end."""
     place, tensor = fold.place, fold.place.tensor
     if place.is_bias:
         values = (
@@ -277,7 +284,7 @@ def _fold(fold: _Fold, start: int, old: io.BufferedReader, new: io.BufferedWrite
             else fold.values
         )
         edited = fold.edit.apply_to_bias(values.cpu())
-        return _put(_stored(tensor, edited[None]), start, new)
+        return _write_at(_stored(tensor, edited[None]), start, new)
     step = max(1, _BLOCK // tensor.shape[-1])
     spans = [(n, min(n + step, place.rows)) for n in range(0, place.rows, step)]
     at = start
@@ -287,12 +294,12 @@ def _fold(fold: _Fold, start: int, old: io.BufferedReader, new: io.BufferedWrite
             some = spans[index : index + _WORKERS]
             rows = [_rows(fold, first, last, old) for first, last in some]
             for raw in workers.map(partial(_edited, fold), some, rows):
-                at = _put(raw, at, new)
+                at = _write_at(raw, at, new)
     return at
 
 
 def _rows(fold: _Fold, first: int, last: int, old: io.BufferedReader) -> Tensor:
-    """The values to edit: the source's, else what the file holds."""
+    """Return the values to edit: the source's, else those of the file."""
     if fold.values is not None:
         return fold.values[first:last].cpu()
     at = fold.place.first
@@ -305,7 +312,7 @@ def _edited(fold: _Fold, span: tuple[int, int], rows: Tensor) -> Raw:
 
 
 def _stored(tensor: GgufTensor, rows: Tensor) -> Raw:
-    """Rows as the tensor's type stores them."""
+    """Encode rows in the tensor's type."""
     values = rows.float().contiguous().numpy()
     limit = np.finfo(np.float16).max if tensor.type.name == "F16" else np.inf
     if not np.isfinite(values).all() or np.abs(values).max(initial=0) > limit:
@@ -313,7 +320,7 @@ def _stored(tensor: GgufTensor, rows: Tensor) -> Raw:
     return from_float(values, tensor.type)
 
 
-def _put(raw: Raw, at: int, new: io.BufferedWriter) -> int:
+def _write_at(raw: Raw, at: int, new: io.BufferedWriter) -> int:
     new.seek(at)
     new.write(raw.data)
     return at + raw.nbytes

@@ -1,6 +1,6 @@
-"""The process that quantises one GGUF for `llamacpp`, called with SOURCE TARGET NUMBER.
+"""Worker process that quantises one GGUF for `llamacpp`, called with SOURCE TARGET NUMBER.
 
-ggml ends its process where an assertion fails, so it gets one of its own. Run as a file: it imports
+ggml aborts its process where an assertion fails, so it gets one of its own. It runs as a file and imports
 nothing of the package.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 
 def quantise(arguments: Sequence[str]) -> int:
-    """Quantise as the number of a file type says; returns the exit code."""
+    """Quantise to the file type of this number; return the exit code."""
     import llama_cpp
 
     source, target, number = arguments

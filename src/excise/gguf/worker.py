@@ -1,9 +1,8 @@
-"""The process that runs one GGUF for `llamarun`, called with FILE LONGEST THREADS [LORA].
+"""Worker process that runs one GGUF for `engine`, called with FILE LONGEST THREADS [LORA].
 
-ggml ends its process where an assertion fails, so it gets one of its own. Run as a file: it imports
-nothing of the package. Requests are JSON lines on
-standard input; answers are JSON lines on standard output, followed by float32 logits where a request
-asks for them.
+ggml aborts its process where an assertion fails, so it gets one of its own. It runs as a file and imports
+nothing of the package. Requests are JSON lines on standard input; answers are JSON lines on standard
+output, followed by float32 logits where a request asks for them.
 
 Shapes: T tokens, V vocabulary.
 """
@@ -16,8 +15,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any, BinaryIO
 
-_BATCH = 64  # tokens of a pass: llama.cpp sets room aside for the logits of all of them
-_F32 = 0  # ggml's number for float32
+_BATCH = 64  # tokens of a pass: llama.cpp reserves memory for the logits of all
+_F32 = 0  # ggml's id of float32
 
 
 class _Model:
@@ -39,7 +38,7 @@ class _Model:
         )
 
     def read(self, ids: Sequence[int]) -> Any:
-        """Logits (T, V) after each of `ids`, from the beginning."""
+        """Return the logits (T, V) after each of `ids`, from an empty context."""
         self._llama.reset()
         return self._go_on(ids)
 
@@ -49,11 +48,11 @@ class _Model:
         return self._llama.scores[before : self._llama.n_tokens]
 
     def tokens(self, text: str) -> list[int]:
-        """A prompt's tokens, with a BOS before it where the file's own keys ask for one."""
+        """Tokenise a prompt, with a BOS before it where the file's own keys ask for one."""
         return list(self._llama.tokenize(text.encode(), add_bos=True, special=True))
 
     def greedy(self, ids: Sequence[int], ends: set[int], limit: int) -> list[int]:
-        """Response tokens, an end token included."""
+        """Decode greedily; return the response tokens, an end token included."""
         logits = self.read(ids)
         out: list[int] = []
         while True:

@@ -1,4 +1,4 @@
-"""Arbitrary-rank ablation of a model's writers: what is captured, its search space, and its edits."""
+"""Arbitrary-rank ablation bound to a model's writers: its capture, search space, and candidates' edits."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
 from torch import Tensor
 
-from excise.capture.moments import few_prompts, last_rows, stacked_biases
+from excise.capture.moments import last_rows, rarely_reached, stacked_biases
 from excise.checkpoints.loading import Loaded
 from excise.config import Config
 from excise.errors import ConfigError
@@ -21,14 +21,14 @@ from excise.model.anatomy import Anatomy, Writer
 from excise.model.edits import Edit
 
 MOST_NEIGHBOURS = 15
-# Writers are solved together in parts of about this many bytes, the optimiser's history included.
+# Bytes of the writers that are solved together, the optimiser's history included.
 _PART_BYTES = {"cpu": 2 * 2**30, "cuda": 16 * 2**30}
 _HISTORY = 24  # copies of the unknowns that the optimiser keeps
 
 
 @dataclass(frozen=True)
 class AraCandidate:
-    """One point of the space: the layers first <= l < last are edited, all of them alike."""
+    """One point of the search space: layers first <= l < last are edited, all with the same parameters."""
 
     first: int
     last: int
@@ -41,7 +41,12 @@ def capture(
     tokens: Mapping[str, list[list[int]]],
     on_event: OnEvent,
 ) -> dict[str, Tensor]:
-    """Every writer's inputs at the last prompt token, under "WRITER/target" and "WRITER/contrast"."""
+    """Capture every writer's inputs at the last prompt token, under "WRITER/target" and "WRITER/contrast".
+
+    Raises:
+        MeasurementError: they are not finite.
+        MemoryExhausted: one prompt does not fit.
+    """
     out: dict[str, Tensor] = {}
     for side in ("target", "contrast"):
         rows = last_rows(loaded, writers, tokens[side], f"capture {side} writers", on_event)
@@ -50,7 +55,7 @@ def capture(
 
 
 class AraMethod:
-    """Prepared once per run; a candidate's edits are a function of the candidate alone."""
+    """Arbitrary-rank ablation, prepared once per run. An edit depends on its candidate alone."""
 
     name = "ara"
 
@@ -61,7 +66,7 @@ class AraMethod:
         self._layers = layers
         self._iterations = config.ara.iterations
         self._groups: list[tuple[list[int], AraStats]] = []
-        few, self.notes = few_prompts(writers, captured)
+        few, self.notes = rarely_reached(writers, captured)
         alike: dict[tuple[Any, ...], list[int]] = {}
         bases: dict[int, Tensor | None] = {}
         for number, writer in enumerate(writers):
@@ -81,7 +86,7 @@ class AraMethod:
         self._neighbours = min(wanted, contrast)
 
     def space(self) -> dict[str, BaseDistribution]:
-        """The search space, in the published ranges."""
+        """Return the search space, in the published ranges."""
         half = self._layers // 2
         return {
             "first_layer": IntDistribution(0, half),
@@ -93,7 +98,7 @@ class AraMethod:
         }
 
     def candidate(self, params: Mapping[str, Any]) -> AraCandidate:
-        """The candidate that these parameters name."""
+        """Make the candidate that these parameters name."""
         return AraCandidate(
             int(params["first_layer"]),
             int(params["last_layer"]),
@@ -106,10 +111,10 @@ class AraMethod:
         )
 
     def edits(self, candidate: AraCandidate) -> list[Edit | None]:
-        """One edit per writer; None for layers that the candidate leaves alone.
+        """Compute one edit per writer; None for layers that the candidate leaves alone.
 
         Raises:
-            MeasurementError: an edit ran away.
+            MeasurementError: an edit diverged.
         """
         out: list[Edit | None] = [None] * len(self.writers)
         for members, stats in self._groups:
@@ -131,7 +136,7 @@ class AraMethod:
 
 
 def _basis(rows: Tensor) -> Tensor | None:
-    """Orthonormal rows that span these inputs; None where they are no fewer than the features."""
+    """Compute orthonormal rows that span these inputs; None where they are no fewer than the features."""
     if len(rows) >= rows.shape[1]:
         return None
     return basis_for(rows, len(rows))
@@ -161,10 +166,10 @@ def _stats(
 
 
 def check(config: Config, prompts: int, _anatomy: Anatomy) -> None:
-    """Whether arbitrary-rank ablation can be set up as configured.
+    """Refuse settings that arbitrary-rank ablation cannot work with, given this many contrast prompts.
 
     Raises:
-        ConfigError: it cannot.
+        ConfigError: strengthening, too many neighbours, or row norms "pre".
     """
     if config.goal == "strengthen":
         raise ConfigError(

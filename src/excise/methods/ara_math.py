@@ -5,14 +5,14 @@ Y = X W^T, minimise over W'
 
     w_p mean((X_c W'^T - Y_c)^2) + w_s [D_k(X_t W'^T, Y_c) - c D_k(X_t W'^T, Y_t)]
 
-where D_k is the mean Euclidean distance to the k nearest rows; W' = M, or W' = n * rownormalise(M) with n
+where D_k is the mean Euclidean distance to the k nearest rows. W' = M, or W' = n * rownormalise(M) with n
 the row norms of W. The gradient in M lies in the span of the captured inputs, apart from each row's own
 direction where norms are kept, which changes nothing. So with Q (S, I) orthonormal rows that span the
 inputs, M = W_perp + C Q with W_perp fixed: outputs need only C and Z = X Q^T, and the rows' norms only
 |W_perp|^2 + |C|^2. S is at most P + N where plain coordinates have I.
 
-For c > 1 without kept norms the target term is unbounded below: edits that grow beyond all measure are
-refused with a reason.
+For c > 1 without kept norms the target term is unbounded below: edits that diverge are refused with a
+reason.
 
 Shapes: G writers of one shape, P target and N contrast prompts, O and I out and in features, S the
 span's dimensions, K neighbours.
@@ -30,13 +30,13 @@ from excise.methods.lbfgs import Minimum, minimise
 from excise.model.edits import Edit
 
 _SMALLEST = 1e-12
-# A change this many times the size of the matrix is no edit any more.
+# An edit has diverged where its norm is this many times that of the matrix.
 RUNAWAY = 10.0
 
 
 @dataclass(frozen=True)
 class AraPoint:
-    """What a candidate asks of every writer that it edits."""
+    """Parameters that a candidate gives every writer that it edits."""
 
     preserve: float  # w_p
     steer: float  # w_s
@@ -46,7 +46,7 @@ class AraPoint:
 
 @dataclass(frozen=True)
 class AraStats:
-    """What is prepared once for G writers of one shape.
+    """Statistics of G writers of one shape, prepared once.
 
     Attributes:
         basis: (G, S, I) orthonormal rows that span the inputs, or None where they span everything.
@@ -73,7 +73,7 @@ class AraStats:
     keep_norms: bool
 
     def take(self, members: Tensor) -> AraStats:
-        """The same of some of the writers."""
+        """Select the statistics of some of the writers."""
 
         def of(t: Tensor | None) -> Tensor | None:
             return None if t is None else t[members]
@@ -102,7 +102,7 @@ def prepare(
     *,
     keep_norms: bool,
 ) -> AraStats:
-    """Statistics of weights (G, O, I) with inputs (G, P, I) and (G, N, I).
+    """Prepare the statistics of weights (G, O, I) with inputs (G, P, I) and (G, N, I).
 
     `basis` (G, S, I) must span the inputs; None works in plain coordinates, S = I.
     """
@@ -128,7 +128,7 @@ def prepare(
 
 
 def objective(stats: AraStats, c: Tensor, point: AraPoint) -> Tensor:
-    """The objective (G,) at coordinates c (G, O, S); differentiable."""
+    """Evaluate the objective (G,) at coordinates c (G, O, S); differentiable."""
     matrix = scales(stats, c)[..., None] * c
     kept = stats.contrast @ matrix.mT - stats.centre
     moved = stats.target @ matrix.mT - stats.centre
@@ -139,24 +139,24 @@ def objective(stats: AraStats, c: Tensor, point: AraPoint) -> Tensor:
 
 
 def scales(stats: AraStats, c: Tensor) -> Tensor:
-    """What rows of M are multiplied with (G, O): ones, or what gives them their old norms."""
+    """Return the row scales of M (G, O): ones, or those that restore the row norms of W."""
     if not stats.keep_norms:
         return torch.ones_like(stats.norms)
     return stats.norms / (stats.outside + c.square().sum(-1)).clamp_min(_SMALLEST).sqrt()
 
 
 def nearest_distance(rows: Tensor, others: Tensor, k: int) -> Tensor:
-    """Mean Euclidean distance (G,) of rows (G, P, O) to their k nearest of others (G, N, O)."""
+    """Return the mean Euclidean distance (G,) of rows (G, P, O) to their k nearest of others (G, N, O)."""
     sizes = rows.square().sum(-1)[:, :, None] + others.square().sum(-1)[:, None]
     squares = torch.baddbmm(sizes, rows, others.mT, alpha=-2.0)  # (G, P, N)
     near = squares.topk(min(k, others.shape[1]), dim=-1, largest=False).values
-    # A row that is where it was has distance nought, where the root has no slope.
+    # At distance 0, that of a row that has not moved, the root has no gradient.
     floor = 1e-6 * others.detach().square().sum(-1).mean(1)[:, None, None] + _SMALLEST
     return (near.clamp_min(0) + floor).sqrt().mean((1, 2))
 
 
 def solve(stats: AraStats, point: AraPoint, iterations: int) -> Minimum:
-    """Minimise from W on: coordinates (G, O * S), one problem per writer."""
+    """Minimise the objective, starting from W: coordinates (G, O * S), one problem per writer."""
     shape = stats.start.shape[1:]
 
     def evaluate(flat: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
@@ -173,10 +173,10 @@ def solve(stats: AraStats, point: AraPoint, iterations: int) -> Minimum:
 def build(
     stats: AraStats, members: list[int], point: AraPoint, iterations: int, names: list[str]
 ) -> list[Edit]:
-    """The edits of the writers `members`; `names` are theirs, for what is said of a runaway.
+    """Build the edits of the writers `members`; `names` are theirs, for messages.
 
     Raises:
-        MeasurementError: an edit ran away.
+        MeasurementError: an edit diverged.
     """
     part = stats.take(torch.tensor(members, device=stats.start.device))
     with torch.inference_mode(mode=False):
@@ -187,14 +187,14 @@ def build(
     moved = torch.linalg.vector_norm((factor[..., None] * c - part.start).flatten(1), dim=1)
     whole = torch.linalg.vector_norm(part.norms, dim=1)
     for name, share in zip(names, (moved / whole.clamp_min(_SMALLEST)).tolist(), strict=True):
-        if not share <= RUNAWAY:  # a NaN is not either
+        if not share <= RUNAWAY:  # true for NaN
             raise MeasurementError(
-                f"ara: the edit of {name} ran away: its change is {share:.3g} times the matrix "
+                f"ara: the edit of {name} diverged: its change is {share:.3g} times the matrix "
                 f"(overshoot {point.overshoot:.3g}; above 1 the objective has no least value)"
             )
     out, span = change.shape[1:]
     eye = torch.eye(min(out, span), dtype=c.dtype, device=c.device)
-    if out <= span:  # the smaller rank holds it as well
+    if out <= span:  # factors of the smaller rank
         left = eye.expand(len(c), *eye.shape)
         right = -change if part.basis is None else -change @ part.basis
     else:

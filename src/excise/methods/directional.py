@@ -1,4 +1,4 @@
-"""The directional method: a model's writers, grouped by shape, and any candidate's edits of them."""
+"""Directional ablation bound to a model's writers: its search space, and any candidate's edits."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from excise.model.edits import Edit
 
 
 class DirectionalMethod:
-    """Prepared once per run; a candidate's edits are a function of the candidate alone.
+    """Directional ablation, prepared once per run. An edit depends on its candidate alone.
 
     `strengthen` adds the direction in place of removing it: strengths count as negative.
     """
@@ -56,22 +56,22 @@ class DirectionalMethod:
             self._groups.append((members, stats))
 
     def space(self) -> dict[str, BaseDistribution]:
-        """The search space: see `space.distributions`."""
+        """Return the search space: see `search_space.distributions`."""
         components = tuple(dict.fromkeys(writer.component for writer in self.writers))
         return distributions(components, self.layers)
 
     def candidate(self, params: Mapping[str, Any]) -> Candidate:
-        """The candidate that these parameters name."""
+        """Make the candidate that these parameters name."""
         return from_params(params)
 
     def edits(self, candidate: Candidate) -> list[Edit | None]:
-        """One edit per writer; None where the candidate's strength is zero."""
+        """Compute one edit per writer; None where the candidate's strength is zero."""
         strengths = [candidate.strength(w.component, w.layer) for w in self.writers]
         edits = self.graded(candidate.index, torch.tensor(strengths, dtype=torch.float64))
         return [edit if strength else None for edit, strength in zip(edits, strengths, strict=True)]
 
     def graded(self, index: float | None, strengths: Tensor) -> list[Edit | None]:
-        """Edits at `strengths` (W), one per writer, through which gradients flow to the strengths.
+        """Compute edits at `strengths` (W), one per writer, differentiable in the strengths.
 
         None for groups of writers in which no strength differs from zero.
         """

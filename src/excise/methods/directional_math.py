@@ -1,6 +1,6 @@
-"""Directional ablation in closed form: statistics prepared once, then any candidate's edits. Pure.
+"""Directional ablation in closed form: statistics prepared once, then any candidate's edits. Pure maths.
 
-Shapes: G writers of one shape, O and I their out and in features, L layers, R rank.
+Shapes: G writers of one shape, U distinct bases, O and I out and in features, L layers, R rank.
 
 With n = row norms of W, W^ = W / n, u the unit vector removed from the writer's output,
 a = u^T W^ (I), p = W^ a (O), l the strength:
@@ -9,8 +9,8 @@ a = u^T W^ (I), p = W^ a (O), l the strength:
     pre    W' = W - l (n*u) a^T
     full   W' = diag(s) (W - l (n*u) a^T),   s = (1 - 2 l u*p + l^2 u*u |a|^2)^(-1/2)
 
-"full" equals normalising the rows of W^ - l u a^T and giving them their old norms back. Where the
-output passes an RMS norm with gain g before it is added, u = normalise(g*v), because
+"full" equals normalising the rows of W^ - l u a^T and restoring their norms. Where the output passes
+an RMS norm with gain g before it is added, u = normalise(g*v), because
 v . (g*y/rms) = (g*v) . y / rms. Because u, a and p are linear in the direction, statistics prepared
 once for every layer's direction give any candidate's edits in O(O + I) per writer.
 """
@@ -31,14 +31,14 @@ _SMALLEST = 1e-12
 
 @dataclass(frozen=True)
 class GroupStats:
-    """What is prepared once for G writers of one shape.
+    """Statistics of G writers of one shape, prepared once.
 
     Row i < L of a basis belongs to layer i's direction, row L to the contrast mean of the writer's
     own layer; both carry the post-norm gain.
 
     Attributes:
         layers: (G,) the writers' layers.
-        shared: (G,) which of the U bases is the writer's: experts of a layer have one together.
+        shared: (G,) which of the U bases is the writer's; experts of a layer share one.
         basis: (U, L+1, O).
         images: (G, L+1, I) basis @ W^, or basis @ W for row norms "none".
         returns: (G, L+1, O) images @ W^^T.
@@ -63,7 +63,7 @@ class GroupStats:
 
 @dataclass(frozen=True)
 class GroupEdits:
-    """The edits of G writers of one shape: `left` (G, O), `right` (G, I), `scale`/`shift` (G, O)."""
+    """Edits of G writers of one shape: `left` (G, O), `right` (G, I), `scale` and `shift` (G, O)."""
 
     left: Tensor
     right: Tensor
@@ -71,7 +71,7 @@ class GroupEdits:
     shift: Tensor | None
 
     def one(self, g: int) -> Edit:
-        """The g-th writer's edit."""
+        """Return the g-th writer's edit."""
         scale = None if self.scale is None else self.scale[g]
         shift = None if self.shift is None else self.shift[g]
         return Edit(self.left[g][:, None], self.right[g][None, :], scale, shift)
@@ -86,7 +86,16 @@ def prepare(
     gains: list[Tensor | None] | None = None,
     biases: list[Tensor | None] | None = None,
 ) -> GroupStats:
-    """Statistics of G writers of one shape: `weights` (O, I) each, `gains` and `biases` (O,) or None."""
+    """Prepare the statistics of G writers of one shape.
+
+    Args:
+        weights: (O, I) each.
+        layers: each writer's layer.
+        directions: of all layers.
+        row_norms: "none", "pre" or "full", as above.
+        gains: (O,) of each writer's post-norms, or None.
+        biases: (O,) each, or None.
+    """
     bases: dict[tuple[int, int], Tensor] = {}
     shared, parts = [], []
     for g, (weight, layer) in enumerate(zip(weights, layers, strict=True)):
@@ -143,7 +152,7 @@ def _gram(rows: Tensor) -> Tensor:
 
 
 def build(stats: GroupStats, index: float | None, strengths: Tensor) -> GroupEdits:
-    """The edits that remove `strengths` (G,) of the direction at `index` (None: each layer's own)."""
+    """Build the edits that remove `strengths` (G,) of the direction at `index` (None: each layer's own)."""
     coefficients = _coefficients(stats, index)  # (G, L+1) float64, at most three per row
     c = coefficients[:, None, :]
     gram = stats.gram[stats.shared]
@@ -169,7 +178,7 @@ def build(stats: GroupStats, index: float | None, strengths: Tensor) -> GroupEdi
 def _bias_shift(
     stats: GroupStats, raw_u: Tensor, size: Tensor, lam: Tensor, scale: Tensor | None
 ) -> Tensor | None:
-    """A bias loses its component along u; row scales are for the matrix and are undone here."""
+    """Remove a bias's component along u; undo the row scale for it, which is for the matrix."""
     b = stats.bias
     if b is None:
         return None
@@ -178,7 +187,7 @@ def _bias_shift(
 
 
 def _coefficients(stats: GroupStats, index: float | None) -> Tensor:
-    """Each writer's direction as weights over its basis (G, L+1)."""
+    """Return each writer's direction as weights over its basis (G, L+1)."""
     writers, rows = len(stats.layers), stats.basis.shape[1]
     out = torch.zeros(writers, rows, dtype=torch.float64)
     for g, layer in enumerate(stats.layers.tolist()):
@@ -197,7 +206,7 @@ def _coefficients(stats: GroupStats, index: float | None) -> Tensor:
 def _mix(
     rows: Tensor, which: Tensor, stats: GroupStats, index: float | None, coefficients: Tensor
 ) -> Tensor:
-    """coefficients @ rows[which], touching only the rows that count: (U, L+1, X) -> (G, X)."""
+    """Compute coefficients @ rows[which] from the rows that count alone: (U, L+1, X) -> (G, X)."""
     if index is None:
         out = rows[which, stats.layers]
     else:

@@ -25,7 +25,7 @@ _GROW = 10.0
 
 @dataclass(frozen=True)
 class Minimum:
-    """Where the problems ended: points (G, N), values (G,), and evaluations in all."""
+    """Result: points (G, N), values (G,), and the number of evaluations."""
 
     points: Tensor
     values: Tensor
@@ -34,14 +34,14 @@ class Minimum:
 
 @dataclass
 class _History:
-    """The last pairs of steps and gradient changes, and each problem's scale of the first guess."""
+    """Last pairs of steps and gradient changes, and each problem's scale of the initial inverse Hessian."""
 
     most: int
     pairs: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)  # s, y, 1 / s.y or 0
     scale: Tensor | None = None
 
     def add(self, s: Tensor, y: Tensor) -> None:
-        """A pair (G, N); where its curvature is not positive it counts for nothing."""
+        """Add a pair (G, N); ignore it in problems where its curvature is not positive."""
         sy, yy = _dot(s, y), _dot(y, y)
         good = sy > 1e-10 * yy
         if self.scale is None:
@@ -52,7 +52,7 @@ class _History:
         del self.pairs[: -self.most]
 
     def direction(self, gradient: Tensor) -> Tensor:
-        """-H g by the two-loop recursion (G, N)."""
+        """Return the direction -H g (G, N) by the two-loop recursion."""
         q, alphas = gradient.clone(), []
         for s, y, rho in reversed(self.pairs):
             alpha = rho * _dot(s, q)
@@ -67,7 +67,7 @@ class _History:
 
 @dataclass(frozen=True)
 class _Point:
-    """A step along a direction, and what is there: t, f and slope (G,), gradient (G, N)."""
+    """Point along a search direction: step t, value f and slope (G,), gradient g (G, N)."""
 
     t: Tensor
     f: Tensor
@@ -75,7 +75,7 @@ class _Point:
     g: Tensor
 
     def replaced(self, where: Tensor, other: _Point) -> _Point:
-        """`other` in the problems of the mask `where`."""
+        """Replace it by `other` in the problems of the mask `where`."""
         return _Point(
             torch.where(where, other.t, self.t),
             torch.where(where, other.f, self.f),
@@ -94,8 +94,8 @@ def minimise(
 ) -> Minimum:
     """Minimise G problems from `start` (G, N).
 
-    A problem is done when a step gains less than `tolerance` of its value, or its gradient vanishes, or
-    it is no longer finite; then it stays where it was last.
+    A problem is done when a step gains less than `tolerance` of its value, its gradient vanishes, or it is
+    no longer finite; then it stays at its last point.
     """
     x = start.clone()
     everyone = torch.arange(len(x), device=x.device)
@@ -108,7 +108,9 @@ def minimise(
             break
         d = past.direction(g)
         slope = _dot(d, g)
-        uphill = (slope >= 0) | ~torch.isfinite(slope)  # not a descent direction: begin anew
+        uphill = (slope >= 0) | ~torch.isfinite(
+            slope
+        )  # not a descent direction: restart from the gradient
         d = torch.where(uphill[:, None], -g, d)
         slope = _dot(d, g)
         first = (1 / g.abs().sum(1).clamp_min(1e-30)).clamp_max(1.0)
@@ -127,10 +129,10 @@ def minimise(
 def _search(
     evaluate: Evaluate, x: Tensor, here: _Point, d: Tensor, t: Tensor, active: Tensor
 ) -> tuple[_Point, int]:
-    """A step along d (G, N) for every active problem; those that find none stay where they are.
+    """Search a step along d (G, N) for every active problem; those that find none stay where they are.
 
-    Of every problem `low` is the best point so far that the minimum is next to, `high` the other end
-    once there is one ("zooming").
+    In every problem `low` is the best point so far next to the minimum, and `high` the other end of the
+    bracket once there is one ("zooming").
     """
     f0, slope0 = here.f, here.slope
     best, low, high = here, here, here
@@ -149,7 +151,7 @@ def _search(
         high_f = (f > f0 + _ARMIJO * t * slope0) | ((f >= low.f) & (low.t > 0))
         best = best.replaced(searching & ~high_f & (f < best.f), new)
         searching = searching & (high_f | (slope.abs() > -_CURVATURE * slope0))
-        # Where the slope turned, the minimum is between this point and the last low one.
+        # Where the slope changed sign, the minimum is between this point and the last low one.
         turned = ~high_f & torch.where(zooming, slope * (high.t - low.t) >= 0, slope >= 0)
         high = high.replaced(searching & turned, low).replaced(searching & high_f, new)
         low = low.replaced(searching & ~high_f, new)
@@ -161,7 +163,7 @@ def _search(
 
 
 def _between(low: _Point, high: _Point) -> Tensor:
-    """The minimum of the cubic through two points with their slopes, kept off both ends."""
+    """Return the minimum of the cubic through two points with their slopes, kept off both ends."""
     a, b = low.t, high.t
     d1 = low.slope + high.slope - 3 * (low.f - high.f) / (a - b)
     square = d1 * d1 - low.slope * high.slope

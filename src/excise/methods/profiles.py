@@ -11,7 +11,7 @@ _SHARE = ".share"
 
 @dataclass(frozen=True)
 class Profile:
-    """Strength of one component per layer: highest at `position`, falling linearly, then zero.
+    """Strength of one component per layer: highest at the peak, falling linearly, then zero.
 
     Attributes:
         max_weight: strength at the peak; negative values of the search space mean zero.
@@ -26,7 +26,7 @@ class Profile:
     min_weight_distance: float
 
     def strength(self, layer: int) -> float:
-        """Strength at `layer`: max + d/distance (min - max) up to the distance d, 0 beyond."""
+        """Return the strength at `layer`: max + d/distance (min - max) up to the distance d, 0 beyond."""
         peak = max(self.max_weight, 0.0)
         distance = abs(layer - self.max_weight_position)
         if peak == 0.0 or distance > self.min_weight_distance:
@@ -35,7 +35,7 @@ class Profile:
         return peak + share * (self.min_weight * peak - peak)
 
     def strengths(self, layers: int) -> list[float]:
-        """Strength at each of `layers` layers."""
+        """Return the strength at each of `layers` layers."""
         return [self.strength(layer) for layer in range(layers)]
 
 

@@ -1,4 +1,4 @@
-"""The methods: what each captures of a model once, and how candidates become edits.
+"""Registry of methods: what each captures of a model once, and how candidates become edits.
 
 A method is a module of pure maths and a thin one that binds it to captured tensors and writers.
 ARCHITECTURE.md says how to add one.
@@ -27,23 +27,23 @@ from excise.prompts.sets import PromptSets
 
 
 class Method(Protocol):
-    """Prepared once per run. A candidate's edits are a function of the candidate alone."""
+    """Interface of a method, prepared once per run. An edit depends on its candidate alone."""
 
     name: str
     writers: Sequence[Writer]
     notes: tuple[str, ...]  # writers that it leaves alone, and why
 
     def space(self) -> dict[str, BaseDistribution]:
-        """The search space."""
+        """Return the search space."""
 
     def candidate(self, params: Mapping[str, Any]) -> Any:
-        """The candidate that these parameters name."""
+        """Make the candidate that these parameters name."""
 
     def edits(self, candidate: Any) -> list[Edit | None]:
-        """One edit per writer; None where the candidate leaves it alone.
+        """Compute one edit per writer; None where the candidate leaves it alone.
 
         Raises:
-            MeasurementError: this candidate has no edit, and why; the trial fails with that reason.
+            MeasurementError: this candidate has no edit, and why; its trial fails with that reason.
         """
 
 
@@ -53,8 +53,8 @@ class Bench:
 
     Attributes:
         tokens: token ids of the prompts, by role.
-        responses: gives the model's own greedy responses to the contrast prompts of the directions.
-        residuals: a side's residuals at the last prompt token, as often as they are wanted.
+        responses: makes the model's own greedy responses to the contrast prompts of the directions.
+        residuals: returns a side's pass over residuals at the last prompt token.
     """
 
     loaded: Loaded
@@ -84,10 +84,10 @@ class Kind:
     """One method of the registry.
 
     Attributes:
-        capture: what is measured of the model for it, once per run; it is stored with the run.
-        bind: the method on what was captured.
+        capture: measures what the method needs of the model, once per run; stored with the run.
+        bind: makes the method from what was captured.
         check: raises `ConfigError` where settings, the number of prompts and the model do not fit.
-        layout: of what is captured; it changes with what a version captures.
+        layout: version of what is captured; a run of another one is refused.
     """
 
     capture: Callable[[Bench], dict[str, Tensor]]
@@ -146,12 +146,11 @@ KINDS: dict[str, Kind] = {
 
 
 def named(config: Config, anatomy: Anatomy) -> Config:
-    """The configuration with its method named; where it names none, the default.
+    """Return the configuration with its method named; where it names none, with the default.
 
-    That is `ridge`, which removes a behaviour at the least drift for its time (docs/methods.md), and
-    `directional` where only directions will do or ridge was not tried: for refinement, for row
-    norms "pre", for strengthening, and where experts are edited, whose moments would take more memory
-    than the model.
+    That is `ridge`, which removes a behaviour at the least drift for its time (docs/methods.md). It is
+    `directional` where only directions will do or ridge was not tried: for refinement, for row norms "pre",
+    for strengthening, and where experts are edited, whose moments would take more memory than the model.
     """
     if config.method is not None:
         return config
@@ -165,16 +164,16 @@ def _edited_experts(anatomy: Anatomy, config: Config) -> list[Writer]:
 
 
 def kind_of(config: Config) -> Kind:
-    """The method that a configuration names."""
+    """Return the method that a configuration names."""
     assert config.method is not None, "`named` comes first"
     return KINDS[config.method]
 
 
 def check_method(anatomy: Anatomy, sets: PromptSets, config: Config) -> None:
-    """Whether the method can be set up as configured, as far as that is known before the capture.
+    """Refuse settings that the method cannot work with, as far as that is known before the capture.
 
     Raises:
-        ConfigError: it cannot.
+        ConfigError: settings, prompts and model do not fit.
     """
     if config.search.refine and config.method != "directional":
         raise ConfigError(

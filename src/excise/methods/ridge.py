@@ -1,4 +1,4 @@
-"""Ridge ablation of a model's writers: what is captured for it, its search space, and its edits."""
+"""Ridge ablation bound to a model's writers: its capture, its search space, and any candidate's edits."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import Tensor
 
 from excise.capture.moments import (
     LastRows,
-    Text,
-    few_prompts,
+    TokenSpan,
     last_rows,
+    rarely_reached,
     stacked_biases,
     token_moments,
     token_sketches,
@@ -34,9 +34,9 @@ MOST_NEIGHBOURS = 60
 
 @dataclass(frozen=True)
 class RidgeCandidate:
-    """One point of the space: what is asked of every writer, and what share of it at each layer.
+    """One point of the search space: parameters of all writers, and a share of the edit at each layer.
 
-    `shares` are further shares of components that go less far than the others.
+    `shares` multiply the shares of some components.
     """
 
     profile: Profile
@@ -44,7 +44,7 @@ class RidgeCandidate:
     shares: Mapping[str, float]
 
     def share(self, writer: Writer) -> float:
-        """What share of its way a writer goes; 0 leaves it alone."""
+        """Return the share of its edit that a writer gets; 0 leaves it alone."""
         return self.profile.strength(writer.layer) * self.shares.get(writer.component, 1.0)
 
 
@@ -56,20 +56,26 @@ def capture(
     config: Config,
     on_event: OnEvent,
 ) -> dict[str, Tensor]:
-    """What ridge ablation needs of every writer, under "WRITER/what".
+    """Capture what ridge ablation needs of every writer, under "WRITER/what".
 
-    S_keep is over the tokens that write the model's own `responses` to contrast prompts, from the
+    S_keep is over the tokens that predict the model's own `responses` to contrast prompts, from the
     prompt's last token on; S_prompt over the tokens before that one. Where a writer has more in
     features than `ridge.basis`, everything is kept in a basis of that many dimensions.
+
+    Raises:
+        MeasurementError: inputs or outputs are not finite.
+        MemoryExhausted: one prompt does not fit.
     """
     target = last_rows(loaded, writers, tokens["target"], "capture target writers", on_event)
     contrast = last_rows(loaded, writers, tokens["contrast"], "capture contrast writers", on_event)
     pairs = list(zip(tokens["contrast"], responses, strict=True))
     whole = [[*ids, *answer[:-1]] for ids, answer in pairs]
     size = config.ridge.basis
-    bases = _bases(loaded, writers, target, contrast, list(map(Text, whole)), size, on_event)
-    written = [Text(text, begin=len(ids) - 1) for text, (ids, _) in zip(whole, pairs, strict=True)]
-    before = [Text(ids, spare=1) for ids, _ in pairs]
+    bases = _bases(loaded, writers, target, contrast, list(map(TokenSpan, whole)), size, on_event)
+    written = [
+        TokenSpan(text, begin=len(ids) - 1) for text, (ids, _) in zip(whole, pairs, strict=True)
+    ]
+    before = [TokenSpan(ids, spare=1) for ids, _ in pairs]
     keep = token_moments(loaded, writers, written, bases, "capture responses", on_event)
     prompts = token_moments(loaded, writers, before, bases, "capture prompts", on_event)
     out: dict[str, Tensor] = {}
@@ -97,13 +103,13 @@ def _bases(
     writers: Sequence[Writer],
     target: Sequence[LastRows],
     contrast: Sequence[LastRows],
-    texts: Sequence[Text],
+    texts: Sequence[TokenSpan],
     size: int,
     on_event: OnEvent,
 ) -> list[Tensor | None]:
-    """A basis per writer, or None where its input space is small enough as it is.
+    """Choose a basis per writer; None where its input space is small enough as it is.
 
-    Target rows come first, then contrast rows, then where most of the tokens lie.
+    It spans target rows first, then contrast rows, then where most of the tokens lie.
     """
     large = [n for n, w in enumerate(writers) if w.shape[1] > size]
     bases: list[Tensor | None] = [None] * len(writers)
@@ -117,7 +123,7 @@ def _bases(
 
 
 def joint_basis(parts: Sequence[Tensor], size: int) -> Tensor:
-    """Orthonormal rows (Q, I): of each part in turn the most of what is left, at most `size` in all.
+    """Build orthonormal rows (Q, I), Q <= size, from the main directions of each part in turn.
 
     No part takes more than its share of the rows that are left, so the last ones have a place too.
     """
@@ -127,13 +133,13 @@ def joint_basis(parts: Sequence[Tensor], size: int) -> Tensor:
         rest = rows - (rows @ basis.T) @ basis
         if len(rest) and float(rest.abs().max()) > 0:
             new = basis_for(rest, room)
-            new = new - (new @ basis.T) @ basis  # once more: rounding must not pile up
+            new = new - (new @ basis.T) @ basis  # twice, against rounding
             basis = torch.cat([basis, basis_for(new, room)])
     return basis
 
 
 class RidgeMethod:
-    """Prepared once per run; a candidate's edits are a function of the candidate alone."""
+    """Ridge ablation, prepared once per run. An edit depends on its candidate alone."""
 
     name = "ridge"
 
@@ -148,7 +154,7 @@ class RidgeMethod:
         self._followers = followers(list(dict.fromkeys(w.component for w in writers)))
         self._groups: list[tuple[list[int], RidgeStats]] = []
         alike: dict[tuple[Any, ...], list[int]] = {}
-        few, self.notes = few_prompts(writers, captured)
+        few, self.notes = rarely_reached(writers, captured)
         for number, writer in enumerate(writers):
             if number in few:
                 continue
@@ -163,11 +169,11 @@ class RidgeMethod:
             self._groups.append((members, _stats(some, captured, self._most, restore)))
 
     def space(self) -> dict[str, BaseDistribution]:
-        """The search space; docs/methods.md says what its ranges were found by."""
+        """Return the search space; docs/methods.md says how its ranges were found."""
         most = max((s.nearest.shape[2] for _, s in self._groups), default=1)
         return {
             **hill(self._layers),
-            # Below 0 means 0, which thus has a chance of its own.
+            # Below 0 means 0, which gets a probability above zero.
             **{share_key(name): FloatDistribution(-0.5, 1.0) for name in self._followers},
             "strength": FloatDistribution(0.03, 30.0, log=True),
             "overshoot": FloatDistribution(0.0, 4.0),
@@ -176,12 +182,12 @@ class RidgeMethod:
             "first_token": FloatDistribution(0.1, 10.0, log=True),
             "prompt_tokens": FloatDistribution(0.01, 1.0, log=True),
             "rank": IntDistribution(1, self._rank, log=True),
-            # Above 1 means 1, which thus has a chance of its own.
+            # Above 1 means 1, which gets a probability above zero.
             "shared": FloatDistribution(0.0, 1.2),
         }
 
     def candidate(self, params: Mapping[str, Any]) -> RidgeCandidate:
-        """The candidate that these parameters name."""
+        """Make the candidate that these parameters name."""
         over = float(params["overshoot"])
         return RidgeCandidate(
             hill_of(params),
@@ -199,7 +205,7 @@ class RidgeMethod:
         )
 
     def edits(self, candidate: RidgeCandidate) -> list[Edit | None]:
-        """One edit per writer; None for layers that the candidate leaves alone.
+        """Compute one edit per writer; None for layers that the candidate leaves alone.
 
         Raises:
             MeasurementError: a linear system is singular.
@@ -246,10 +252,10 @@ def _stats(
 
 
 def check(config: Config, prompts: int, _anatomy: Anatomy) -> None:
-    """Whether ridge ablation can be set up as configured, with this many contrast prompts.
+    """Refuse settings that ridge ablation cannot work with, given this many contrast prompts.
 
     Raises:
-        ConfigError: it cannot.
+        ConfigError: too many neighbours, or row norms "pre".
     """
     wanted = config.ridge.neighbours
     if wanted is not None and wanted > prompts:

@@ -1,25 +1,25 @@
 """Ridge ablation: an edit of arbitrary rank in closed form. Pure maths, no model.
 
-In the manner of MEMIT's least squares (Meng et al. 2022, arXiv:2210.07229). Of one writer W (O, I):
-X (P, I) and Y (P, O) its inputs and outputs at the target prompts' last token, N (P, O) the mean of
-each one's k nearest contrast outputs; S_keep (I, I) the second moment of its inputs where responses
-that must stay are written, S_prompt the same over the tokens of their prompts, S_first at those
-prompts' last token; m the mean diagonal of S_keep. With the goals R = s (N - Y),
+A regularised least-squares problem in the manner of MEMIT (Meng et al. 2022, arXiv:2210.07229). Of one
+writer W (O, I): X (P, I) and Y (P, O) are its inputs and outputs at the target prompts' last token, and
+N (P, O) the mean of each one's k nearest contrast outputs. S_keep (I, I) is the second moment of its
+inputs where responses that must stay are written, S_prompt the same over the tokens of their prompts,
+S_first at those prompts' last token; m is the mean diagonal of S_keep. With the goals R = s (N - Y),
 K = S_keep + p S_prompt + f S_first + e m 1 and A = K + (r/P) X^T X, the edit is
 
     delta W = (r/P) R^T X A^-1,
 
-which minimises tr(D K D^T) + (r/P) |X D^T - R|^2 over D. s = 1 + c takes the
-behaviour out and a negative s puts it in.
+which minimises tr(D K D^T) + (r/P) |X D^T - R|^2 over D. s = 1 + c removes the behaviour and a
+negative s strengthens it.
 
-Two things keep the goals from fitting the prompts instead of the behaviour. A share h of every row of R
-is the mean of all rows in its place: the way that all targets have in common. And R is the best
-approximation of itself of a rank R_max, which bounds the edit's rank too: with R = U B, U (P, R_max)
-orthonormal, the edit is the product of B^T and (r/P) U^T X A^-1.
+Two regularisers keep the goals from fitting the prompts instead of the behaviour. A share h of every row
+of R is replaced by the mean of all rows: what all targets have in common. And R is replaced by its best
+approximation of rank R_max, which bounds the edit's rank too: with R = U B, U (P, R_max) orthonormal, the
+edit is the product of B^T and (r/P) U^T X A^-1.
 
 All of it happens in a basis Q of input space with orthonormal rows. Where Q spans input space the
-result is the plain one; where it does not, D = C Q is the minimiser among the edits whose rows lie in
-Q, because the objective then is the same one in the coordinates C.
+result is the plain one. Where it does not, D = C Q is the minimiser among the edits whose rows lie in
+Q, because the objective is then the same one in the coordinates C.
 
 Shapes: G writers of one shape, P target and N contrast prompts, O and I out and in features, Q rows of
 the basis, R rank, K neighbours.
@@ -36,14 +36,14 @@ from torch import Tensor
 from excise.errors import MeasurementError
 from excise.model.edits import Edit
 
-# A solution that leaves more than this share of its right-hand side is not one: float64 tries again.
+# Largest relative residual of a solution; above it, float64 tries again.
 _RESIDUAL = 1e-4
 _SMALLEST = 1e-12
 
 
 @dataclass(frozen=True)
 class RidgePoint:
-    """What a candidate asks of every writer that it edits."""
+    """Parameters that a candidate gives every writer that it edits."""
 
     strength: float  # r
     overshoot: float  # s: 1 + c, or negative
@@ -57,7 +57,7 @@ class RidgePoint:
 
 @dataclass(frozen=True)
 class RidgeStats:
-    """What is prepared once for G writers of one shape.
+    """Statistics of G writers of one shape, prepared once.
 
     Attributes:
         basis: (G, Q, I) orthonormal rows, or None where Q is all of input space.
@@ -70,10 +70,10 @@ class RidgeStats:
         squares: (G, O) squared row norms of the matrices.
         outputs: (G, P, O) outputs at the target prompts' last token.
         contrast: (G, N, O) outputs at the contrast prompts' last token.
-        nearest: (G, P, K) which contrast outputs are nearest, nearest first.
+        nearest: (G, P, K) indices of the nearest contrast outputs, nearest first.
         mean_diagonal: (G,) mean diagonal of S_keep over all of input space.
         biases: (G, O), or None.
-        restore_norms: give every row its old norm back.
+        restore_norms: restore every row's norm.
     """
 
     basis: Tensor | None
@@ -93,16 +93,16 @@ class RidgeStats:
 
 
 def nearest(outputs: Tensor, contrast: Tensor, most: int) -> Tensor:
-    """For every target output (G, P, O) the `most` nearest contrast outputs (G, N, O), nearest first."""
+    """Find the `most` nearest contrast outputs (G, N, O) of every target output (G, P, O): (G, P, K)."""
     most = min(most, contrast.shape[1])
     found: Tensor = torch.cdist(outputs, contrast).topk(most, dim=-1, largest=False).indices
     return found  # (G, P, K)
 
 
 def goals(stats: RidgeStats, members: Tensor, point: RidgePoint) -> tuple[Tensor, Tensor]:
-    """The goals as U (g, P, R) and B (g, R, O): every target output should move by its row of U B.
+    """Factor the goals as U (g, P, R) and B (g, R, O): every target output should move by its row of U B.
 
-    k and the rank are clipped to the prompts there are.
+    k and the rank are clipped to the number of prompts.
 
     Raises:
         MeasurementError: the captured outputs are not finite.
@@ -129,7 +129,7 @@ def goals(stats: RidgeStats, members: Tensor, point: RidgePoint) -> tuple[Tensor
 
 
 def deltas(stats: RidgeStats, members: Tensor, point: RidgePoint) -> tuple[Tensor, Tensor]:
-    """delta W of the writers `members` (g,), in the basis, as left (g, O, R) and right (g, R, Q).
+    """Solve for delta W of the writers `members` (g,), in the basis: left (g, O, R) and right (g, R, Q).
 
     Raises:
         MeasurementError: a system is singular, even in float64, or what was captured is not finite.
@@ -148,9 +148,13 @@ def deltas(stats: RidgeStats, members: Tensor, point: RidgePoint) -> tuple[Tenso
 def build(
     stats: RidgeStats, members: list[int], point: RidgePoint, shares: Sequence[float]
 ) -> list[Edit]:
-    """The edits of the writers `members`, each of the least rank that surely holds it.
+    """Build the edits of the writers `members`, in the fewest factors that hold each.
 
-    `shares` say what share of its way to R each of them is asked to go.
+    Args:
+        stats: of the group.
+        members: numbers of writers within it.
+        point: parameters of all of them.
+        shares: what share of its goals each of them is moved by.
 
     Raises:
         MeasurementError: a system is singular, or the edit is not finite.
@@ -166,7 +170,7 @@ def build(
         moved = 2 * stats.weights[index] @ right.mT + left @ (right @ right.mT)  # (g, O, R)
         after = before + (moved * left).sum(-1)
         scale = (before / after.clamp_min(_SMALLEST)).sqrt()
-        if stats.biases is not None:  # a bias is no part of a row: it stays as it is
+        if stats.biases is not None:  # the row scale is not for the bias: undo it
             shift = stats.biases[index] * (1 - scale)
     out, q = left.shape[1], right.shape[2]
     if min(out, q) < left.shape[2]:
@@ -188,9 +192,9 @@ def build(
 
 
 def solve(system: Tensor, right: Tensor) -> Tensor:
-    """system^-1 right for symmetric positive definite systems (g, n, n) and right (g, n, m).
+    """Solve system^-1 right for symmetric positive definite systems (g, n, n) and right (g, n, m).
 
-    By Cholesky, in the dtype given; where the solution leaves too much of `right`, again in float64.
+    By Cholesky factorisation, in the dtype given; where the residual is too large, again in float64.
 
     Raises:
         MeasurementError: not even float64 solves it.
@@ -214,16 +218,16 @@ def _attempt(system: Tensor, right: Tensor) -> Tensor | None:
     found: Tensor = torch.cholesky_solve(right, factor)
     left = torch.linalg.vector_norm(torch.baddbmm(right, system, found, beta=-1.0), dim=(1, 2))
     whole = torch.linalg.vector_norm(right, dim=(1, 2))
-    # A NaN compares as false, so it counts as unsolved.
+    # A NaN compares as false and counts as unsolved.
     return found if bool((left <= _RESIDUAL * whole + _SMALLEST).all()) else None
 
 
 def basis_for(rows: Tensor, size: int) -> Tensor:
-    """Orthonormal rows (Q, I), Q <= size, that hold most of what `rows` (N, I) span.
+    """Compute orthonormal rows (Q, I), Q <= size, that span most of `rows` (N, I).
 
-    Exactly their span where it has at most `size` dimensions.
+    Their exact span where it has at most `size` dimensions.
     """
-    # SVD by way of QR: for N rows of I >> N, many times faster than at one stroke, and as exact.
+    # QR first: for N rows of I >> N many times faster than a plain SVD, and as exact.
     q, r = torch.linalg.qr(rows.double().T)  # (I, m), (m, N)
     u, s, _ = torch.linalg.svd(r, full_matrices=False)
     kept = int((s > 1e-7 * s[0].clamp_min(_SMALLEST)).sum())

@@ -1,4 +1,4 @@
-"""Subspaces removed from a model's writers: what is captured for it, its search space, and its edits."""
+"""Subspace ablation bound to a model's writers: its capture, search space, and candidates' edits."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from excise.model.edits import Edit
 
 @dataclass(frozen=True)
 class SubspaceCandidate:
-    """A directional candidate, and how strongly each further direction is removed beside the first.
+    """Directional candidate, and how strongly each further direction is removed relative to the first.
 
     `shares` has one entry for every direction but the first; those beyond the rank are not in it.
     """
@@ -35,7 +35,7 @@ class SubspaceCandidate:
 def capture(
     target: Pass, contrast: Pass, directions: Directions, config: Config
 ) -> dict[str, Tensor]:
-    """The directions of every layer, as "rows" (L, K, D) float32, orthonormal within a layer."""
+    """Compute the directions of every layer, as "rows" (L, K, D) float32, orthonormal within a layer."""
     find = principal if config.subspace.kind == "principal" else prototypes
     t, c = (torch.cat([x[:, 1:].float().cpu() for _, x in run()]) for run in (target, contrast))
     rows = [
@@ -46,7 +46,7 @@ def capture(
 
 
 class SubspaceMethod:
-    """Prepared once per run; a candidate's edits are a function of the candidate alone."""
+    """Subspace ablation, prepared once per run. An edit depends on its candidate alone."""
 
     name = "subspace"
     notes: tuple[str, ...] = ()
@@ -68,18 +68,18 @@ class SubspaceMethod:
         self._sign = -1.0 if strengthen else 1.0
 
     def space(self) -> dict[str, BaseDistribution]:
-        """The directional space, the rank, and the strength of each direction beside the first's."""
+        """Return the directional space, the rank, and each further direction's share of the strength."""
         rank = self._rows.shape[1]
         shares = {f"share_{j + 1}": FloatDistribution(0.0, 1.5) for j in range(1, rank)}
         return {**self._single.space(), "rank": IntDistribution(1, rank), **shares}
 
     def candidate(self, params: Mapping[str, Any]) -> SubspaceCandidate:
-        """The candidate that these parameters name."""
+        """Make the candidate that these parameters name."""
         shares = tuple(float(params[f"share_{j + 1}"]) for j in range(1, int(params["rank"])))
         return SubspaceCandidate(self._single.candidate(params), shares)
 
     def edits(self, candidate: SubspaceCandidate) -> list[Edit | None]:
-        """One edit per writer; None where the candidate's strength is zero."""
+        """Compute one edit per writer; None where the candidate's strength is zero."""
         if not any(candidate.shares):
             return self._single.edits(candidate.main)  # rank one is directional ablation itself
         out: list[Edit | None] = []
@@ -91,7 +91,7 @@ class SubspaceMethod:
                 continue
             gain = writer.gain if self._section.post_norms else None
             key = (writer.layer, None if gain is None else id(gain))
-            if key not in found:  # writers of a layer without a post-norm share them
+            if key not in found:  # shared by a layer's writers without post-norms
                 found[key] = self._at(writer.layer, candidate, gain)
             strengths = [strength, *(strength * share for share in candidate.shares)]
             out.append(
@@ -106,10 +106,10 @@ class SubspaceMethod:
         return out
 
     def _at(self, layer: int, candidate: SubspaceCandidate, gain: Tensor | None) -> Tensor:
-        """The directions (K, D) that are removed at a layer; see `directions.Directions.at`.
+        """Return the directions (K, D) that are removed at a layer; see `Directions.at`.
 
-        The first may lie between two layers. The others have no order that layers share, so they are
-        those of the nearest one.
+        The first may lie between two layers. The others have no order that layers share, so they are those
+        of the nearest layer.
         """
         index = candidate.main.index
         nearest = layer if index is None else min(round(index), len(self._rows) - 1)
@@ -125,10 +125,10 @@ class SubspaceMethod:
 
 
 def check(config: Config, prompts: int, anatomy: Anatomy) -> None:
-    """Whether a subspace of the configured rank can be found.
+    """Refuse a rank that neither the residual nor the prompts have room for.
 
     Raises:
-        ConfigError: it cannot.
+        ConfigError: a subspace of the configured rank cannot be found.
     """
     rank = config.subspace.rank
     if rank > anatomy.width:

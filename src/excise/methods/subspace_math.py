@@ -1,15 +1,16 @@
 """Several directions per layer, found in residuals and removed together. Pure maths, no model.
 
 The first direction of a layer is its difference of means, so a subspace of rank one is that direction.
-The others are either principal (the axes along which target residuals vary more than contrast residuals
-do: eigenvectors of the difference of the two covariances) or prototypes (the cells of a self-organising
-map of the target residuals, less the contrast mean; Kohonen 1982), what the earlier ones hold taken out.
+The others are of one of two kinds. *Principal* ones are the axes along which target residuals vary more
+than contrast residuals do: eigenvectors of the difference of the two covariances. *Prototypes* are the
+cells of a self-organising map of the target residuals, less the contrast mean (Kohonen 1982). Each is
+orthogonalised against the earlier ones.
 
 With U (K, O) orthonormal rows, l (K) strengths, n the row norms of W and W^ = W / n:
 
     none   W' = W - U^T diag(l) U W
     pre    W' = W - (n*U^T) diag(l) U W^
-    full   pre, and every row gets its norm back
+    full   pre, with every row's norm restored
 
 Shapes: G writers of one shape, P target and N contrast prompts, L layers, K directions, D residual
 width, O and I out and in features of a writer.
@@ -31,7 +32,7 @@ _EPOCHS = 30
 
 
 def orthonormal(rows: Tensor) -> Tensor:
-    """Gram-Schmidt along the second last axis (..., K, D): row j loses what rows before it hold.
+    """Orthonormalise rows (..., K, D) by Gram-Schmidt: row j loses its components along the rows before it.
 
     A row that lies in their span becomes zero, and so removes nothing.
     """
@@ -39,7 +40,7 @@ def orthonormal(rows: Tensor) -> Tensor:
     for j in range(rows.shape[-2]):
         size = rows[..., j, :].norm(dim=-1, keepdim=True)
         row = normalise(rows[..., j, :])
-        for _ in range(2 if out else 0):  # twice: one pass leaves what rounding put there
+        for _ in range(2 if out else 0):  # twice, against rounding
             for other in out:
                 row = row - (row * other).sum(-1, keepdim=True) * other
         left = row.norm(dim=-1, keepdim=True)
@@ -49,9 +50,12 @@ def orthonormal(rows: Tensor) -> Tensor:
 
 
 def principal(target: Tensor, contrast: Tensor, first: Tensor, rank: int) -> Tensor:
-    """Principal directions (rank, D) of target (P, D) against contrast (N, D) residuals after `first`."""
+    """Find principal directions (rank, D) of target (P, D) against contrast (N, D) residuals.
+
+    `first` (D,) comes first; the others are orthogonal to it.
+    """
     t, c = (_without(x.double() - x.double().mean(0), first.double()) for x in (target, contrast))
-    # Eigenvectors of Ct - Cc lie in the span of the rows: solved there, not in D dimensions.
+    # Eigenvectors of Ct - Cc lie in the span of the rows: solve there, not in D dimensions.
     basis = torch.linalg.svd(torch.cat([t, c]), full_matrices=False)[2]  # (Q, D)
     t, c = t @ basis.T, c @ basis.T
     difference = t.T @ t / len(t) - c.T @ c / len(c)
@@ -63,10 +67,10 @@ def principal(target: Tensor, contrast: Tensor, first: Tensor, rank: int) -> Ten
 
 
 def prototypes(target: Tensor, contrast: Tensor, first: Tensor, rank: int) -> Tensor:
-    """Directions (rank, D) from the contrast mean to the cells of a map of the target residuals (P, D).
+    """Find directions (rank, D) from the contrast mean to the cells of a map of target residuals (P, D).
 
     The map has `rank` cells, and those that more prompts belong to come first. One cell is left out:
-    the cells together make up the mean, which the first direction has already.
+    together the cells make up the mean, which the first direction has already.
     """
     cells, owners = self_organising_map(target.double(), rank)
     hits = torch.bincount(owners, minlength=len(cells))
@@ -76,10 +80,10 @@ def prototypes(target: Tensor, contrast: Tensor, first: Tensor, rank: int) -> Te
 
 
 def self_organising_map(points: Tensor, cells: int) -> tuple[Tensor, Tensor]:
-    """Cells (cells, D) of a map of points (P, D), and the cell that each point belongs to (P,).
+    """Fit a self-organising map to points (P, D): its cells (cells, D), and each point's cell (P,).
 
-    Batch updates on a line of cells laid along the first principal axis: each pass every cell becomes
-    the mean of the points, weighed by how near on the line their own cell is; the width of that
+    Batch updates on a line of cells laid along the first principal axis. In each pass every cell becomes
+    the mean of the points, weighted by how near on the line their own cell is; the width of that
     neighbourhood shrinks from half the line to less than a step. Deterministic.
     """
     centre = points.mean(0)
@@ -110,7 +114,7 @@ def remove(
     strengths: Sequence[float],
     row_norms: RowNorms,
 ) -> Edit:
-    """The edit that removes `strengths` (K) of orthonormal `directions` (K, O) from W (O, I)."""
+    """Build the edit that removes `strengths` (K) of orthonormal `directions` (K, O) from W (O, I)."""
     w = weight if weight.dtype == torch.float64 else weight.float()
     u = directions.to(w)
     lam = torch.tensor(strengths, dtype=w.dtype, device=w.device)

@@ -1,8 +1,7 @@
-"""How a prompt is put to the model: its chat template, thinking switches, and where an answer begins.
+"""Decide how a prompt is put to the model: chat template, thinking switches, system prompt, answer header.
 
-Decided once per run, by what the template itself says and renders, never by a model's name; whatever
-was decided is in the record. Knows text only: token ids are made in `tokens`, and templates are
-rendered in `rendering`.
+Decided once per run, by what the template itself says and renders, never by a model's name. What was
+decided is in the record. Knows text only: `tokens` makes token ids, and `template_rendering` renders.
 """
 
 from __future__ import annotations
@@ -18,10 +17,10 @@ from typing import Any
 
 from excise.config import PromptSection
 from excise.errors import ModelError
-from excise.prompts.template_rendering import Chat, Look, Renderer, TemplateRefusal
+from excise.prompts.template_rendering import Chat, Renderer, TemplateFacts, TemplateRefusal
 from excise.prompts.template_sources import own_template, read_template
 
-# What a model without a chat template is given: documented in the README.
+# Format of prompts without a chat template, documented in the README.
 PLAIN_FORMAT = "Question: {prompt}\nAnswer:"
 
 # Variables by which templates switch thinking, with their values for off and on (None: no value).
@@ -32,7 +31,7 @@ _SWITCHES: dict[str, tuple[Any, Any]] = {
     "thinking_budget": (0, None),
 }
 _EFFORT = "reasoning_effort"  # off is "none", in templates that know this value
-# How templates write an empty thinking block: opened, what stands inside, closed.
+# How templates write an empty thinking block: opening tag, inside, closing tag.
 _BLOCKS = (
     ("<think>", "\n\n", "</think>\n\n"),
     ("<thinking>", "\n\n", "</thinking>\n\n"),
@@ -54,10 +53,10 @@ class Dressing:
         template: the chat template; None for the plain format.
         origin: what the template is, in words.
         system: the system prompt.
-        folded: the template takes no system turn, so the system prompt opens the user's.
+        folded: the template takes no system turn, so the system prompt opens the user's turn.
         listed: the template wants a message's content as a list of parts.
-        variables: what the template is given beside the messages and the tokenizer's own tokens.
-        tokens: the latter: "bos_token" and such.
+        variables: what the template is given beside the messages and the special tokens.
+        tokens: the special tokens: "bos_token" and such.
         header: text after the generation prompt, up to where an answer begins.
         notes: what was decided, a sentence each.
     """
@@ -73,7 +72,7 @@ class Dressing:
     notes: tuple[str, ...] = ()
 
     def render(self, renderer: Renderer, texts: Sequence[str]) -> list[str]:
-        """Prompts as the model sees them, up to where their answers begin.
+        """Render prompts as the model sees them, up to where their answers begin.
 
         Raises:
             ModelError: the chat template cannot render one, or leaves its text out.
@@ -83,7 +82,7 @@ class Dressing:
             return plain if self.system is None else [f"{self.system}\n\n{text}" for text in plain]
         found = [turns + self.header for turns in self.turns(renderer, texts)]
         for number, (text, turns) in enumerate(zip(texts, found, strict=True), start=1):
-            if not stands_whole(text, turns):
+            if not holds_text(text, turns):
                 raise ModelError(
                     f"{self.origin} leaves out the text of prompt {number}, {text!r:.60}: give another "
                     "one with --chat-template"
@@ -93,7 +92,7 @@ class Dressing:
     def turns(
         self, renderer: Renderer, texts: Sequence[str], answer: str | None = None
     ) -> list[str]:
-        """What the template makes of questions, and of their answer if there is one.
+        """Render conversations of one question each, and of its answer if there is one.
 
         Raises:
             ModelError: the template cannot render one.
@@ -118,7 +117,7 @@ class Dressing:
         return [{"type": "text", "text": text}] if self.listed else text
 
     def as_dict(self) -> dict[str, Any]:
-        """What the record and the study keep: JSON-ready, without the system prompt's text."""
+        """Return what the record and the study keep: JSON-ready, without the system prompt's text."""
         text = self.template
         return {
             "template": self.origin,
@@ -150,10 +149,10 @@ def dress(
         return Dressing(None, "plain format", section.system, notes=(note,))
     text, origin = found
     notes = [] if given is None else [f"Prompts are put with the {origin}."]
-    look = renderer.look(text, origin, _EFFORT)
-    held = _hold_date(look, section.date)
-    variables, said = _switches(look, section.thinking)
-    tokens = plain_tokens(tokenizer)
+    facts = renderer.analyse(text, origin, _EFFORT)
+    held = _freeze_clock(facts, section.date)
+    variables, said = _switches(facts, section.thinking)
+    tokens = special_tokens(tokenizer)
     plain = Dressing(held + text, origin, variables=variables, tokens=tokens)
     dressing = _with_system(plain, renderer, section.system)
     header = "" if section.thinking else _header(dressing, renderer)
@@ -168,7 +167,7 @@ def dress(
 
 
 def after_answer(dressing: Dressing, renderer: Renderer) -> str:
-    """What the template writes after a response; "" where it cannot render one."""
+    """Return what the template writes after a response; "" where it cannot render one."""
     if dressing.template is None:
         return ""
     try:
@@ -179,8 +178,8 @@ def after_answer(dressing: Dressing, renderer: Renderer) -> str:
     return after.strip() if found else ""
 
 
-def stands_whole(text: str, rendered: str) -> bool:
-    """Whether a text stands in what a template made of it: white space aside, as it is or escaped.
+def holds_text(text: str, rendered: str) -> bool:
+    """Return whether a template's output holds a text, as it is or escaped, white space aside.
 
     Templates trim; a few write text as HTML or JSON, and the model was trained to read it so.
     """
@@ -190,7 +189,7 @@ def stands_whole(text: str, rendered: str) -> bool:
 
 
 def closing(text: str) -> str:
-    """What closes the thinking block that `text` opens last and has nothing in yet; "" without one."""
+    """Close the thinking block that `text` has opened and left empty; "" where there is none."""
     for opened, inside, closed in _BLOCKS:
         _, tag, rest = text.rpartition(opened)
         if tag and not rest.strip():
@@ -199,7 +198,7 @@ def closing(text: str) -> str:
 
 
 def after_markup(text: str) -> str:
-    """The part of a response's beginning that stands after any thinking block."""
+    """Return the part of a response's beginning that stands after any thinking block."""
     for _, _, closed in _BLOCKS:
         text = text.rpartition(closed.strip())[2]
     return text
@@ -208,22 +207,22 @@ def after_markup(text: str) -> str:
 # -- templates -------------------------------------------------------------------------------------
 
 
-def plain_tokens(tokenizer: Any) -> dict[str, Any]:
-    """The tokenizer's special tokens by name, as Transformers gives them to templates."""
+def special_tokens(tokenizer: Any) -> dict[str, Any]:
+    """Return the tokenizer's special tokens by name, as Transformers gives them to templates."""
     return {
         name: [str(one) for one in value] if isinstance(value, list | tuple) else str(value)
         for name, value in tokenizer.special_tokens_map.items()
     }
 
 
-def _hold_date(look: Look, day: date) -> str:
-    """Source that goes before the template so that its clock stands still; "" where it has none.
+def _freeze_clock(facts: TemplateFacts, day: date) -> str:
+    """Return template source that fixes the template's clock; "" where it has none.
 
     Token ids that change from day to day could not be resumed, exported or compared.
     """
-    if look.clock is None:
+    if facts.clock is None:
         return ""
-    known = {text: _written(day, text) for text in look.clock}
+    known = {text: _written(day, text) for text in facts.clock}
     return (
         "{% macro strftime_now(format) %}"
         "{{ " + json.dumps(known) + f'.get(format, "{day}")' + " }}{% endmacro %}{{ '' }}"
@@ -233,18 +232,18 @@ def _hold_date(look: Look, day: date) -> str:
 def _written(day: date, form: str) -> str:
     try:
         return day.strftime(form)
-    except ValueError:  # no format of a date, or half of a character
+    except ValueError:  # not a date format, or a lone surrogate
         return str(day)
 
 
-def _switches(look: Look, thinking: bool) -> tuple[dict[str, Any], list[str]]:
-    """Values of the template's thinking switches, and what to say about them."""
+def _switches(facts: TemplateFacts, thinking: bool) -> tuple[dict[str, Any], list[str]]:
+    """Return the values of the template's thinking switches, and notes about them."""
     values = {
         name: (on if thinking else off)
         for name, (off, on) in _SWITCHES.items()
-        if name in look.names and (off, on)[thinking] is not None
+        if name in facts.names and (off, on)[thinking] is not None
     }
-    if _EFFORT in look.names and not thinking and "none" in look.values:
+    if _EFFORT in facts.names and not thinking and "none" in facts.values:
         values[_EFFORT] = "none"
     if not values:
         return {}, []
@@ -253,7 +252,7 @@ def _switches(look: Look, thinking: bool) -> tuple[dict[str, Any], list[str]]:
 
 
 def _with_system(plain: Dressing, renderer: Renderer, system: str | None) -> Dressing:
-    """The form of messages that the template takes, and renders whole.
+    """Choose the form of messages that the template renders whole.
 
     Raises:
         ModelError: there is none.
@@ -275,7 +274,7 @@ def _with_system(plain: Dressing, renderer: Renderer, system: str | None) -> Dre
 def _form(
     plain: Dressing, renderer: Renderer, system: str | None
 ) -> tuple[Dressing | None, TemplateRefusal | None]:
-    """The first form of messages that is rendered whole, else why the first that is refused is."""
+    """Return the first form of messages that is rendered whole, else the first refusal."""
     folds = (False,) if system is None else (False, True)
     forms = [replace(plain, system=system, folded=folded) for folded in folds]
     # Templates of multimodal models often loop over a message's parts.
@@ -287,14 +286,14 @@ def _form(
         except TemplateRefusal as refusal:
             first = first or refusal
             continue
-        whole = stands_whole(_QUESTION, turns) and stands_whole(system or "", turns)
+        whole = holds_text(_QUESTION, turns) and holds_text(system or "", turns)
         if whole and "'type':" not in turns:  # not a list of parts as Python would write it
             return form, None
     return None, first
 
 
 def _header(dressing: Dressing, renderer: Renderer) -> str:
-    """What stands between the generation prompt and an answer, where that is more than white space.
+    """Return what stands between the generation prompt and an answer, where it is more than white space.
 
     The template itself shows it: in a conversation that has been answered (gpt-oss names the final
     channel there), or by leaving a thinking block open.

@@ -1,4 +1,4 @@
-"""The memory that a process of ours may take while it reads what others made."""
+"""Limit the memory of a worker process that reads what others made."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 
 
 def limit_memory(more: int) -> None:
-    """Let this process take so many bytes more than it has; beyond them, memory has run out for it.
+    """Limit this process to so many bytes more than it has; beyond them, allocations fail.
 
-    On Linux: elsewhere such a limit is not kept, or there is none.
+    On Linux only: elsewhere such a limit is not kept, or there is none.
     """
     if sys.platform == "linux":
         import resource

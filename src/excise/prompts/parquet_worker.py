@@ -1,8 +1,8 @@
-"""The process that reads a .parquet file for `promptfiles`, called with FILE COLUMN...
+"""Worker process that reads a .parquet file for `prompt_files`, called with FILE COLUMN...
 
-The library ends its process where some files are damaged, and a small file can hold gigabytes, so it
-gets one of its own, with a limit of memory. Answers are JSON lines on standard output: the file's
-columns, then lists of rows, then nothing, or in place of any of them what is wrong.
+The library crashes on some damaged files, and a small file can hold gigabytes, so it runs in a process
+of its own with a memory limit. Answers are JSON lines on standard output: the file's columns, then
+lists of rows, then an empty object. In place of any of them an error may come.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from pyarrow import types
 
 from excise.prompts.memory_limit import limit_memory
 
-_MEMORY = 3 << 28  # bytes: not a gigabyte, which the library would set aside at once
+_MEMORY = 3 << 28  # bytes; pyarrow reserves any whole gigabyte at once
 _BATCH = 64  # rows that are decoded together
-_LARGEST = 1 << 27  # bytes that the columns may say that they take
+_LARGEST = 1 << 27  # bytes that the columns may take, by their metadata
 _LONGEST = 1 << 19  # bytes of one value
-_SHOWN = 60  # characters of a value that is no text
+_SHOWN = 60  # characters that a message shows of a value
 _FAILURES = (pyarrow.ArrowException, OSError, ValueError, TypeError, LookupError, OverflowError)
 
 
-class _Fault(Exception):
+class _ParquetError(Exception):
     pass
 
 
 def answers(path: str, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """What the file holds: `columns`, then `rows`; or `failed`, what is wrong with it."""
+    """Yield what the file holds: `columns`, then `rows`; or `failed`, what is wrong with it."""
     try:
         schema = pyarrow.parquet.read_schema(path)
         yield {"columns": schema.names}
@@ -44,7 +44,7 @@ def answers(path: str, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
                 yield from _rows(batch)
     except MemoryError:
         yield {"failed": f"takes more than {_MEMORY >> 20} MB of memory"}
-    except _Fault as fault:
+    except _ParquetError as fault:
         yield {"failed": str(fault)}
     except _FAILURES as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
@@ -52,13 +52,13 @@ def answers(path: str, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
 
 
 def _batches(path: str, columns: Sequence[str], schema: Any) -> Iterator[Any]:
-    # As they stand in the file: one long text may stand for very many rows.
+    # Keep dictionary encoding: one long text may stand for very many rows.
     texts = [name for name in columns if _is_text(schema.field(name).type)]
     with pyarrow.parquet.ParquetFile(path, read_dictionary=texts) as file:
         size = _size(file.metadata, columns)
         if size > _LARGEST:
             names = ", ".join(columns)
-            raise _Fault(
+            raise _ParquetError(
                 f"is too large: {names:.100} take {size / 1e6:,.0f} MB, where at most "
                 f"{_LARGEST / 1e6:.0f} are read: give a part of it"
             )
@@ -89,7 +89,9 @@ def _rows(batch: Any) -> Iterator[dict[str, Any]]:
             if not isinstance(value, str | bool | int | float | None):
                 yield {"rows": rows}
                 shown = repr(value)[:_SHOWN]
-                raise _Fault(f"column {name!r:.60} holds {type(value).__name__}, not text: {shown}")
+                raise _ParquetError(
+                    f"column {name!r:.60} holds {type(value).__name__}, not text: {shown}"
+                )
             kept[name] = value
         rows.append(kept)
     yield {"rows": rows}
@@ -102,14 +104,16 @@ def _check_values(column: Any) -> None:
     if _is_text(values.type):
         longest = pyarrow.compute.max(pyarrow.compute.binary_length(values)).as_py() or 0
     if longest > _LONGEST:
-        raise _Fault(f"has a value of {longest:,} bytes, where at most {_LONGEST:,} are read")
+        raise _ParquetError(
+            f"has a value of {longest:,} bytes, where at most {_LONGEST:,} are read"
+        )
 
 
 def _main(arguments: Sequence[str]) -> None:
     # Whatever a library prints to standard output must not come between the answers.
     out: BinaryIO = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    # Every thread, and every other kind of pool, sets much more memory aside than it takes.
+    # More threads, and other memory pools, reserve much more than they use.
     pyarrow.set_memory_pool(pyarrow.system_memory_pool())
     pyarrow.set_io_thread_count(1)
     pyarrow.set_cpu_count(1)

@@ -1,6 +1,7 @@
-"""Rows of prompt files and data sets, one at a time and within bounds; what they mean is `prompts`'.
+"""Read the rows of prompt files and datasets, one at a time and within limits.
 
-Every row comes with where it stands, for messages. Knows formats and their libraries' exceptions.
+Every row comes with its place in the file, for messages. Knows formats and their libraries' exceptions;
+`sets` knows what the rows mean.
 """
 
 from __future__ import annotations
@@ -22,21 +23,21 @@ LONGEST = 1 << 17  # characters of one text: what Python's csv module allows
 _LONGEST_LINE = 1 << 24  # characters: a row may hold much besides
 _MOST = 1_000_000  # rows that are looked at
 _WORKER = Path(__file__).with_name("parquet_worker.py")
-_SECONDS = 30.0  # in which some rows of a parquet file must have been read
+_SECONDS = 30.0  # for each batch of rows of a parquet file
 _LONGEST_ANSWER = 1 << 28  # bytes
 
-Row = tuple[str, dict[str, Any]]  # where it stands, its columns
+Row = tuple[str, dict[str, Any]]  # its place for messages, its columns
 
 
 def read_rows(source: PromptSource) -> Iterator[Row]:
-    """The rows of a file or data set, in order.
+    """Yield the rows of a file or dataset, in order.
 
     Raises:
         PromptError: a file that is missing, of no known suffix or not readable; a row that is not of its
-            format, or exceeds the bounds; a data set that cannot be loaded.
+            format, or exceeds the limits; a dataset that cannot be loaded.
     """
     path = Path(source.source)
-    suffix = path.suffix.lower()  # of a link, not of what it leads to: the Hub's blobs have none
+    suffix = path.suffix.lower()  # of the link: blobs in the Hub's cache have none
     if is_file(path):
         if suffix not in SUFFIXES:
             raise PromptError(f"prompt file {path}: use one of {', '.join(SUFFIXES)}")
@@ -47,13 +48,13 @@ def read_rows(source: PromptSource) -> Iterator[Row]:
 
 
 def columns_of(source: PromptSource) -> list[str]:
-    """The columns that are read."""
+    """Return the names of the columns to read."""
     named = (source.column, source.answer_column, source.group_column)
     return list(dict.fromkeys(name for name in named if name is not None))
 
 
 def check_columns(source: PromptSource, there: Sequence[Any], where: str) -> None:
-    """Refuse what lacks a column that is to be read, naming those there are.
+    """Refuse a file or row that lacks a column to read; name those that it has.
 
     Raises:
         PromptError: one is missing, or there are two of its name.
@@ -92,7 +93,7 @@ def _bounded(rows: Iterator[Row], source: PromptSource) -> Iterator[Row]:
 
 
 def _lines(path: Path) -> Iterator[Row]:
-    """The lines of a text file, as the column ""; blank ones too."""
+    """Yield the lines of a text file, blank ones too, as the column ""."""
     check_regular(path, "prompt file", PromptError)
     try:
         with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
@@ -153,7 +154,7 @@ def _csv_rows(path: Path, source: PromptSource) -> Iterator[Row]:
 
 
 def _cell(text: str | None) -> str | None:
-    """A cell's text; None where a number was not there when the file was written."""
+    """Return a cell's text; None where it stands for a missing number (NaN)."""
     return None if text is None or text.strip().lower() == "nan" else text
 
 

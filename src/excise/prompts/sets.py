@@ -1,6 +1,6 @@
 """Read prompt sets, hash them, and split them into direction, search and holdout parts.
 
-Knows nothing of files' formats (`promptfiles`), nor of tokenizers or models.
+Knows nothing of file formats (`prompt_files`), nor of tokenizers or models.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class PromptSet:
-    """The prompts of one role and where they came from; `sha256` is over their texts."""
+    """Prompts of one role and where they came from."""
 
     role: str
     source: str
@@ -57,7 +57,7 @@ def _digest(texts: list[str]) -> str:
 
 @dataclass(frozen=True)
 class PromptSets:
-    """All six roles of a run. The holdout may be empty: then nothing is measured on it."""
+    """Prompt sets of all six roles of a run. The holdout may be empty: then nothing is measured on it."""
 
     target: PromptSet
     contrast: PromptSet
@@ -67,7 +67,7 @@ class PromptSets:
     contrast_holdout: PromptSet
 
     def all(self) -> tuple[PromptSet, ...]:
-        """The sets, in the order of their roles."""
+        """Return the sets, in the order of their roles."""
         return tuple(vars(self).values())
 
 
@@ -76,7 +76,7 @@ def load_prompt_sets(section: PromptSection) -> PromptSets:
 
     Without sources for evaluation, the rows after the first `direction_size` evaluate. Without
     sources for the holdout, the rows after the first `eval_size` of those are the holdout. A prompt
-    that an earlier part has is left out of a later one, so that the holdout is never seen before.
+    that stands in an earlier part is left out of a later one, so the search never sees the holdout.
 
     Raises:
         PromptError: a set is missing, unreadable, empty or equal to its counterpart.
@@ -138,7 +138,7 @@ def _check_distinct(sets: PromptSets) -> None:
 
 
 def read_prompts(source: PromptSource, limit: int | None = None) -> tuple[Prompt, ...]:
-    """The first `limit` prompts of a source, in order; blank ones are dropped.
+    """Read the first `limit` prompts of a source, in order; drop blank ones.
 
     Raises:
         PromptError: missing or empty file, missing column, unknown suffix, unreachable dataset; a row that
@@ -173,7 +173,7 @@ def _prompt(source: PromptSource, row: dict[str, Any], where: str) -> Prompt:
 
 
 def _text(value: Any, column: str, where: str) -> str | None:
-    """A value as text; None where there is none, as where a number is missing."""
+    """Return a value as text; None where there is none, as where a number is missing."""
     if value is None or value != value:  # NaN
         return None
     if not isinstance(value, str | bool | int | float | Decimal | date):

@@ -1,7 +1,7 @@
-"""Chat templates, rendered in a process of their own, within limits of time, memory and size.
+"""Render chat templates in a process of their own, within limits of time, memory and size.
 
-They come with models, and are programs. What Jinja's sandbox allows them still loops for ever, grows
-without end, or recurses; nothing of a template is computed in this process.
+Templates come with models, and are programs. Jinja's sandbox still lets them loop for ever, allocate
+without limit, or recurse; none of them runs in this process.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from excise.reading import is_whole
 Chat = list[dict[str, Any]]
 
 _WORKER = Path(__file__).with_name("template_worker.py")
-_BEGINNING = 120.0  # seconds in which the process must have begun
-_SECONDS = 15.0  # of all that a template is asked, beside the next
-_EACH = 0.01  # seconds of every conversation
+_BEGINNING = 120.0  # seconds for the process to start
+_SECONDS = 15.0  # for all requests together, besides the next
+_EACH = 0.01  # seconds per conversation
 _LONGEST = 1 << 28  # bytes of an answer
 
 
 class TemplateRefusal(ModelError):
-    """A template refuses what it was given, in its own words: another form of it may do."""
+    """Error of a template on a conversation, in its own words; another form of it may be accepted."""
 
 
 @dataclass(frozen=True)
-class Look:
-    """What a template says about itself: see `templateworker.look`."""
+class TemplateFacts:
+    """What a template's source shows: see `template_worker.analyse`."""
 
     names: frozenset[str]
     clock: tuple[str, ...] | None
@@ -40,7 +40,7 @@ class Look:
 
 
 class Renderer:
-    """The process that templates are rendered in, begun when it is first asked; ended with the context."""
+    """Process that renders templates; it starts on first use and ends with the context."""
 
     def __init__(self) -> None:
         self._child: Child | None = None
@@ -52,15 +52,15 @@ class Renderer:
     def __exit__(self, *_: object) -> None:
         self._stop()
 
-    def look(self, template: str, what: str, compared: str) -> Look:
-        """What a template says about itself, and the strings that it compares a variable with.
+    def analyse(self, template: str, what: str, compared: str) -> TemplateFacts:
+        """Find a template's variables, clock formats, and the strings that it compares a variable with.
 
         Raises:
             ModelError: it cannot be parsed, or exceeds the limits.
         """
         found = self._ask({"template": template, "compared": compared}, what)
         clock = found["clock"]
-        return Look(
+        return TemplateFacts(
             frozenset(found["names"]),
             None if clock is None else tuple(clock),
             frozenset(found["values"]),
@@ -75,18 +75,18 @@ class Renderer:
         *,
         prompt: bool = True,
     ) -> list[str]:
-        """What a template makes of conversations.
+        """Render conversations.
 
         Args:
             template: its source.
-            what: it is, for messages.
+            what: what it is, for messages.
             chats: messages with a role and a content.
             variables: what it is given beside them.
-            prompt: let a response begin at the end.
+            prompt: add the generation prompt.
 
         Raises:
             TemplateRefusal: the template fails on one of them.
-            ModelError: it takes too long, too much memory, or makes too much of them.
+            ModelError: it takes too long, too much memory, or writes too much.
         """
         asked = {"template": template, "chats": list(chats), "variables": variables}
         texts = self._ask({**asked, "prompt": prompt}, what, _EACH * len(chats))

@@ -1,4 +1,4 @@
-"""Where a chat template comes from: the model's own files, a file given by hand, another model.
+"""Find a chat template: in the model's own files, in a file that the user gives, or in another model.
 
 Knows in which files and forms templates are kept; renders nothing.
 """
@@ -19,9 +19,9 @@ _TEMPLATE, _CONFIG, _OLD = "chat_template.jinja", "tokenizer_config.json", "chat
 
 
 def own_template(tokenizer: Any, folder: Path | None = None) -> tuple[str, str] | None:
-    """A model's own chat template and its name in words; None where it has none.
+    """Return a model's own chat template and its name in words; None where it has none.
 
-    The tokenizer's, or else what stands in a file of its own that Transformers leaves to processors.
+    It is the tokenizer's, or else that of chat_template.json, which Transformers reads for processors only.
 
     Args:
         tokenizer: the model's.
@@ -40,7 +40,7 @@ def own_template(tokenizer: Any, folder: Path | None = None) -> tuple[str, str] 
 
 
 def read_template(source: str) -> tuple[str, str]:
-    """A chat template and its name in words, from a file or from another model's folder or Hub id.
+    """Read a chat template from a file, or from another model's folder or Hub id; name it in words.
 
     A file is a template, or JSON that holds one under `chat_template`.
 
@@ -92,14 +92,14 @@ def _from_file(path: Path) -> str:
 
 
 def _value(path: Path) -> Any:
-    """What stands under `chat_template` in a JSON file; None where nothing does."""
+    """Return what stands under `chat_template` in a JSON file; None where nothing does."""
     text = read_text(path, "chat template", ModelError, LARGEST)
     data = parse_json(text, f"chat template {path}", ModelError)
     return data.get("chat_template") if isinstance(data, dict) else None
 
 
 def _unpack(value: Any, what: str) -> str:
-    """The template in what is kept as one: a text, JSON within a text, or several by name."""
+    """Return the template from any form that it is kept in: text, JSON within text, or several by name."""
     if isinstance(value, str):
         value = _inner(value.removeprefix("\ufeff"))
     if isinstance(value, list) and all(isinstance(one, dict) for one in value):
@@ -121,7 +121,7 @@ def _unpack(value: Any, what: str) -> str:
 
 
 def _inner(text: str) -> Any:
-    """What stands under `chat_template` in a text that is JSON; else the text itself."""
+    """Return what stands under `chat_template` in a text that is JSON; else the text itself."""
     if not text.lstrip().startswith('{"'):  # templates begin with {{ and {%
         return text
     try:

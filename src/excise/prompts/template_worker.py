@@ -1,8 +1,7 @@
-"""The process in which chat templates are read and rendered for `rendering`.
+"""Worker process in which `template_rendering` has chat templates parsed and rendered.
 
-A template is a program that others wrote: it may loop for ever, ask for all memory, or end its
-process, so it gets one of its own. Requests are JSON lines on standard input, answers are JSON lines
-on standard output.
+A template is a program that others wrote: it may loop for ever, allocate without limit, or crash its
+process. Requests are JSON lines on standard input, answers are JSON lines on standard output.
 """
 
 from __future__ import annotations
@@ -21,12 +20,12 @@ from jinja2.utils import Namespace
 
 from excise.prompts.memory_limit import limit_memory
 
-_MEMORY = 1 << 29  # bytes: more than what the process has when it begins
-# Characters that a template may write around a conversation, beside eight times its own: some write
-# ten thousand. What it writes is read with every prompt.
+_MEMORY = 1 << 29  # bytes beyond what the process has when it starts
+# Characters that a template may add to eight times a conversation's own: real ones add up to ten
+# thousand. The model reads them with every prompt.
 _LONGEST = 1 << 16
-_REASON = 200  # characters of a template's own complaint that are passed on
-# What a template may raise; RuntimeError is recursion without end. Anything else ends the process.
+_REASON = 200  # characters of a template's own error message
+# What a template may raise; RuntimeError is infinite recursion. Anything else ends the process.
 _FAILURES = (
     *(TemplateError, ValueError, TypeError, ArithmeticError, LookupError, SyntaxError),
     *(AttributeError, RuntimeError, OSError),
@@ -34,12 +33,12 @@ _FAILURES = (
 
 
 class _Generation(Extension):
-    """`{% generation %}`, which templates mark a model's own turns with: here it has no effect."""
+    """Tag `{% generation %}`, with which templates mark a model's own turns; it has no effect here."""
 
     tags = {"generation"}  # noqa: RUF012 (as the base class has it)
 
     def parse(self, parser: Parser) -> nodes.Node:
-        """The block, with the names that are set in it its own."""
+        """Parse the block; names that are set in it are its own."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return nodes.CallBlock(self.call_method("_whole"), [], [], body).set_lineno(line)
@@ -49,7 +48,7 @@ class _Generation(Extension):
 
 
 class _Dict:
-    """`dict`, without the attributes of Python's own."""
+    """Replacement of `dict` without the attributes of Python's own."""
 
     def __call__(self, *args: Any, **items: Any) -> dict[Any, Any]:
         return dict(*args, **items)
@@ -59,7 +58,7 @@ class _Dict:
 
 
 class _Namespace(Namespace):
-    """`namespace`, without names of Python's own."""
+    """Replacement of `namespace` that refuses names with a leading underscore."""
 
     def __init__(*args: Any, **items: Any) -> None:
         self, *args = args  # type: ignore[assignment]
@@ -95,9 +94,9 @@ def _tojson(
 
 
 def _environment() -> ImmutableSandboxedEnvironment:
-    """What Transformers renders templates in, without the second that importing Transformers takes.
+    """Build the Jinja environment of Transformers, without importing Transformers, which takes a second.
 
-    And without its clock: token ids that change from day to day are of no use here.
+    It has no clock: token ids that change from day to day are of no use here.
     """
     made = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, LoopControlExtension]
@@ -107,8 +106,8 @@ def _environment() -> ImmutableSandboxedEnvironment:
     return made
 
 
-def look(template: str, compared: str) -> dict[str, Any]:
-    """What a template says about itself, without rendering it.
+def analyse(template: str, compared: str) -> dict[str, Any]:
+    """Parse a template and report what its source shows.
 
     Args:
         template: its source.
@@ -129,7 +128,7 @@ def look(template: str, compared: str) -> dict[str, Any]:
 
 
 def _compared(tree: nodes.Template, name: str) -> set[str]:
-    """The strings that a template compares a variable with."""
+    """Collect the strings that a template compares a variable with."""
     found: set[str] = set()
     for compare in tree.find_all(nodes.Compare):
         if any(n.name == name for n in compare.find_all(nodes.Name)):
@@ -140,7 +139,7 @@ def _compared(tree: nodes.Template, name: str) -> set[str]:
 
 
 def render(template: str, chats: list[Any], variables: dict[str, Any], prompt: bool) -> Any:
-    """What a template makes of conversations; a `str` says in what the template exceeds its limits."""
+    """Render conversations; return a `str` where the template exceeds its limits, saying how."""
     compiled, texts = _environment().from_string(template), []
     for chat in chats:
         text = compiled.render(
@@ -159,7 +158,7 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
     _answer(answers, {})
     for line in requests:
         asked = json.loads(line)
-        ask = look if "compared" in asked else render
+        ask = analyse if "compared" in asked else render
         try:
             found = ask(**asked)
         except MemoryError:
@@ -171,7 +170,7 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """A template can raise anything, with any text."""
+    """Return the first line of a template's error as valid Unicode; its text can be anything."""
     lines = str(error).strip().splitlines() or [""]
     line = lines[0] or type(error).__name__
     return line[:_REASON].encode(errors="replace").decode()

@@ -15,7 +15,7 @@ import torch
 from excise.checkpoints.discovery import anatomy_of
 from excise.checkpoints.gguf_header import GgufFile, read_gguf
 from excise.checkpoints.loading import Loaded, load
-from excise.checkpoints.model_folder import explained, read_generation
+from excise.checkpoints.model_folder import library_errors, read_generation
 from excise.config import Config
 from excise.engine.engine import Engine, Reference
 from excise.errors import ExportError, ModelError, first_line, is_out_of_memory
@@ -47,7 +47,7 @@ from excise.methods.registry import Method
 from excise.model.anatomy import Writer, spans
 from excise.model.edits import Edit
 from excise.model.parameters import any_offloaded
-from excise.prompts.chat_template import plain_tokens
+from excise.prompts.chat_template import special_tokens
 from excise.prompts.template_sources import own_template
 from excise.prompts.tokens import end_tokens
 from excise.reading import is_file
@@ -208,7 +208,7 @@ def _measure(
             continue
         reference = reference or engine.as_reference()
         with phase(f"measure {one.format}", on_event):
-            with _loadable(one, path), explained(f"the {one.format} export"):
+            with _loadable(one, path), library_errors(f"the {one.format} export"):
                 again = _load_again(one, loaded, config, dtype)
             out.append((one, checker.measure(again, reference)))
             del again
@@ -293,7 +293,7 @@ def _modelfile(
     """Ollama's Modelfile for the GGUF called `model`, whose header is `head`."""
     tokenizer = loaded.tokenizer
     found = own_template(tokenizer, loaded.folder)
-    template = None if found is None else Template(found[0], plain_tokens(tokenizer))
+    template = None if found is None else Template(found[0], special_tokens(tokenizer))
     ends = sorted(end_tokens(loaded.model, tokenizer))
     licence, file = record.model.license, _licence_file(loaded.folder)
     if file is not None:
