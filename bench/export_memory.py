@@ -5,7 +5,7 @@
 A random bf16 checkpoint of eight shards with the matrices of a Qwen3 4B model is written shard by
 shard; every o_proj and down_proj is then edited in a process of its own. Both contenders end when
 the data is on the disk; each runs twice, in turns, and its better time counts. No model is loaded:
-the places of the edited tensors are given, as `excise.merging.find_tensors` would prove them.
+the places of the edited tensors are given, as `excise.export.matching.find_tensors` would prove them.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ time.sleep(600)
 QUANTISING = """
 import sys
 from pathlib import Path
-from excise.llamacpp import Tools, quantise
+from excise.gguf.llamacpp import Tools, quantise
 tools = Tools(Path("none"), (sys.executable, sys.argv[1]))
 quantise(tools, Path(sys.argv[2]), Path("target"), "Q8_0")
 """

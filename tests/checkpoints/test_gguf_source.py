@@ -215,7 +215,8 @@ def test_the_copy_of_a_killed_process_is_removed_by_the_next(
     path, place = tmp_path / "small.gguf", tmp_path / "tmp"
     gguf_models.gguf_file(path)
     place.mkdir()
-    code = "import sys, time; from pathlib import Path; from excise.ggufsource import unpack_gguf\n"
+    code = "import sys, time; from pathlib import Path\n"
+    code += "from excise.checkpoints.gguf_source import unpack_gguf\n"
     code += "copy = unpack_gguf(Path(sys.argv[1])); print(copy.folder, flush=True); time.sleep(600)"
     command = [sys.executable, "-c", code, str(path)]
     env = os.environ | {"TMPDIR": str(place)}

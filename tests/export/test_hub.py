@@ -108,7 +108,7 @@ def test_what_was_pushed_can_be_downloaded_and_loaded(hub: Hub, run: Path) -> No
     assert push(hub, run).returncode == 0
     code = (
         "from huggingface_hub import snapshot_download; from excise.config import ModelSection; "
-        "from excise.loading import load; import sys; "
+        "from excise.checkpoints.loading import load; import sys; "
         f"print(load(ModelSection(source={REPO!r})).anatomy.model_type)"
     )
     environment = {

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import job
 
-from excise import files as staging
+from excise import files
 from excise.checkpoints.loading import load
 from excise.cli.main import main
 from excise.config import load_config
@@ -105,7 +105,7 @@ def test_it_has_its_card_with_figures_before_it_has_its_name(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
-    real = staging.publish
+    real = files.publish
 
     def look(folder: Path, destination: Path, **how: Any) -> None:
         seen.append((folder / CARD).read_text())
@@ -127,7 +127,7 @@ def test_a_gguf_that_llama_cpp_cannot_run_is_not_kept(
         raise ExportError("llama.cpp cannot run it (GGML_ASSERT)")
 
     def write(name: str, path: Path, *_: Any) -> Any:
-        with staging.staged(path, 0) as folder:
+        with files.staged(path, 0) as folder:
             (folder / "a.gguf").write_bytes(b"GGUF")
         return artifacts.Exported(path, name, "", 4, {"files": []}, {})
 

@@ -108,9 +108,8 @@ def minimise(
             break
         d = past.direction(g)
         slope = _dot(d, g)
-        uphill = (slope >= 0) | ~torch.isfinite(
-            slope
-        )  # not a descent direction: restart from the gradient
+        # Not a descent direction: restart from the gradient.
+        uphill = (slope >= 0) | ~torch.isfinite(slope)
         d = torch.where(uphill[:, None], -g, d)
         slope = _dot(d, g)
         first = (1 / g.abs().sum(1).clamp_min(1e-30)).clamp_max(1.0)

@@ -1,4 +1,7 @@
-"""From a trial's few parameters to the strength of the edit at every layer. Pure: no Optuna, no torch."""
+"""Profiles and candidates: from a trial's parameters to the edit's strength at every layer. Pure maths.
+
+Knows neither Optuna nor torch, so reports can load it.
+"""
 
 from __future__ import annotations
 
@@ -41,9 +44,12 @@ class Profile:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One point of the space. `index` None means that every layer uses its own direction.
+    """One point of the directional search space.
 
-    `refined` holds strengths layer by layer, component -> (L), in place of the profiles'.
+    Attributes:
+        index: float direction index; None means that every layer uses its own direction.
+        profiles: component -> its profile.
+        refined: component -> strengths (L), in place of the profiles'.
     """
 
     index: float | None
@@ -51,14 +57,14 @@ class Candidate:
     refined: dict[str, tuple[float, ...]] | None = None
 
     def strength(self, component: str, layer: int) -> float:
-        """Strength of the edit of `component` at `layer`."""
+        """Return the strength of the edit of `component` at `layer`."""
         if self.refined is not None:
             return self.refined[component][layer]
         return self.profiles[component].strength(layer)
 
 
 def from_params(params: Mapping[str, Any]) -> Candidate:
-    """The candidate that these parameters name."""
+    """Make the candidate that these parameters name."""
     components = dict.fromkeys(key.rpartition(".")[0] for key in params if "." in key)
     refined = {name: _refined(params, name) for name in components}
     return Candidate(
@@ -77,7 +83,7 @@ def from_params(params: Mapping[str, Any]) -> Candidate:
 
 
 def layer_key(component: str, layer: int) -> str:
-    """The parameter that holds a refined strength."""
+    """Return the name of the parameter that holds a refined strength."""
     return f"{component}.layer_{layer}"
 
 
@@ -89,18 +95,18 @@ def _refined(params: Mapping[str, Any], component: str) -> tuple[float, ...]:
 
 
 def share_key(component: str) -> str:
-    """The parameter that holds a follower's share."""
+    """Return the name of the parameter that holds a component's share."""
     return component + _SHARE
 
 
 def shares_of(params: Mapping[str, Any]) -> dict[str, float]:
-    """Follower -> its share of the way; below 0 means 0."""
+    """Read the components' shares, component -> share; below 0 means 0."""
     found = {key: float(value) for key, value in params.items() if key.endswith(_SHARE)}
     return {key.removesuffix(_SHARE): max(0.0, share) for key, share in found.items()}
 
 
 def hill_of(params: Mapping[str, Any]) -> Profile:
-    """The profile, of peak 1, that parameters of `hill` name."""
+    """Read the profile, of peak 1, that parameters of `hill` name."""
     return Profile(
         max_weight=1.0,
         max_weight_position=float(params["max_weight_position"]),
