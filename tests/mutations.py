@@ -207,14 +207,14 @@ MUTANTS = (
     ),
     Mutant(
         "an export is judged without what responses begin with",
-        "runs/artifacts",
-        "spoken=self.engine.spoken,",
+        "export/exporter",
+        "spoken=searched.spoken,",
         "spoken=(),",
         f"{RUN} -k judged",
     ),
     Mutant(
         "an export is measured against itself",
-        "runs/artifacts",
+        "export/exporter",
         "reference=reference,",
         "reference=None,",
         f"{RUN} -k exported",
@@ -449,10 +449,10 @@ MUTANTS = (
     ),
     Mutant(
         "an adapter forgets the row scales",
-        "export/formats",
+        "export/low_rank",
         "return torch.addcmul(-((scale * left) @ right), scale - 1.0, w)",
         "return -((scale * left) @ right)",
-        "tests/export/test_formats.py -k difference",
+        "tests/export/test_adapter.py -k difference",
     ),
     Mutant(
         "transposed experts are folded with the first block's columns in every block",
@@ -463,9 +463,9 @@ MUTANTS = (
     ),
     Mutant(
         "an export is loaded in whatever dtype fits",
-        "runs/artifacts",
-        '"gguf_file": None, "dtype": name}\n        )',
-        '"gguf_file": None, "dtype": "auto"}\n        )',
+        "export/exporter",
+        '"gguf_file": None, "dtype": name}',
+        '"gguf_file": None, "dtype": "auto"}',
         "tests/runs/test_artifacts.py -k dtype",
     ),
     Mutant(

@@ -17,7 +17,8 @@ from kills import facts
 
 from excise.cli import main as cli
 from excise.events import PhaseStarted, Progress
-from excise.runs import artifacts, pipeline
+from excise.export import checkpoint
+from excise.runs import pipeline
 
 
 def start(arguments: list[str]) -> subprocess.Popen[bytes]:
@@ -87,7 +88,7 @@ def test_an_interrupted_export_leaves_the_model_of_before(tiny: Path, tmp_path: 
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(artifacts, "export_safetensors", strike)
+        patch.setattr(checkpoint, "export_safetensors", strike)
         assert cli.main(["resume", str(out), "--trials", "16", "--quiet"]) == 130
     assert (out / "model" / "model.safetensors").read_bytes() == before
     assert cli.main(["resume", str(out), "--quiet"]) == 0

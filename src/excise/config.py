@@ -14,16 +14,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from excise.errors import ConfigError
+from excise.formats import DEFAULT, FORMATS
 from excise.reading import DEEPEST, check_depth, is_file, is_whole, read_toml
 from excise.trees import merge, nest, parse_value, resolve_paths, walk_texts
 
 RowNorms = Literal["none", "pre", "full"]
 MethodName = Literal["directional", "subspace", "ridge", "ara"]
-Format = Literal["safetensors", "adapter", "gguf", "gguf-adapter"]
-
 
 _MOST = 10**9  # upper bound of every count
 _NAME_BYTES, _PATH_BYTES = 255, 4096  # limits of file systems
@@ -47,9 +46,17 @@ def _check_distinct(items: tuple[T, ...]) -> tuple[T, ...]:
     return items
 
 
+def _check_format(name: object) -> object:
+    if name not in list(FORMATS):
+        *most, last = map(repr, FORMATS)
+        raise ValueError(f"Input should be {', '.join(most)} or {last}")
+    return name
+
+
 Count = Annotated[int, Field(ge=1, le=_MOST)]
 CountOrNone = Annotated[int, Field(ge=0, le=_MOST)]  # 0: chosen by measurement
 Name = Annotated[str, AfterValidator(_check_name)]  # of a file, a folder, or on the Hub
+FormatName = Annotated[str, BeforeValidator(_check_format)]
 Distinct = AfterValidator(_check_distinct)
 
 
@@ -193,7 +200,7 @@ class ExportSection(Section):
     `from_gguf` a GGUF of the same model to patch in place of converting.
     """
 
-    formats: Annotated[tuple[Format, ...], Distinct] = ("safetensors",)
+    formats: Annotated[tuple[FormatName, ...], Distinct] = (DEFAULT,)
     adapter_rank: Count | None = None
     adapter_error: float = Field(0.2, gt=0, lt=1)
     quantize: tuple[str, ...] = ()

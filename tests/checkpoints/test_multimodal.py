@@ -95,7 +95,7 @@ def test_an_adapter_fits_the_language_model(name, tmp_path):
     from peft import PeftModel
 
     from excise.checkpoints.discovery import anatomy_of
-    from excise.export.formats import export_adapter
+    from excise.export.adapter import export_adapter
 
     model = families.model(name)
     method = families.method(anatomy_of(model), EditSection(row_norms="none"))

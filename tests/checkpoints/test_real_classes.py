@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from excise.checkpoints.loading import load
-from excise.config import ModelSection
+from excise.config import ExportSection, ModelSection
 from excise.errors import ConfigError, ExportError
-from excise.export.formats import check_formats, export_adapter
+from excise.export.adapter import export_adapter
+from excise.export.exporter import exporter
 from excise.export.matching import find_tensors
 from excise.export.merging import merge_checkpoint
 
@@ -169,11 +170,12 @@ def test_a_changed_expert_is_not_matched(tmp_path):
 
 
 def test_an_adapter_of_experts_is_refused_before_the_work(tmp_path):
-    anatomy = families.loaded(families.model("mixtral")).anatomy
+    loaded = families.loaded(families.model("mixtral"))
+    anatomy = loaded.anatomy
+    adapter = exporter("adapter", ExportSection())
     with pytest.raises(ConfigError, match=r"leave experts\.down_proj out of edit\.components"):
-        check_formats(["safetensors", "adapter"], anatomy.select())
-    check_formats(["safetensors"], anatomy.select())
-    check_formats(["adapter"], anatomy.select(("attn.o_proj",)))
+        adapter.check(loaded, anatomy.select())
+    adapter.check(loaded, anatomy.select(("attn.o_proj",)))
     method = families.method(anatomy)
     edits = method.edits(families.flat(anatomy))
     named = {w.name: e for w, e in zip(method.writers, edits, strict=True)}

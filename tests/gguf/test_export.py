@@ -19,9 +19,10 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from excise.checkpoints.gguf_header import read_gguf, read_shards
 from excise.config import ExportSection
 from excise.errors import ConfigError, ExportError, ModelError
+from excise.export.exporter import exporters
 from excise.gguf import llamacpp
 from excise.gguf.engine import GgufModel
-from excise.gguf.export import export_gguf, export_gguf_adapter, plan_gguf
+from excise.gguf.export import export_gguf, export_gguf_adapter, plan_gguf, plan_gguf_adapter
 from excise.gguf.ggml import check_file_type, from_float, to_float
 from excise.gguf.patching import patch_gguf
 from excise.model.anatomy import Writer, describe
@@ -127,7 +128,7 @@ def test_converted_models_give_the_tokens_of_transformers(cases: dict[str, Case]
 def test_an_edited_model_is_converted_and_quantised(cases: dict[str, Case], tmp_path: Path) -> None:
     case = cases["gemma4"]
     section = ExportSection(quantize=("F32", "F16", "q8_0", "Q4_K_M"))
-    plan = plan_gguf(section, ["gguf"])
+    plan = plan_gguf(section)
     out = tmp_path / "out"
     done = export_gguf(case.folder, out, case.edits, case.writers, plan, "Tiny-edited")
     assert [f["type"] for f in done.details["files"]] == ["F16", "F32", "Q4_K_M", "Q8_0"]
@@ -149,7 +150,7 @@ def test_a_multimodal_model_gets_its_projector_and_is_patched_too(tmp_path: Path
     loaded = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
     case = Case(folder, loaded, tmp_path / "out" / "mm-F32.gguf", {})
     case.edits = random_edits(case.writers)
-    plan = plan_gguf(ExportSection(quantize=("F32",)), ["gguf"])
+    plan = plan_gguf(ExportSection(quantize=("F32",)))
     done = export_gguf(folder, tmp_path / "out", case.edits, case.writers, plan, "mm")
     parts = [(f["file"], f["part"]) for f in done.details["files"]]
     assert parts == [("mm-F32.gguf", "model"), ("mmproj-mm-F32.gguf", "projector")]
@@ -303,12 +304,12 @@ def test_an_unknown_type_is_refused() -> None:
 
 def test_a_missing_converter_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"holds no convert_hf_to_gguf"):
-        plan_gguf(ExportSection(llama_cpp=str(tmp_path)), ["gguf"])
+        plan_gguf(ExportSection(llama_cpp=str(tmp_path)))
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(llamacpp, "_installed_sources", list)
     with pytest.raises(ConfigError, match="was not found: get https"):
-        plan_gguf(ExportSection(), ["gguf"])
-    assert plan_gguf(ExportSection(), ["gguf-adapter"]).tools is None
+        plan_gguf(ExportSection())
+    assert plan_gguf_adapter(ExportSection()).tools is None
 
 
 def test_a_missing_quantiser_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -328,9 +329,13 @@ def test_a_missing_quantiser_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_options_that_do_not_go_together_are_refused(cases: dict[str, Case]) -> None:
     path = str(cases["qwen3"].gguf)
     with pytest.raises(ConfigError, match="keeps the file's own types"):
-        plan_gguf(ExportSection(from_gguf=path, quantize=("Q8_0",)), ["gguf"])
-    with pytest.raises(ConfigError, match="for --format gguf"):
-        plan_gguf(ExportSection(quantize=("Q8_0",)), ["safetensors"])
+        plan_gguf(ExportSection(from_gguf=path, quantize=("Q8_0",)))
+    section = ExportSection(quantize=("Q8_0",))
+    flags = "--quantize, --from-gguf and --llama-cpp"
+    with pytest.raises(ConfigError, match=f"^{flags} are for --format gguf: add it$"):
+        exporters(section, ["safetensors"])
+    with pytest.raises(ConfigError, match=r"^--quantize is for --format gguf: add it$"):
+        exporters(section, ["safetensors", "gguf-adapter"])
 
 
 def test_what_a_type_cannot_hold_is_said_and_leaves_nothing(
@@ -355,7 +360,7 @@ def test_a_failing_tool_leaves_nothing(cases: dict[str, Case], tmp_path: Path) -
     (source / "config.json").write_text(
         json.dumps(config | {"architectures": ["NobodyForCausalLM"]})
     )
-    plan = plan_gguf(ExportSection(quantize=("F32",)), ["gguf"])
+    plan = plan_gguf(ExportSection(quantize=("F32",)))
     with pytest.raises(ExportError, match=r"llama.cpp's converter failed .*Nobody"):
         export_gguf(source, tmp_path / "out", case.edits, case.writers, plan, "x")
     assert [p.name for p in tmp_path.iterdir()] == ["source"]

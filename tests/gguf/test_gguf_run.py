@@ -31,7 +31,6 @@ from excise.record import ArtifactRecord, ScoreRecord
 from excise.report import card_loading
 from excise.report.formatting import measured
 from excise.report.stored_record import read_record
-from excise.runs import artifacts as artifacts_module
 
 
 @pytest.fixture(scope="module")
@@ -397,21 +396,22 @@ def test_every_end_token_that_either_names_is_a_stop(finished: Path, tmp_path: P
         file.write_text(json.dumps(generation | {"eos_token_id": named}))
         loaded = load(ModelSection(source=str(folder)))
         record = read_record(finished / "run")
-        text = artifacts_module._modelfile(loaded, record, HEAD, "m.gguf", None)
+        text = ollama.modelfile_of(loaded, record.model.license, HEAD, "m.gguf", None)
         stops = re.findall(r'^PARAMETER stop "(.*)"$', text, re.MULTILINE)
         assert "<eos>" in stops
         assert len(stops) == texts
 
 
-def test_file_names_are_one_word_of_a_shell_line() -> None:
+def test_file_names_are_one_word_of_a_shell_line(finished: Path) -> None:
     name = "-x; rm me.gguf"
     files = [{"file": name, "type": "F32", "part": "model", "bytes": 1}]
     files.append({"file": "mmproj $(x).gguf", "part": "projector", "bytes": 1})
     artifact = ArtifactRecord(
         path="gguf", format="gguf", sha256="", trial=0, bytes=1, details={"files": files}
     )
+    record = read_record(finished / "run")
     for form in ("gguf", "gguf-adapter"):
-        shown = "\n".join(card_loading._gguf(form, artifact, None))
+        shown = card_loading.loading(record, form, artifact, None)
         for line in re.findall(r"```sh\n(.*?)\n```", shown, re.DOTALL)[0].splitlines():
             assert f"./{name}" in shlex.split(line)
     assert patched_name(Path("a b;\nc.gguf")) == "edited-a-b-c.gguf"

@@ -9,11 +9,11 @@ import gguf_models
 import pytest
 
 from excise.events import ignore
-from excise.export.formats import Exported
+from excise.export.exporter import Exported, Measurement
 from excise.gguf import measure as ggufcheck
 from excise.gguf.export import GgufPlan
 from excise.gguf.llamacpp import Tools
-from excise.gguf.measure import GgufJob, measure_gguf
+from excise.gguf.measure import measure_gguf
 from excise.record import ScoreRecord
 
 
@@ -32,7 +32,7 @@ def pairs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """(original, edited, adapter) of every measurement; the n-th of them says n and -n."""
     asked: list[tuple[Any, ...]] = []
 
-    def measure(original: Path, edited: Path, adapter: Path | None, job: GgufJob) -> Any:
+    def measure(original: Path, edited: Path, adapter: Path | None, by: Measurement) -> Any:
         asked.append((original, edited, adapter))
         number = len(asked)
         return [{"rate": ScoreRecord(value=value, n=1)} for value in (number, -number)]
@@ -96,5 +96,6 @@ def test_an_adapter_stands_on_the_base_beside_the_base_alone(
 ) -> None:
     made = export(tmp_path, "gguf-adapter", ("a-LoRA-F32.gguf", "F32", "model"))
     base = tmp_path / "base.gguf"
-    measure_gguf(made, GgufPlan(base=base), Job(), ignore)  # type: ignore[arg-type]
+    plan = GgufPlan(base=base)
+    measure_gguf(made, plan, Job(), ignore, adapter=True)  # type: ignore[arg-type]
     assert pairs == [(base, base, tmp_path / "a-LoRA-F32.gguf")]

@@ -17,14 +17,14 @@ from excise.capture.residuals import mean, residual_pass
 from excise.checkpoints import loading
 from excise.checkpoints.loading import load
 from excise.cli import main as cli
-from excise.config import ModelSection
+from excise.config import ExportSection, ModelSection
 from excise.engine.engine import Engine
 from excise.engine.requests import Divergence, Responses
 from excise.errors import ConfigError, ModelError, UnknownArchitecture
-from excise.export.formats import check_formats
+from excise.export.exporter import exporters
 from excise.export.merging import find_tensors
 from excise.methods.directional import DirectionalMethod
-from excise.model.parameters import any_offloaded, check_finite, is_packed, values
+from excise.model.parameters import check_finite, is_packed, values
 from excise.prompts.tokens import batches
 
 WRITERS = ("attn.o_proj", "mlp.down_proj")
@@ -111,10 +111,11 @@ def test_an_adapter_of_offloaded_weights_is_refused_before_the_work(pair):
     """PEFT cannot merge it, so it could not be measured."""
     whole, spread = pair
     writers = spread.anatomy.select(WRITERS)
-    check_formats(["adapter"], writers, offloaded=any_offloaded(whole.model))
-    check_formats(["safetensors"], writers, offloaded=any_offloaded(spread.model))
+    checkpoint, adapter = exporters(ExportSection(), ["safetensors", "adapter"])
+    adapter.check(whole, writers)
+    checkpoint.check(spread, writers)
     with pytest.raises(ConfigError, match="where weights are offloaded"):
-        check_formats(["safetensors", "adapter"], writers, offloaded=any_offloaded(spread.model))
+        adapter.check(spread, writers)
 
 
 def test_offloaded_weights_are_checked_too(tmp_path):

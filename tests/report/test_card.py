@@ -16,8 +16,9 @@ from records import HASH, SECRET_PROMPT, hostile_record, make_record, minimal_re
 
 from excise.config import load_config
 from excise.errors import InputError, RunStateError
+from excise.formats import FORMATS
 from excise.record import Record, ScoreRecord
-from excise.report.card import FORMATS, model_card
+from excise.report.card import model_card
 from excise.report.formatting import measured
 from excise.report.markdown import Markdown, code, environment, fence, plain
 from excise.report.rerun_command import command

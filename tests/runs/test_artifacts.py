@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,13 @@ from excise.checkpoints.loading import load
 from excise.cli.main import main
 from excise.config import load_config
 from excise.errors import ExportError, ModelError
-from excise.export.formats import Exported
+from excise.export.adapter import AdapterExporter
+from excise.export.checkpoint import CheckpointExporter
+from excise.export.exporter import Exported, TransformersExporter, exporter
 from excise.files import CARD, hashes_of, sha256_of
+from excise.gguf import exporters as gguf_exporters
 from excise.gguf.export import GgufPlan
+from excise.gguf.exporters import GgufExporter
 from excise.report.stored_record import read_record
 from excise.runs import artifacts
 
@@ -56,15 +61,16 @@ def test_what_cannot_be_loaded_again_is_not_kept(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     cases = [
-        ("export_safetensors", "safetensors", lambda p: (p / "model.safetensors").write_bytes(b"")),
-        ("export_safetensors", "safetensors", lambda p: (p / "config.json").write_text("{}")),
-        ("export_adapter", "adapter", lambda p: (p / "adapter_config.json").write_text("{}")),
-        ("export_adapter", "adapter", lambda p: (p / "adapter_model.safetensors").unlink()),
+        (CheckpointExporter, lambda p: (p / "model.safetensors").write_bytes(b"")),
+        (CheckpointExporter, lambda p: (p / "config.json").write_text("{}")),
+        (AdapterExporter, lambda p: (p / "adapter_config.json").write_text("{}")),
+        (AdapterExporter, lambda p: (p / "adapter_model.safetensors").unlink()),
     ]
     before = read_record(run).artifacts
-    for name, form, damage in cases:
+    for kind, damage in cases:
+        form = "adapter" if kind is AdapterExporter else "safetensors"
         with monkeypatch.context() as patch:
-            patch.setattr(artifacts, name, damaged(getattr(artifacts, name), damage))
+            patch.setattr(kind, "write", damaged(kind.write, damage))
             to = tmp_path / "new" / "out"
             assert main(["export", str(run), "--to", str(to), "--format", form, "--quiet"]) == 1
         said = capsys.readouterr().err
@@ -82,15 +88,12 @@ def test_a_failure_at_the_second_keeps_what_stood_there(
     assert main(job(tiny, out, *BOTH)) == 0
     before = {name: hashes_of(out / name) for name in ("model", "adapter")}
     listed = names(out)
-    real = artifacts._load_again
 
-    def fail(one: Any, *rest: Any) -> Any:
+    def fail(*_: Any) -> Any:
         assert hashes_of(out / "model") == before["model"]
-        if one.format == "adapter":
-            raise ModelError("no")
-        return real(one, *rest)
+        raise ModelError("no")
 
-    monkeypatch.setattr(artifacts, "_load_again", fail)
+    monkeypatch.setattr(AdapterExporter, "load", fail)
     assert main(["resume", str(out), "--trials", "16", "--quiet"]) == 1
     assert "the adapter export to" in capsys.readouterr().err
     assert {name: hashes_of(out / name) for name in before} == before
@@ -126,15 +129,14 @@ def test_a_gguf_that_llama_cpp_cannot_run_is_not_kept(
     def fail(*_: Any) -> Any:
         raise ExportError("llama.cpp cannot run it (GGML_ASSERT)")
 
-    def write(name: str, path: Path, *_: Any) -> Any:
+    def write(_: Any, edited: Any, path: Path, *__: Any) -> Any:
         with files.staged(path, 0) as folder:
             (folder / "a.gguf").write_bytes(b"GGUF")
-        return artifacts.Exported(path, name, "", 4, {"files": []}, {})
+        return Exported(path, "gguf", "", 4, {"files": []}, {})
 
-    monkeypatch.setattr(artifacts, "plan_gguf", lambda *_: GgufPlan())
-    monkeypatch.setattr("excise.runs.finished_run.plan_gguf", lambda *_: GgufPlan())
-    monkeypatch.setattr(artifacts, "_write", write)
-    monkeypatch.setattr(artifacts, "measure_gguf", fail)
+    monkeypatch.setattr(gguf_exporters, "plan_gguf", lambda _: GgufPlan())
+    monkeypatch.setattr(GgufExporter, "write", write)
+    monkeypatch.setattr(gguf_exporters, "measure_gguf", fail)
     to = tmp_path / "out"
     assert main(["export", str(run), "--to", str(to), "--format", "gguf", "--quiet"]) == 1
     assert "the gguf export to" in capsys.readouterr().err
@@ -145,14 +147,14 @@ def test_a_folder_that_appears_meanwhile_is_not_replaced(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     to = tmp_path / "out"
-    real = artifacts._load_again
+    real = CheckpointExporter.load
 
     def meanwhile(*args: Any) -> Any:
         to.mkdir()
         (to / "mine").write_text("mine")
         return real(*args)
 
-    monkeypatch.setattr(artifacts, "_load_again", meanwhile)
+    monkeypatch.setattr(CheckpointExporter, "load", meanwhile)
     assert main(["export", str(run), "--to", str(to), "--quiet"]) == 1
     assert "cannot write" in capsys.readouterr().err
     assert names(tmp_path) == ["out"]
@@ -165,7 +167,9 @@ def test_an_export_is_loaded_in_the_dtype_that_the_search_measured_in(run: Path)
     source = load(config.model)
     for dtype in (torch.float32, torch.bfloat16):
         for artifact in read_record(run).artifacts:
-            made = Exported(run / artifact.path, artifact.format, artifact.sha256, 0, {}, {})
-            again = artifacts._load_again(made, source, config, dtype)
+            made = exporter(artifact.format, config.export)
+            assert isinstance(made, TransformersExporter)
+            searched = replace(source, dtype=dtype)
+            again = made.load_again(run / artifact.path, searched, config.model)
             assert again.dtype == dtype
             assert {parameter.dtype for parameter in again.model.parameters()} == {dtype}

@@ -11,8 +11,8 @@ import torch
 from conftest import job
 
 from excise.cli import main as cli
+from excise.export import checkpoint
 from excise.report.stored_record import read_record
-from excise.runs import artifacts
 
 FILES = ("config.toml", "study.journal", "directions.safetensors", "record.json", "report.html")
 
@@ -160,12 +160,12 @@ def test_evaluate_an_edited_model_against_its_base(demo_run: Path, capsys):
 
 def test_an_export_is_measured_as_it_was_written(tiny: Path, tmp_path: Path, monkeypatch, capsys):
     """One that lost its edit has no drift, and that is said beside what the search measured."""
-    real = artifacts.export_safetensors
+    real = checkpoint.export_safetensors
 
     def lost(source, to, edits, *more):
         return real(source, to, {}, *more)
 
-    monkeypatch.setattr(artifacts, "export_safetensors", lost)
+    monkeypatch.setattr(checkpoint, "export_safetensors", lost)
     arguments = [a for a in job(tiny, tmp_path / "run", "--json-events") if a != "--quiet"]
     assert cli.main(arguments) == 0
     (artifact,) = read_record(tmp_path / "run").artifacts

@@ -13,11 +13,11 @@ from typing import Any
 
 from excise import __version__
 from excise.errors import EXIT_BAD_INPUT
+from excise.formats import DEFAULT, FORMATS
 from excise.visible import one_line
 
 METHODS = ("directional", "subspace", "ridge", "ara")
 PROMPT_FLAGS = ("target", "contrast", "target_eval", "contrast_eval")
-_FORMATS = ("safetensors", "adapter", "gguf", "gguf-adapter")
 _TRIAL: dict[str, Any] = {"type": int, "metavar": "N", "help": "trial (default: the selected one)"}
 _SET: dict[str, Any] = {"action": "append", "default": [], "metavar": "a.b=c", "dest": "sets"}
 
@@ -224,9 +224,7 @@ def _folder(sub: argparse.ArgumentParser, metavar: str = "DIR") -> None:
 
 def _format(sub: argparse.ArgumentParser) -> None:
     text = "form of the export (default: safetensors)"
-    sub.add_argument(
-        "--format", choices=_FORMATS, default="safetensors", dest="format_name", help=text
-    )
+    sub.add_argument("--format", choices=FORMATS, default=DEFAULT, dest="format_name", help=text)
 
 
 def _json(sub: argparse.ArgumentParser) -> None:

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from excise.cli import terminal
+from excise.formats import FORMATS
 from excise.record import Record, Scores, TrialRecord
 from excise.report import formatting
 from excise.visible import visible
@@ -152,7 +153,8 @@ def _places(record: Record, out: Path) -> Table:
     table.add_column(style="dim")
     table.add_column(overflow="fold")
     for artifact in record.artifacts:
-        name = "edited model" if artifact.format == "safetensors" else artifact.format
+        form = FORMATS.get(artifact.format)
+        name = artifact.format if form is None else form.label
         _row(table, name, str(out / artifact.path))
         _row(table, "model card", str(out / artifact.path / "README.md"))
     _row(table, "report", str(out / "report.html"))

@@ -23,6 +23,7 @@ from rich.text import Text
 
 from excise import events
 from excise.cli import terminal
+from excise.formats import FORMATS
 from excise.report import formatting
 from excise.visible import one_line, visible
 
@@ -47,8 +48,7 @@ _NAMES = {
     "holdout": "Measuring on holdout prompts",
     "export": "Exporting",
     "load edited": "Loading the edited model",
-    "measure safetensors": "Measuring the edited model",
-    "measure adapter": "Measuring the adapter",
+    **{f"measure {form.name}": f"Measuring the {form.label}" for form in FORMATS.values()},
     "push": "Uploading",
 }
 _VERBS = {"convert": "Converting to", "quantise": "Quantising to", "measure": "Measuring"}

@@ -15,6 +15,7 @@ from pathlib import Path
 from excise.errors import ExciseError, HubError, InputError, RunStateError, first_line
 from excise.events import Notice, OnEvent, ignore, phase
 from excise.files import CARD, hashes_of
+from excise.formats import DEFAULT
 from excise.reading import is_folder
 from excise.record import ArtifactRecord, Record
 from excise.report.card import model_card
@@ -37,7 +38,7 @@ def push(
     folder: Path,
     repo: str,
     *,
-    format_name: str = "safetensors",
+    format_name: str = DEFAULT,
     trial: int | None = None,
     place: Path | None = None,
     public: bool = False,
@@ -49,7 +50,7 @@ def push(
     Args:
         folder: the run.
         repo: OWNER/NAME; made where it does not exist.
-        format_name: which export, one of `config.Format`.
+        format_name: which export, one of `formats.FORMATS`.
         trial: whose; by default the selected one's.
         place: where the export is, if not within the run folder: what a record says of other places
             is not enough to send what is there.

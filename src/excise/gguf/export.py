@@ -21,7 +21,8 @@ from excise.checkpoints.model_folder import read_config, weight_files
 from excise.config import ExportSection
 from excise.errors import ConfigError, ExportError
 from excise.events import OnEvent, ignore, phase
-from excise.export.formats import Exported, adapter_factors, relative_error
+from excise.export.exporter import Exported
+from excise.export.low_rank import adapter_factors, relative_error
 from excise.export.merging import merge_checkpoint
 from excise.files import (
     add_files,
@@ -58,36 +59,49 @@ class GgufPlan:
     base: Path | None = None
 
 
-def plan_gguf(section: ExportSection, formats: Sequence[str]) -> GgufPlan:
-    """Check what a configuration asks of GGUF exports.
+def plan_gguf(section: ExportSection) -> GgufPlan:
+    """Check what a configuration asks of whole models as GGUF.
 
     Raises:
         ConfigError: an unknown type, a missing tool, options that do not go together.
         ModelError: the GGUF to patch is not a whole one.
     """
     types = tuple(dict.fromkeys(check_file_type(name) for name in section.quantize))
-    base = None if section.from_gguf is None else Path(section.from_gguf)
-    folder = None if section.llama_cpp is None else Path(section.llama_cpp)
-    wanted = [name for name in formats if name.startswith("gguf")]
-    if not wanted and (types or base or folder):
-        raise ConfigError("--quantize, --from-gguf and --llama-cpp are for --format gguf: add it")
+    base = _base(section)
+    if base is not None and types:
+        raise ConfigError("--from-gguf keeps the file's own types: leave --quantize out")
+    return GgufPlan(types, None if base else find_tools(_checkout(section), types), base)
+
+
+def plan_gguf_adapter(section: ExportSection) -> GgufPlan:
+    """Check what a configuration asks of GGUF adapters, which are measured on a base.
+
+    Raises:
+        ConfigError: the checkout that is named has no converter.
+        ModelError: the GGUF to measure on is not a whole one.
+    """
+    base, checkout = _base(section), _checkout(section)
     if base is not None:
-        shards = read_shards(base)
-        check_sizes(shards)
-        base = shards[0].path
-        if types:
-            raise ConfigError("--from-gguf keeps the file's own types: leave --quantize out")
-        return GgufPlan((), None, base)
-    if "gguf" in wanted:
-        return GgufPlan(types, find_tools(folder, types), None)
-    if types:
-        raise ConfigError("--quantize is for --format gguf: an adapter is not quantised")
+        return GgufPlan(base=base)
     try:
-        return GgufPlan((), find_tools(folder), None)
+        return GgufPlan(tools=find_tools(checkout))
     except ConfigError:
-        if folder is not None:
+        if checkout is not None:
             raise
         return GgufPlan()  # the adapter can be written; nothing makes a base to measure it on
+
+
+def _base(section: ExportSection) -> Path | None:
+    """Return the first part of the GGUF that is named, once it is known to be whole."""
+    if section.from_gguf is None:
+        return None
+    shards = read_shards(Path(section.from_gguf))
+    check_sizes(shards)
+    return shards[0].path
+
+
+def _checkout(section: ExportSection) -> Path | None:
+    return None if section.llama_cpp is None else Path(section.llama_cpp)
 
 
 def own_type(source: Path) -> str:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from excise.checkpoints.gguf_header import shard_names
-from excise.checkpoints.loading import Loaded
 from excise.events import Notice, OnEvent, phase
-from excise.export.formats import Exported
+from excise.export.exporter import Exported, Measurement
 from excise.files import scratch
 from excise.gguf import engine
 from excise.gguf.engine import GgufEngine, GgufModel
@@ -18,26 +17,19 @@ from excise.gguf.ggml import GET_LLAMA_CPP
 from excise.gguf.llamacpp import plain_copy
 from excise.prompts.tokens import end_tokens
 from excise.record import Scores
-from excise.search.evaluation import Panel
-from excise.search.scorers import ScoreContext, Scorer
-
-
-@dataclass(frozen=True)
-class GgufJob:
-    """What a GGUF is measured on and by: the run's own search prompts and scorers."""
-
-    loaded: Loaded
-    prompts: dict[str, list[list[int]]]
-    scorers: tuple[Scorer, ...]
-    context: ScoreContext
-    limit: int
-    spoken: tuple[int, ...] = ()
 
 
 def measure_gguf(
-    made: Exported, plan: GgufPlan, job: GgufJob, on_event: OnEvent
+    made: Exported, plan: GgufPlan, by: Measurement, on_event: OnEvent, *, adapter: bool = False
 ) -> tuple[Exported, Scores]:
     """Measure every file of a GGUF export; figures are added to its `details`.
+
+    Args:
+        made: what was written.
+        plan: what it was written with.
+        by: the search's prompts and scorers.
+        on_event: told of the steps.
+        adapter: whether the files are adapters on a base, rather than whole models.
 
     Returns:
         The export, and the scores of its first file; none where llama.cpp is not here to run it.
@@ -47,20 +39,21 @@ def measure_gguf(
         return made, {}
     files = [dict(one) for one in made.details["files"]]
     models = [one for one in files if one["part"] == "model" and not _later_shard(one["file"])]
-    adapter = made.format == "gguf-adapter"
     if adapter and plan.base is None and plan.tools is None:
-        on_event(Notice("gguf-adapter: not measured, for want of a base: name one by --from-gguf"))
+        on_event(
+            Notice(f"{made.format}: not measured, for want of a base: name one by --from-gguf")
+        )
         return made, {}
-    wanted = [own_type(job.loaded.folder)] if adapter else [one["type"] for one in models]
+    wanted = [own_type(by.loaded.folder)] if adapter else [one["type"] for one in models]
     first: Scores = {}
-    for kind, base in _originals(wanted, plan, job.loaded.folder, made.path, on_event):
+    for kind, base in _originals(wanted, plan, by.loaded.folder, made.path, on_event):
         for one in models:
             if not adapter and plan.base is None and one["type"] != kind:
                 continue
             path = made.path / one["file"]
             with phase(f"measure {kind if adapter else one['type']}", on_event):
                 edited, lora = (base, path) if adapter else (path, None)
-                before, after = _measure_pair(base, edited, lora, job)
+                before, after = _measure_pair(base, edited, lora, by)
             one["original"] = {
                 name: score.model_dump(mode="json") for name, score in before.items()
             }
@@ -85,29 +78,25 @@ def _originals(
 
 
 def _measure_pair(
-    original: Path, edited: Path, adapter: Path | None, job: GgufJob
+    original: Path, edited: Path, adapter: Path | None, by: Measurement
 ) -> tuple[Scores, Scores]:
     """Scores of the original file and of the edited one, drift against the original's own responses."""
-    longest = max(len(ids) for rows in job.prompts.values() for ids in rows) + job.limit
-    ends = end_tokens(job.loaded.model, job.loaded.tokenizer)
+    searched = by.engine
+    longest = max(len(ids) for rows in searched.prompts.values() for ids in rows) + searched.limit
     with GgufModel(original, longest) as one, GgufModel(edited, longest, adapter) as other:
-        before = _engine(one, job, ends, None)
-        after = _engine(other, job, ends, before)
-        panels = [Panel(e, job.scorers, job.context) for e in (before, after)]
-        scores = [panel.measure([[]])[0].scores for panel in panels]
-    return scores[0], scores[1]
+        before = _engine(one, by, None)
+        after = _engine(other, by, before)
+        return by.scores(before), by.scores(after)
 
 
-def _engine(
-    model: GgufModel, job: GgufJob, ends: frozenset[int], reference: GgufEngine | None
-) -> GgufEngine:
+def _engine(model: GgufModel, by: Measurement, reference: GgufEngine | None) -> GgufEngine:
     return GgufEngine(
         model,
-        job.prompts,
-        job.loaded.tokenizer,
-        ends=ends,
-        limit=job.limit,
-        spoken=job.spoken,
+        by.engine.prompts,
+        by.loaded.tokenizer,
+        ends=end_tokens(by.loaded.model, by.loaded.tokenizer),
+        limit=by.engine.limit,
+        spoken=by.engine.spoken,
         reference=reference,
     )
 

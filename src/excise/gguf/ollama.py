@@ -17,8 +17,14 @@ from itertools import takewhile
 from typing import Any
 
 from excise.checkpoints.gguf_header import GgufFile, shard_names
+from excise.checkpoints.loading import Loaded
+from excise.checkpoints.model_folder import read_generation
 from excise.errors import ModelError
+from excise.prompts.chat_template import special_tokens
 from excise.prompts.template_rendering import Renderer, TemplateRefusal
+from excise.prompts.template_sources import own_template
+from excise.prompts.tokens import end_tokens
+from excise.reading import is_file
 
 _Chat = list[tuple[str, str]]  # (role, content)
 _SYSTEM, _USER, _ANSWER, _MORE = "Probe-one", "Probe-two", "Probe-three", "Probe-four"
@@ -37,6 +43,7 @@ _PARAMETERS = {
     "repetition_penalty": "repeat_penalty",
 }
 _LARGEST = 1e6  # of a sampling parameter that can be meant
+_LICENCE = 1 << 20  # characters of a licence's text that go into a Modelfile
 
 
 @dataclass(frozen=True)
@@ -97,6 +104,31 @@ def adds_bos(head: GgufFile) -> bool:
     if isinstance(said, bool):
         return said
     return kind in ("llama", "bert") or head.keys.get("tokenizer.ggml.pre") in _BOS_BEFORE
+
+
+def modelfile_of(
+    loaded: Loaded, licence: str | None, head: GgufFile, model: str, projector: str | None
+) -> str:
+    """Return the Modelfile of a loaded model's GGUF, the file `model` with the header `head`.
+
+    Its licence is the text beside the checkpoint, where there is one, else `licence`.
+    """
+    tokenizer = loaded.tokenizer
+    found = own_template(tokenizer, loaded.folder)
+    ends = sorted(end_tokens(loaded.model, tokenizer))
+    file = next((path for path in sorted(loaded.folder.glob("LICENSE*")) if is_file(path)), None)
+    if file is not None:
+        with file.open(encoding="utf-8", errors="replace") as opened:
+            licence = opened.read(_LICENCE)
+    return modelfile(
+        model,
+        head,
+        None if found is None else Template(found[0], special_tokens(tokenizer)),
+        [str(tokenizer.decode([number])) for number in ends],
+        read_generation(loaded.folder),
+        projector=projector,
+        licence=licence,
+    )
 
 
 def modelfile(

@@ -15,10 +15,10 @@ from jinja2 import Template
 
 from excise.errors import InputError, first_line
 from excise.events import Notice, OnEvent
+from excise.formats import DEFAULT, FORMATS
 from excise.record import ArtifactRecord, Record, TrialRecord
 from excise.report import formatting, views
 from excise.report.card_loading import (
-    FORMATS,
     credits_section,
     files_of,
     files_section,
@@ -40,7 +40,7 @@ _FUNCTIONS = (
 def model_card(
     record: Record,
     *,
-    artifact_format: str = "safetensors",
+    artifact_format: str = DEFAULT,
     trial: int | None = None,
     artifact: ArtifactRecord | None = None,
     repo: str | None = None,
@@ -49,7 +49,7 @@ def model_card(
 
     Args:
         record: of the run.
-        artifact_format: one of `card_loading.FORMATS`.
+        artifact_format: one of `formats.FORMATS`.
         trial: its number.
         artifact: which export; by default the trial's last one in that format.
         repo: the Hub id that it is published under, where that is known.
@@ -169,8 +169,7 @@ def _metadata(record: Record, artifact_format: str) -> str:
     tags = ["excise", "model-editing"]
     if views.is_safeguard(record) and not views.strengthened(record):
         tags.append("abliteration")
-    if artifact_format.startswith("gguf"):
-        tags.append("gguf")
+    tags += shape.tags
     licences: Any = _licences(record.model.license)
     data = ModelCardData(
         base_model=base,

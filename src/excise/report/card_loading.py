@@ -5,84 +5,15 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
+from jinja2 import Environment, StrictUndefined
+
+from excise.formats import FORMATS
 from excise.record import ArtifactRecord, Record, ScoreRecord
 from excise.report import formatting
 from excise.report.markdown import bullets, code, fence, plain, table
 
-
-@dataclass(frozen=True)
-class Format:
-    """How one artifact format is announced, and what it leaves of the original."""
-
-    relation: Literal["finetune", "adapter"]
-    library: str | None
-    words: str
-    rest: str
-
-
-FORMATS = {
-    "safetensors": Format(
-        "finetune",
-        "transformers",
-        "whole model, safetensors",
-        "Every other tensor and file is a copy of the original's.",
-    ),
-    "adapter": Format(
-        "adapter",
-        "peft",
-        "PEFT adapter on the base model",
-        "The adapter holds the edit alone; it needs the base model.",
-    ),
-    "gguf": Format(
-        "finetune",
-        None,
-        "whole model, GGUF",
-        "Every other tensor is the original's, in GGUF.",
-    ),
-    "gguf-adapter": Format(
-        "adapter",
-        None,
-        "GGUF adapter on the base model",
-        "The adapter holds the edit alone; it needs the base model, as GGUF.",
-    ),
-}
-
-_MODEL = """\
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model_id = {this}
-tokenizer = AutoTokenizer.from_pretrained(model_id)
-model = AutoModelForCausalLM.from_pretrained(model_id, dtype="auto", device_map="auto")
-"""
-_ADAPTER = """\
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-base_id = {base}
-adapter_id = {this}
-tokenizer = AutoTokenizer.from_pretrained(base_id)
-base = AutoModelForCausalLM.from_pretrained(base_id, dtype="auto", device_map="auto")
-model = PeftModel.from_pretrained(base, adapter_id)
-"""
-_GENERATE = """
-messages = [{"role": "user", "content": "Hello!"}]
-inputs = tokenizer.apply_chat_template(
-    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-).to(model.device)
-output = model.generate(**inputs, max_new_tokens=100)
-print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
-"""
-_LLAMA_PYTHON = """\
-from llama_cpp import Llama
-
-llama = Llama({arguments}, n_ctx=4096, verbose=False)
-messages = [{{"role": "user", "content": "Hello!"}}]
-output = llama.create_chat_completion(messages, max_tokens=100)
-print(output["choices"][0]["message"]["content"])
-"""
 _SAMPLING = {
     "temperature": "temperature",
     "top_p": "top-p",
@@ -90,73 +21,42 @@ _SAMPLING = {
     "min_p": "min-p",
     "repetition_penalty": "repetition penalty",
 }
-_SCORES = ("behaviour_rate", "drift")
+
+
+def _word(name: str) -> str:
+    """A name as one word of a shell's line, and no option."""
+    return shlex.quote(f"./{name}" if name.startswith("-") else name)
+
+
+_CODE = Environment(
+    trim_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined, autoescape=False
+)
+_CODE.filters |= {"json": json.dumps, "word": _word}
 
 
 def loading(
     record: Record, artifact_format: str, artifact: ArtifactRecord | None, repo: str | None
 ) -> str:
     """The section with code that loads this format; `repo` is where it is published, if it is."""
-    base = json.dumps(formatting.hub_id(record.model.source) or "path/or/hub-id/of/the/base/model")
-    parts = ["## How to load it"]
-    if artifact_format == "safetensors":
-        this = json.dumps(repo or "path/or/hub-id/of/this/model")
-        parts += [
-            "With Transformers:",
-            fence((_MODEL.replace("{this}", this) + _GENERATE), "python"),
-        ]
-        parts.append(
-            "vLLM and other servers of Transformers checkpoints load it as they load the original."
-        )
-    elif artifact_format == "adapter":
-        this = json.dumps(repo or "path/or/hub-id/of/this/adapter")
-        text = _ADAPTER.replace("{base}", base).replace("{this}", this)
-        parts += ["With PEFT:", fence(text + _GENERATE, "python")]
-    else:
-        parts += _gguf(artifact_format, artifact, repo)
-    text = "\n\n".join(parts)
-    if record.model.multimodal:
-        text = text.replace("AutoModelForCausalLM", "AutoModelForImageTextToText")
-    return text
-
-
-def _gguf(artifact_format: str, artifact: ArtifactRecord | None, repo: str | None) -> list[str]:
     files = files_of(artifact)
     names = [str(one.get("file")) for one in files if one.get("part") != "projector"]
-    projector = next((str(f.get("file")) for f in files if f.get("part") == "projector"), None)
-    name = names[0] if names else "FILE.gguf"
-    if artifact_format == "gguf-adapter":
-        lora = f'model_path="BASE.gguf", lora_path={json.dumps(name)}'
-        return [
-            "With llama.cpp:",
-            fence(f"llama-cli -m BASE.gguf --lora {_word(name)} -cnv", "sh"),
-            "From Python, with llama-cpp-python:",
-            fence(_LLAMA_PYTHON.format(arguments=lora), "python"),
-        ]
-    command = f"llama-cli -m {_word(name)} -cnv"
-    if projector is not None:
-        parts = f"-m {_word(name)} --mmproj {_word(projector)}"
-        command += f"\nllama-mtmd-cli {parts} --image PICTURE -p Describe"
-    ollama = "ollama create edited -f Modelfile\nollama run edited"
-    if repo is not None:
-        kind = str(files[0].get("type")) if files else "Q4_K_M"
-        command = f"llama-cli -hf {_word(f'{repo}:{kind}')} -cnv\n{command}"
-        ollama = (
-            f"ollama run {_word(f'hf.co/{repo}:{kind}')}\n\n# or, with the files here:\n{ollama}"
-        )
-    return [
-        "With llama.cpp:",
-        fence(command, "sh"),
-        "From Python, with llama-cpp-python:",
-        fence(_LLAMA_PYTHON.format(arguments=f"model_path={json.dumps(name)}"), "python"),
-        "With Ollama (the Modelfile names the first file; name another in its FROM line):",
-        fence(ollama, "sh"),
-    ]
-
-
-def _word(name: str) -> str:
-    """A name as one word of a shell's line, and no option."""
-    return shlex.quote(f"./{name}" if name.startswith("-") else name)
+    kind = "ImageTextToText" if record.model.multimodal else "CausalLM"
+    values = {
+        "repo": repo,
+        "base": formatting.hub_id(record.model.source) or "path/or/hub-id/of/the/base/model",
+        "auto_class": f"AutoModelFor{kind}",
+        "file": names[0] if names else "FILE.gguf",
+        "kind": str(files[0].get("type")) if files else "Q4_K_M",
+        "projector": next(
+            (str(f.get("file")) for f in files if f.get("part") == "projector"), None
+        ),
+    }
+    parts = ["## How to load it"]
+    for way in FORMATS[artifact_format].usage:
+        parts.append(way.words)
+        if way.code:
+            parts.append(fence(_CODE.from_string(way.code).render(values), way.language))
+    return "\n\n".join(parts)
 
 
 def files_of(artifact: ArtifactRecord | None) -> list[dict[str, Any]]:
@@ -236,6 +136,4 @@ def credits_section(record: Record, artifact_format: str) -> str:
         f"Base model: {base}, by its authors. Its licence ({licence}) holds for this model as well.",
         "The edit: found, measured and written by Excise, with Transformers, PyTorch and Optuna.",
     ]
-    if artifact_format.startswith("gguf"):
-        lines.append("GGUF, its converter and its quantisers: the llama.cpp project.")
-    return "## Credits and licence\n\n" + bullets(lines)
+    return "## Credits and licence\n\n" + bullets([*lines, *FORMATS[artifact_format].credits])

@@ -9,12 +9,13 @@ from typing import Any, Literal
 from excise.capture.geometry import describe_layers
 from excise.checkpoints.loading import Loaded, load, resolve
 from excise.checkpoints.model_folder import read_config, weight_files
-from excise.config import Config, ModelSection, validate
+from excise.config import Config, ExportSection, ModelSection, validate
 from excise.engine.batch_sizing import Sizing, from_dict, size, usual_length
 from excise.errors import ConfigError, OutputError, RunStateError
 from excise.events import Notice, OnEvent, ignore, phase
+from excise.export.exporter import exporters
 from excise.files import check_destination
-from excise.gguf.export import plan_gguf
+from excise.formats import DEFAULT, FORMATS, OPTIONS
 from excise.prompts.sets import PromptSet, PromptSets, load_prompt_sets
 from excise.reading import is_file, is_whole
 from excise.record import ArtifactRecord, Record, Scores
@@ -33,14 +34,13 @@ from excise.search.pareto import Objective, Point, choose
 from excise.search.scorers import Markers, read_markers
 
 Part = Literal["eval", "holdout"]
-_NO_GGUF = {"quantize": (), "llama_cpp": None, "from_gguf": None}  # of a run that also wrote GGUF
 
 
 def export_run(
     folder: Path,
     to: Path,
     *,
-    format_name: str = "safetensors",
+    format_name: str = DEFAULT,
     trial: int | None = None,
     select: str | None = None,
     options: Mapping[str, Any] | None = None,
@@ -52,7 +52,7 @@ def export_run(
     Args:
         folder: the run.
         to: a folder that does not exist yet.
-        format_name: one of `config.Format`.
+        format_name: one of `formats.FORMATS`.
         trial: which trial; by default the selected one.
         select: a rule instead of a number: knee, drift<=X, rate<=X.
         options: settings of `config.ExportSection` that are not the run's own.
@@ -72,11 +72,12 @@ def export_run(
     if to.exists():
         raise OutputError(f"{to} exists: give --to a new folder")
     given = {k: v for k, v in (options or {}).items() if v is not None}
-    gguf = format_name.startswith("gguf")
-    unused = ("export.llama_cpp",) if not gguf or "llama_cpp" in given else ()
+    # What this format does not take is of a run that also wrote others.
+    dropped = {option: _default(option) for option in OPTIONS.keys() - FORMATS[format_name].options}
+    unused = [f"export.{option}" for option in (*dropped, *given)]
     config = read_terms(folder, trust=trust_run, unused=unused)
-    config = _with_options(config, {**({} if gguf else _NO_GGUF), **given})
-    plan_gguf(config.export, [format_name])
+    config = _with_options(config, {**dropped, **given})
+    exporters(config.export, [format_name])
     scoring = setup.scoring(config)
     with journal.hold(folder):
         record, config = _reopen(folder, config)  # as others left it, who held it until now
@@ -89,7 +90,7 @@ def export_run(
         method = setup.stored_method(loaded, tokens, config, folder, on_event)
         both = (sets.target_eval, sets.contrast_eval)
         engine = setup.engine_for(loaded, method.writers, tokens, "eval", config, sizing.plan)
-        checker = Checker(engine, scoring, scoring.context(*both), config, tokens)
+        checker = Checker(loaded, engine, scoring, scoring.context(*both), config, tokens)
         place = [(format_name, to)]
         with phase("export", on_event):
             record = export(record, chosen, loaded, method, checker, place, folder, on_event)
@@ -130,6 +131,10 @@ def _same(
         now = digests(identity(loaded, sets, tokens, config, markers, sizing.batch))
         journal.check_same(folder / RECORD, record.identity, now)
     return tokens, sizing
+
+
+def _default(option: str) -> Any:
+    return ExportSection.model_fields[option].default
 
 
 def _with_options(config: Config, options: Mapping[str, Any]) -> Config:

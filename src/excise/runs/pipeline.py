@@ -19,8 +19,9 @@ from excise.engine.batch_sizing import Sizing, from_dict, size, usual_length
 from excise.engine.engine import Engine
 from excise.errors import MeasurementError, RunStateError
 from excise.events import OnEvent
+from excise.export.exporter import exporters
 from excise.files import write_text
-from excise.gguf.export import plan_gguf
+from excise.formats import FORMATS
 from excise.methods.registry import Method, check_method, named
 from excise.model.edits import Edit
 from excise.prompts.sets import PromptSets, load_prompt_sets
@@ -29,7 +30,7 @@ from excise.report.pages import write_pages
 from excise.report.stored_record import FILE as RECORD
 from excise.report.stored_record import read_record, write_record
 from excise.runs import setup
-from excise.runs.artifacts import FOLDERS, Checker, check_exports, export_chosen
+from excise.runs.artifacts import Checker, check_exports, export_chosen
 from excise.runs.baseline import SHOWN, check_baseline
 from excise.runs.output_folder import check_apart, check_output, held_anew
 from excise.runs.results import final_figures, model_record, summary
@@ -107,7 +108,7 @@ def run(
     clock = Clock(on_event)
     scoring = setup.scoring(config)
     parse_rule(config.search.select, scoring.goals())
-    plan_gguf(config.export, config.export.formats)
+    exporters(config.export, config.export.formats)  # what they ask for is there
     check_output(out, resume)
     with ExitStack() as held:
         known = None
@@ -163,7 +164,7 @@ def _measure(
     record = record.model_copy(update=found)
     write_record(out, record)  # before the export: what was measured is never lost
     with clock.phase("export"):
-        checker = Checker(engine, scoring, context, config, tokens)
+        checker = Checker(loaded, engine, scoring, context, config, tokens)
         record = export_chosen(record, chosen, loaded, method, checker, out, clock.on_event)
     record = record.model_copy(update={"timing": dict(clock.seconds)})
     write_record(out, record)
@@ -206,7 +207,8 @@ def _kept(out: Path) -> dict[str, Any]:
         known = read_record(out)
     except RunStateError:  # it is new, or was interrupted before it had one
         return {}
-    elsewhere = [a for a in known.artifacts if a.path not in FOLDERS.values()]
+    own = {form.folder for form in FORMATS.values()}
+    elsewhere = [a for a in known.artifacts if a.path not in own]
     return {"artifacts": elsewhere, "geometry": known.geometry}
 
 

@@ -21,8 +21,9 @@ from excise.checkpoints.model_folder import weight_files
 from excise.config import Config, load_config
 from excise.errors import ConfigError
 from excise.events import OnEvent, ignore, phase
-from excise.export.formats import Exported, export_adapter, export_safetensors
+from excise.export.exporter import EditedModel, exporter
 from excise.files import check_destination, scratch, staged
+from excise.formats import DEFAULT, FORMATS
 from excise.methods.registry import check_method
 from excise.model.anatomy import Writer
 from excise.model.edits import Edit
@@ -35,7 +36,6 @@ from excise.runs.results import model_record, versions
 from excise.runs.run_folder import CAPTURED, DIRECTIONS, save_directions
 from excise.search.scorers import read_markers
 
-_FOLDERS = {"safetensors": "model", "adapter": "adapter"}
 # Software that computes or stores weights; the rest searches, draws or shows.
 _COMPUTING = frozenset({"excise", "torch", "transformers", "tokenizers", "safetensors"})
 _SETS = ("target", "contrast")  # the prompts that edits are made from
@@ -56,7 +56,7 @@ class Rebuilt:
     """One export, written again.
 
     Attributes:
-        format: "safetensors" or "adapter".
+        format: its name.
         then: its hash on the record, None where it is not on it.
         now: its hash.
         apart: the largest relative difference of a tensor (Frobenius), where the old files are at
@@ -144,7 +144,7 @@ def reproduce(
         )
         for file in room.glob("*.safetensors"):  # what the method captured on the way
             file.unlink()
-    left = tuple(dict.fromkeys(a.format for a in made if a.format not in _FOLDERS))
+    left = tuple(dict.fromkeys(a.format for a in made if not _rebuilds(a.format)))
     return Reproduction(shown.number, rebuilt, differences, left)
 
 
@@ -168,8 +168,13 @@ def _room(out: Path | None, near: Path, source: Path) -> AbstractContextManager[
 
 def _wanted(made: Sequence[ArtifactRecord]) -> dict[str, ArtifactRecord | None]:
     """Format -> the artifact on the record; a whole model where there is none to compare with."""
-    known = {a.format: a for a in made if a.format in _FOLDERS}
-    return {**known} if known else {"safetensors": None}
+    known = {a.format: a for a in made if _rebuilds(a.format)}
+    return {**known} if known else {DEFAULT: None}
+
+
+def _rebuilds(name: str) -> bool:
+    """Whether the format of this name, which a record may have from elsewhere, can be rebuilt."""
+    return name in FORMATS and FORMATS[name].rebuilt
 
 
 def _edits(
@@ -207,23 +212,12 @@ def _rebuild(
 ) -> Rebuilt:
     named = {w.name: e for w, e in zip(writers, edits, strict=True) if e is not None}
     card = {"README.md": model_card(record, artifact_format=name, trial=trial.number)}
-    to = room / _FOLDERS[name]
-    made: Exported
+    to = room / FORMATS[name].folder
+    rank = int(known.details.get("rank", 1)) if known is not None else 1
+    section = load_config(flags={"export.adapter_rank": rank}).export
     with phase("export", on_event):
-        if name == "safetensors":
-            made = export_safetensors(loaded.folder, to, named, writers, on_event, card)
-        else:
-            rank = int(known.details.get("rank", 1)) if known is not None else 1
-            made = export_adapter(
-                loaded.published,
-                to,
-                named,
-                writers,
-                rank=rank,
-                revision=loaded.revision,
-                on_event=on_event,
-                extra_files=card,
-            )
+        edited = EditedModel(record, loaded, writers, named)
+        made = exporter(name, section).write(edited, to, card, on_event)
     then = None if known is None else known.sha256
     apart = None
     if known is not None and then != made.sha256:

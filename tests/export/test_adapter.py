@@ -18,14 +18,11 @@ from torch import Tensor
 
 from excise.errors import ExportError, OutputError, StorageError
 from excise.events import Event, Notice, Progress
-from excise.export import formats
-from excise.export.formats import (
-    export_adapter,
-    export_safetensors,
-    low_rank,
-    rank_for,
-    weight_difference,
-)
+from excise.export import adapter
+from excise.export import low_rank as low_rank_module
+from excise.export.adapter import export_adapter
+from excise.export.checkpoint import export_safetensors
+from excise.export.low_rank import low_rank, rank_for, weight_difference
 from excise.files import sha256_of
 from excise.model.anatomy import Writer, describe
 from excise.model.edits import Edit
@@ -167,7 +164,7 @@ def test_the_adapters_files_have_the_usual_permissions(tmp_path: Path) -> None:
 def test_the_same_edit_gives_the_same_adapter(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(formats, "_EXACT_SVD", 8)  # the randomised way
+    monkeypatch.setattr(low_rank_module, "_EXACT_SVD", 8)  # the randomised way
     source, writers = source_and_writers(tmp_path)
     edits = random_edits(writers)
     state = torch.random.get_rng_state()
@@ -203,7 +200,7 @@ def test_the_rank_for_an_error_is_the_least_that_keeps_it(
     source, writers = source_and_writers(tmp_path)
     edits = random_edits(writers)
     if not exact:  # as for a large matrix
-        monkeypatch.setattr(formats, "_EXACT_SVD", 4)
+        monkeypatch.setattr(low_rank_module, "_EXACT_SVD", 4)
     rank = rank_for(edits, writers, error)
     monkeypatch.undo()
     errors = [
@@ -296,7 +293,7 @@ def test_a_failing_adapter_export_leaves_nothing(
         path.write_bytes(b"half")
         raise error
 
-    monkeypatch.setattr(formats, "save_file", fail)
+    monkeypatch.setattr(adapter, "save_file", fail)
     with pytest.raises(expected):
         export_adapter(str(source), tmp_path / "out", random_edits(writers), writers, rank=1)
     assert [p.name for p in tmp_path.iterdir()] == ["source"]
