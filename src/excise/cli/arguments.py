@@ -223,7 +223,7 @@ def _folder(sub: argparse.ArgumentParser, metavar: str = "DIR") -> None:
 
 
 def _format(sub: argparse.ArgumentParser) -> None:
-    text = "form of the export (default: safetensors)"
+    text = f"form of the export (default: {DEFAULT})"
     sub.add_argument("--format", choices=FORMATS, default=DEFAULT, dest="format_name", help=text)
 
 
