@@ -90,7 +90,7 @@ def study(
         record = run(config, out)
         run_again = reopen(out, config)
         front = [record.trial(n) for n in record.front]
-        edits = [run_again.method.edits(run_again.method.candidate(t.params)) for t in front]
+        edits = [run_again.session.edits(t.params) for t in front]
         held = [m.scores for m in run_again.holdout.measure(edits)]
     original = values(record.holdout_baseline)
     points = [values(t.scores) for t in front], [values(s) for s in held]

@@ -28,6 +28,7 @@ from excise.methods.registry import Method
 from excise.prompts.sets import load_prompt_sets
 from excise.runs import setup
 from excise.search.evaluation import Panel
+from excise.search.scoring import scoring_of
 
 STACK = 8
 # Candidates that leave more than this of the behaviour are of no interest to anyone.
@@ -70,16 +71,12 @@ def prepared(basis: int | None) -> tuple[Method, Panel]:
         ridge = config.ridge.model_copy(update={"basis": basis})
         config = config.model_copy(update={"ridge": ridge})
     loaded, sets = load(config.model), load_prompt_sets(config.prompts)
-    bare = setup.tokenise(loaded, sets, config)
-    tokens = setup.open_responses(loaded, bare, config, setup.scoring(config).markers)
-    directions, _ = setup.find_directions(loaded, tokens, config.directions, events.ignore)
+    bare = setup.open_session(config, loaded, sets, scoring_of(config), events.ignore)
+    bare = setup.open_responses(bare)
+    directions, _ = setup.find_directions(bare)
     with tempfile.TemporaryDirectory() as folder:
-        stored = Path(folder) / "captured.safetensors"
-        method = setup.method_for(
-            loaded, directions, tokens, config, stored, events.ignore, anew=True
-        )
-    plan = size(loaded, config, 40, 100).plan
-    return method, holdout_panel(loaded, sets, method, tokens, config, plan)
+        session = setup.prepare(bare, directions, Path(folder), anew=True)
+    return session.method, holdout_panel(session, size(loaded, config, 40, 100).plan)
 
 
 def drawn(method: Method, count: int) -> list[dict[str, Any]]:

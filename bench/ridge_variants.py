@@ -29,23 +29,27 @@ from reopened import reopen
 from torch import Tensor
 
 from excise import events
+from excise.capture.directions import Directions
 from excise.capture.moments import TokenSpan, token_moments
 from excise.config import load_config
 from excise.engine.stacking import Stack
 from excise.methods import registry, ridge
 from excise.methods.profiles import Profile
-from excise.methods.registry import Bench, Kind
+from excise.methods.registry import Bench, Kind, edited_writers
 from excise.methods.ridge import RidgeCandidate, RidgeMethod
 from excise.model.edits import Edit
-from excise.runs import setup
+from excise.runs.session import Session
 
 
 class Bound(RidgeMethod):
     """Ridge, from a bench."""
 
-    def __init__(self, bench: Bench, captured: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, bench: Bench, directions: Directions, captured: Mapping[str, Tensor]
+    ) -> None:
         layers = len(bench.loaded.anatomy.layers)
-        super().__init__(bench.writers, layers, captured, bench.config)
+        super().__init__(edited_writers(bench), layers, captured, bench.config)
+        self.directions = directions
 
 
 class Own(Bound):
@@ -86,10 +90,6 @@ class Written(Bound):
 class WithDirection(Bound):
     """After the ridge edit, `removal` of each layer's own direction; then the row norms."""
 
-    def __init__(self, bench: Bench, captured: Mapping[str, Tensor]) -> None:
-        super().__init__(bench, captured)
-        self.directions = bench.directions
-
     def space(self) -> dict[str, BaseDistribution]:
         return {**super().space(), "removal": FloatDistribution(-0.25, 1.2)}
 
@@ -119,23 +119,24 @@ def removed(writer: Any, edit: Edit, directions: Any, removal: float) -> Edit:
 
 
 def _captured(bench: Bench, how: str) -> dict[str, Tensor]:
+    assert isinstance(bench, Session)
     tokens: Mapping[str, Any] = bench.tokens
     answers = bench.responses()
+    writers = edited_writers(bench)
     if how == "last":
         answers = [[0]] * len(tokens["contrast"])  # responses of one token: none of it is read
     if how == "more":
-        extra = tokens["contrast_eval"]
-        answers = [*answers, *setup.own_responses(bench.loaded, extra, bench.config)]
-        tokens = {"target": tokens["target"], "contrast": [*tokens["contrast"], *extra]}
-    found = ridge.capture(
-        bench.loaded, bench.writers, tokens, answers, bench.config, bench.on_event
-    )
+        sets = {**bench.sets.sets, "contrast": bench.sets["contrast_eval"]}
+        answers = [*answers, *replace(bench, sets=replace(bench.sets, sets=sets)).responses()]
+        contrast = [*tokens["contrast"], *tokens["contrast_eval"]]
+        tokens = {"target": tokens["target"], "contrast": contrast}
+    found = ridge.capture(bench.loaded, writers, tokens, answers, bench.config, bench.on_event)
     if how in ("targets", "alike"):
         _keep_targets(bench, found)
     if how == "alike":
         written = sum(map(len, answers))
         read = sum(len(ids) - 1 for side in ("target", "contrast") for ids in tokens[side])
-        for writer in bench.writers:
+        for writer in writers:
             mixed = _mixed(
                 found[f"{writer.name}/keep"], written, found[f"{writer.name}/prompts"], read
             )
@@ -146,11 +147,12 @@ def _captured(bench: Bench, how: str) -> dict[str, Tensor]:
 
 def _keep_targets(bench: Bench, found: dict[str, Tensor]) -> None:
     """Put the tokens of target prompts before the last into S_prompt."""
-    bases = [found.get(f"{writer.name}/basis") for writer in bench.writers]
+    writers = edited_writers(bench)
+    bases = [found.get(f"{writer.name}/basis") for writer in writers]
     texts = [TokenSpan(ids, spare=1) for ids in bench.tokens["target"]]
     own = sum(len(ids) - 1 for ids in bench.tokens["contrast"])
-    moments = token_moments(bench.loaded, bench.writers, texts, bases, "targets", bench.on_event)
-    for writer, more in zip(bench.writers, moments, strict=True):
+    moments = token_moments(bench.loaded, writers, texts, bases, "targets", bench.on_event)
+    for writer, more in zip(writers, moments, strict=True):
         key = f"{writer.name}/prompts"
         found[key] = _mixed(found[key], own, more.mean().cpu(), more.tokens)
 
@@ -179,7 +181,7 @@ def install(name: str | None) -> None:
         registry.KINDS["ridge"] = RIDGE
         return
     bind = KINDS.get(name, Bound)
-    registry.KINDS["ridge"] = Kind(lambda b: _captured(b, name), bind, RIDGE.check)
+    registry.KINDS["ridge"] = Kind(lambda bench, _: _captured(bench, name), bind, RIDGE.check)
 
 
 @dataclass(frozen=True)
@@ -220,8 +222,8 @@ def main(folder: Path) -> None:
 
     config = load_config(file=folder / "config.toml")
     found = reopen(folder, config)
-    method: Any = found.method
-    again = Again(found.bench, method)
+    method: Any = found.session.method
+    again = Again(found.session, method)
     rows = []
     for number in found.record.front[:6]:
         candidate = method.candidate(found.record.trial(number).params)

@@ -28,18 +28,18 @@ from excise.config import load_config
 from excise.engine.batch_sizing import Sizing, size
 from excise.engine.engine import Engine, Original, Plan, Reference
 from excise.engine.requests import Divergence, Responses
-from excise.methods.directional import DirectionalMethod
 from excise.methods.directional_math import build, prepare
 from excise.methods.profiles import from_params
 from excise.methods.search_space import distributions
 from excise.prompts.sets import load_prompt_sets
 from excise.record import ScoreRecord
-from excise.runs import setup as stage
+from excise.runs import setup
 from excise.runs.pipeline import measurer
 from excise.search.evaluation import Panel
 from excise.search.journal import create_study
 from excise.search.loop import Measure, Measured, Search
 from excise.search.pareto import Objective
+from excise.search.scoring import scoring_of
 
 WIDE = {
     "vocab_size": 8192,
@@ -58,27 +58,22 @@ class Job:
     """The demo job, set up as the pipeline sets it up."""
 
     def __init__(self) -> None:
-        self.config = load_config(behaviour="demo", flags={"model.source": "demo"})
-        self.sets = load_prompt_sets(self.config.prompts)
+        flags = {"model.source": "demo", "method": "directional"}
+        self.config = load_config(behaviour="demo", flags=flags)
         self.loaded: Loaded = load(self.config.model)
-        self.tokens = stage.tokenise(self.loaded, self.sets, self.config)
-        section = self.config.directions
-        directions, _ = stage.find_directions(self.loaded, self.tokens, section, events.ignore)
-        writers = self.loaded.anatomy.select(self.config.edit.components)
-        self.method = DirectionalMethod(writers, directions, self.config.edit)
-        self.scoring = stage.scoring(self.config)
-        self.both = (self.sets.target_eval, self.sets.contrast_eval)
-        self.sizing: Sizing = size(self.loaded, self.config, 32, len(self.sets.target_eval))
+        self.scoring = scoring_of(self.config)
+        sets = load_prompt_sets(self.config.prompts)
+        bare = setup.open_session(self.config, self.loaded, sets, self.scoring, events.ignore)
+        directions, _ = setup.find_directions(bare)
+        self.session = setup.prepare(bare, directions, Path(), anew=True)
+        self.method = self.session.method
+        self.sizing: Sizing = size(self.loaded, self.config, 32, len(sets.target_eval))
 
     def engine(self, plan: Plan | None = None, reference: Reference | None = None) -> Engine:
-        plan, writers = plan or self.sizing.plan, self.method.writers
-        return stage.engine_for(
-            self.loaded, writers, self.tokens, "eval", self.config, plan, reference
-        )
+        return self.session.engine("search", plan or self.sizing.plan, reference)
 
     def panel(self, engine: Engine) -> Panel:
-        context = self.scoring.context(*self.both)
-        return Panel(engine, self.scoring.every_trial, context)
+        return self.session.panel(engine, "search", self.scoring.every_trial)
 
     def space(self) -> dict[str, Any]:
         return distributions(
@@ -105,7 +100,7 @@ def search_seconds(job: Job, trials: int, *, whole: bool = True) -> float:
         )
         engine = job.engine(reference=Reference({"contrast": first}, engine._forward))
     panel = job.panel(engine)
-    measure = measurer(job.method, panel, engine.learning)
+    measure = measurer(job.session, panel, engine.learning)
     return seconds_of(job, measure, trials, batch=job.sizing.batch)
 
 

@@ -6,13 +6,11 @@ import builders
 import optuna
 import torch
 
-from excise import events
 from excise.capture.directions import Directions, from_means
 from excise.capture.residuals import mean, residual_pass
-from excise.config import validate
-from excise.engine.engine import Engine
-from excise.methods.registry import KINDS, Bench
+from excise.methods.registry import kind_of
 from excise.prompts.tokens import batches
+from excise.runs.session import Session
 
 LIMIT = 4
 
@@ -33,28 +31,25 @@ def residuals(loaded, rows):
     return residual_pass(loaded.anatomy, batches(rows, 16, 0, torch.device("cpu")), None)
 
 
-def bench_of(loaded, name: str, sections, count: int = 12) -> Bench:
+def bench_of(loaded, name: str, sections, count: int = 12) -> Session:
     """What a run gives a method, on a small model."""
-    tokens = tokens_of(count=count)
-    config = validate({"method": name, **sections})
-    engine = Engine(loaded, (), {"contrast": tokens["contrast"]}, max_new_tokens=LIMIT)
-    return Bench(
-        loaded,
-        tokens,
-        directions_of(loaded, tokens),
-        config,
-        lambda: [r.tokens for r in engine.original("contrast").responses],
-        lambda side: residuals(loaded, tokens[side]),
-        events.ignore,
-    )
+    scores = {"max_new_tokens": LIMIT}
+    return builders.session(loaded, tokens_of(count=count), method=name, scores=scores, **sections)
+
+
+def bound(bench: Session, captured=None):
+    """What is captured for a bench's method, if it is not given, and the method."""
+    kind, directions = kind_of(bench.config), directions_of(bench.loaded, bench.tokens)
+    if captured is None:
+        captured = kind.capture(bench, directions)
+    return captured, kind.bind(bench, directions, captured)
 
 
 def method_of(name: str, family: str = "qwen3", **sections):
     """A method as a run makes it, on a small model with random weights."""
     loaded = builders.loaded(family)
     bench = bench_of(loaded, name, sections)
-    captured = KINDS[name].capture(bench)
-    return loaded, bench, captured, KINDS[name].bind(bench, captured)
+    return loaded, bench, *bound(bench)
 
 
 def params_of(method, count: int, seed: int = 3):

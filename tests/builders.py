@@ -17,12 +17,20 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from excise import events
 from excise.capture.directions import Directions, normalise
 from excise.checkpoints.loading import Loaded
-from excise.config import EditSection
+from excise.config import EditSection, validate
 from excise.methods.directional import DirectionalMethod
 from excise.methods.profiles import Candidate, Profile
+from excise.methods.registry import settle
 from excise.model.anatomy import describe
+from excise.prompts.chat_template import Dressing
+from excise.prompts.measured_sets import MeasuredSet, MeasuredSets
+from excise.prompts.sets import Prompt
+from excise.runs.session import Session
+from excise.search.scorers import Markers
+from excise.search.scoring import Scoring
 
 VOCABULARY = 300
 WIDTH = 64
@@ -118,6 +126,21 @@ def checkpoint(
     built.save_pretrained(folder, **save)
     tokenizer().save_pretrained(folder)
     return folder
+
+
+def session(
+    model: Loaded, rows: dict[str, list[list[int]]] | None = None, **sections: Any
+) -> Session:
+    """A session on a small model; `rows` are token ids of the prompts by role."""
+    sets = {role: measured_set(role, ids) for role, ids in (rows or {}).items()}
+    settled = settle(validate(sections), model)
+    measured = MeasuredSets(sets, Dressing(None, ""))
+    return Session(settled, model, measured, Scoring(Markers(())), events.ignore)
+
+
+def measured_set(role: str, ids: list[list[int]]) -> MeasuredSet:
+    """A prompt set of which only the token ids matter."""
+    return MeasuredSet(role, "here", tuple(Prompt(str(row)) for row in ids), ids)
 
 
 def directions(seed: int = 0, layers: int = LAYERS, *, projected: bool = False) -> Directions:

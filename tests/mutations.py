@@ -85,9 +85,9 @@ MUTANTS = (
     ),
     Mutant(
         "directions are not winsorised",
-        "runs/setup",
-        "_pass(loaded, side, tokens[side], section.winsor, on_event)",
-        "_pass(loaded, side, tokens[side], None, on_event)",
+        "runs/session",
+        "residual_pass(self.loaded.anatomy, chunks, self.config.directions.winsor)",
+        "residual_pass(self.loaded.anatomy, chunks, None)",
         f"{RUN} -k directions",
     ),
     Mutant(
@@ -171,17 +171,17 @@ MUTANTS = (
     ),
     Mutant(
         "an opening stands before the prompt",
-        "runs/setup",
-        "[[*row, *opening.ids] for row in rows]",
-        "[[*opening.ids, *row] for row in rows]",
+        "prompts/measured_sets",
+        "[[*row, *opening.ids] for row in one.ids]",
+        "[[*opening.ids, *row] for row in one.ids]",
         f"{RUN} -k directions",
     ),
     # -- what a candidate is measured on
     Mutant(
         "the holdout is measured on the search prompts",
-        "runs/setup",
-        'tokens[f"{side}_{part}"] for side',
-        'tokens[f"{side}_eval"] for side',
+        "prompts/measured_sets",
+        'self.sets[f"{side}_{_SUFFIX[part]}"] for side',
+        'self.sets[f"{side}_eval"] for side',
         f"{RUN} -k holdout",
     ),
     Mutant(
@@ -194,14 +194,14 @@ MUTANTS = (
     Mutant(
         "the search is measured on the holdout",
         "runs/pipeline",
-        'tokens, "eval", config, sizing.plan)',
-        'tokens, "holdout", config, sizing.plan)',
+        'engine = session.engine("search", plan)',
+        'engine = session.engine("holdout", plan)',
         f"{RUN} -k scores",
     ),
     Mutant(
         "what responses begin with is not judged",
-        "runs/setup",
-        "spoken=tokens.opening.spoken,",
+        "runs/session",
+        "spoken=self.sets.opening.spoken,",
         "spoken=(),",
         f"{RUN} -k samples",
     ),
@@ -222,22 +222,22 @@ MUTANTS = (
     Mutant(
         "answers and groups are the holdout's",
         "runs/pipeline",
-        "scoring.context(sets.target_eval, sets.contrast_eval)",
-        "scoring.context(sets.target_holdout, sets.contrast_holdout)",
+        'panel(engine, "search", session.scoring.every_trial)',
+        'panel(engine, "holdout", session.scoring.every_trial)',
         f"{RUN} -k groups",
     ),
     Mutant(
         "a holdout's answers and groups are the search's",
         "runs/results",
-        "scorers, scoring.context(*holdout)",
-        "scorers, scoring.context(*search_sets)",
+        'session.panel(held, "holdout", ',
+        'session.panel(held, "search", ',
         f"{RUN} -k groups",
     ),
     Mutant(
         "target and contrast prompts are mistaken for each other by scorers",
-        "runs/setup",
-        'prompts = {"target": target.prompts, "contrast": contrast.prompts}',
-        'prompts = {"target": contrast.prompts, "contrast": target.prompts}',
+        "search/scoring",
+        "{side: one.prompts for side, one in part.items()}",
+        "dict(zip(part, [one.prompts for one in reversed(part.values())], strict=True))",
         f"{RUN} -k groups",
     ),
     Mutant(
@@ -264,8 +264,8 @@ MUTANTS = (
     Mutant(
         "the holdout measures another trial than the chosen one",
         "runs/pipeline",
-        "edits = method.edits(method.candidate(chosen.params))",
-        "edits = method.edits(method.candidate(search.records()[0].params))",
+        "session.edits(chosen.params)",
+        "session.edits(search.records()[0].params)",
         f"{RUN} -k holdout",
     ),
     # -- what trials belong to
@@ -406,7 +406,7 @@ MUTANTS = (
     ),
     Mutant(
         "a run that strengthens minimises the behaviour",
-        "runs/setup",
+        "search/scoring",
         '1 if s.goal == "minimize" else -1',
         "1",
         "tests/runs/test_setup.py",
@@ -499,16 +499,16 @@ MUTANTS = (
     ),
     Mutant(
         "the responses that ridge keeps are those to target prompts",
-        "runs/setup",
-        'lambda: own_responses(loaded, tokens["contrast"], config)',
-        'lambda: own_responses(loaded, tokens["target"], config)',
+        "runs/session",
+        '{"contrast": self.sets["contrast"].ids}',
+        '{"contrast": self.sets["target"].ids}',
         "tests/runs/test_setup.py",
     ),
     Mutant(
         "methods capture residuals that are not winsorised",
-        "runs/setup",
-        "winsor = config.directions.winsor\n",
-        "winsor = None\n",
+        "runs/session",
+        "residual_pass(self.loaded.anatomy, chunks, self.config.directions.winsor)",
+        "residual_pass(self.loaded.anatomy, chunks, self.config.directions.winsor and 1.0)",
         "tests/runs/test_setup.py",
     ),
     # -- the lean way
@@ -663,8 +663,8 @@ MUTANTS = (
     Mutant(
         "a study that strengthens minimises",
         "runs/pipeline",
-        "ways = [s.goal for s in job.scoring.objectives]",
-        'ways = ["minimize" for s in job.scoring.objectives]',
+        "ways = [s.goal for s in scoring.objectives]",
+        'ways = ["minimize" for s in scoring.objectives]',
         "tests/search/test_refinement.py -k strengthens_maximises",
     ),
     Mutant(
@@ -684,7 +684,7 @@ MUTANTS = (
     Mutant(
         "an edited model is evaluated against itself",
         "runs/finished_run",
-        "plan, references[where])",
+        "plan, references[part])",
         "plan)",
         f"{RUN} -k evaluated",
     ),

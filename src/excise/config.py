@@ -213,7 +213,7 @@ class Config(Section):
 
     behaviour: str = "custom"
     description: str = ""
-    method: MethodName | None = None  # None: `registry.named` chooses
+    method: MethodName | None = None  # None: `registry.settle` chooses
     goal: Literal["remove", "strengthen"] = "remove"
     seed: int = Field(0, ge=0, lt=1 << 63)
     model: ModelSection = ModelSection()
@@ -227,6 +227,22 @@ class Config(Section):
     search: SearchSection = SearchSection()
     engine: EngineSection = EngineSection()
     export: ExportSection = ExportSection()
+
+
+class SettledModelSection(ModelSection):
+    """Which model, and the dtype that it was loaded in."""
+
+    dtype: Literal["float32", "bfloat16", "float16"]
+
+
+class SettledConfig(Config):
+    """A configuration of which the model has decided what was left open: the method and the dtype.
+
+    Whatever goes on with a run needs these: what they come to can depend on the memory that was free.
+    """
+
+    method: MethodName
+    model: SettledModelSection
 
 
 def load_config(

@@ -6,6 +6,7 @@ typed and checks its consistency, so that no other module has to.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import pydantic
@@ -237,3 +238,19 @@ class Record(Part):
         if self.selected is None:
             raise RunStateError("this run has not selected a trial yet: run `excise resume` first")
         return self.trial(self.selected)
+
+    def with_artifacts(self, artifacts: Sequence[ArtifactRecord]) -> Record:
+        """Return the record with these exports in place of its own."""
+        return self._with(artifacts=list(artifacts))
+
+    def with_geometry(self, layers: Sequence[Mapping[str, float]]) -> Record:
+        """Return the record with these figures of the residuals' geometry, by layer."""
+        return self._with(geometry=list(layers))
+
+    def with_timing(self, seconds: Mapping[str, float]) -> Record:
+        """Return the record with these seconds by phase."""
+        return self._with(timing=dict(seconds))
+
+    def _with(self, **parts: Any) -> Record:
+        """Return the record with other parts, validated."""
+        return Record.model_validate({**dict(self), **parts})

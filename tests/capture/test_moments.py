@@ -156,14 +156,12 @@ def test_experts_show_what_is_routed_to_them(name):
 @pytest.mark.parametrize("method", ["ridge", "ara"])
 def test_experts_that_few_prompts_reach_are_left_alone_and_named(name, method):
     import families
-    from bound_methods import bench_of, params_of
-
-    from excise.methods.registry import KINDS
+    from bound_methods import bench_of, bound, params_of
 
     model, writers = experts_of(name)
     component = writers[0].component
     bench = bench_of(model, method, {"edit": {"components": [component]}}, count=10)
-    made = KINDS[method].bind(bench, KINDS[method].capture(bench))
+    _, made = bound(bench)
     params = params_of(made, 1)[0] | {"first_layer": 0, "last_layer": families.LAYERS}
     edits = made.edits(made.candidate(params))
     left = [w.key for w, e in zip(made.writers, edits, strict=True) if e is None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import builders
 import families
@@ -121,18 +122,16 @@ def demo():
     from excise import events
     from excise.prompts.sets import load_prompt_sets
     from excise.runs import setup
+    from excise.search.scoring import scoring_of
 
-    config = load_config(behaviour="demo", flags={"model.source": "demo"})
+    flags = {"model.source": "demo", "method": "directional"}
+    config = load_config(behaviour="demo", flags=flags)
     loaded = load(config.model)
     sets = load_prompt_sets(config.prompts)
-    tokens = setup.tokenise(loaded, sets, config)
-    directions, _ = setup.find_directions(loaded, tokens, config.directions, events.ignore)
-    method = DirectionalMethod(
-        loaded.anatomy.select(config.edit.components), directions, config.edit
-    )
-    plan = Plan(rows=256, stack=8)
-    engine = setup.engine_for(loaded, method.writers, tokens, "eval", config, plan)
-    return engine, method, loaded
+    bare = setup.open_session(config, loaded, sets, scoring_of(config), events.ignore)
+    directions, _ = setup.find_directions(bare)
+    session = setup.prepare(bare, directions, Path(), anew=True)
+    return session.engine("search", Plan(rows=256, stack=8)), session.method, loaded
 
 
 def demo_candidates(count, layers):

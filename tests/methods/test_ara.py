@@ -97,15 +97,17 @@ def captured():
     from excise.capture.moments import last_rows
     from excise.checkpoints.loading import load
     from excise.config import load_config
+    from excise.prompts.measured_sets import tokenise
     from excise.prompts.sets import load_prompt_sets
-    from excise.runs import setup
 
     config = load_config(behaviour="demo", flags={"model.source": "demo"})
     loaded, sets = load(config.model), load_prompt_sets(config.prompts)
-    tokens = setup.tokenise(loaded, sets, config)
+    tokens = tokenise(loaded, sets, config)
     writer = loaded.anatomy.select(("mlp.down_proj",))[3]
     rows = [
-        last_rows(loaded, [writer], tokens[side][:24], "capture", events.ignore)[0].inputs.double()
+        last_rows(loaded, [writer], tokens[side].ids[:24], "capture", events.ignore)[
+            0
+        ].inputs.double()
         for side in ("target", "contrast")
     ]
     return writer.module.weight.double(), *rows

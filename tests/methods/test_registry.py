@@ -13,6 +13,7 @@ import torch
 from bound_methods import (
     LIMIT,
     bench_of,
+    bound,
     method_of,
     params_of,
 )
@@ -26,7 +27,7 @@ from excise.engine.requests import Divergence
 from excise.methods import directional
 from excise.methods.ara import AraCandidate
 from excise.methods.ara_math import AraPoint
-from excise.methods.registry import KINDS, named
+from excise.methods.registry import KINDS, edited_writers, settle
 from excise.report.stored_record import read_record
 
 METHODS = sorted(KINDS)
@@ -88,7 +89,7 @@ def test_the_same_candidate_gives_the_same_edit_whatever_ran_before(name):
     before = method.edits(method.candidate(first))
     for params in others:
         method.edits(method.candidate(params))
-    again = KINDS[name].bind(bench, captured)  # as a resume or an export makes it
+    _, again = bound(bench, captured)  # as a resume or an export makes it
     for found in (method.edits(method.candidate(first)), again.edits(again.candidate(first))):
         for a, b in zip(before, found, strict=True):
             assert (a is None) == (b is None)
@@ -166,7 +167,10 @@ def test_a_subspace_of_rank_one_is_directional_ablation_exactly(family, row_norm
 )
 def test_the_default_method(family, sections, expected):
     config = validate(sections)
-    assert named(config, families.loaded(families.model(family)).anatomy).method == expected
+    settled = settle(config, families.loaded(families.model(family)))
+    assert (settled.method, settled.model.dtype) == (expected, "float32")
+    fields = {"method": expected, "model": config.model.model_copy(update={"dtype": "float32"})}
+    assert settled.model_dump() == config.model_copy(update=fields).model_dump()
     assert set(METHODS) == set(command_line.METHODS)
 
 
@@ -274,7 +278,7 @@ def test_where_nothing_stands_for_attention_all_components_go_the_whole_way():
 def test_a_model_of_one_layer_is_searched_at_that_layer(name):
     loaded = builders.loaded("llama", num_hidden_layers=1)
     bench = bench_of(loaded, name, {})
-    method = KINDS[name].bind(bench, KINDS[name].capture(bench))
+    _, method = bound(bench)
     for params in params_of(method, 8):
         edits = method.edits(method.candidate(params))
         assert any(edit is not None for edit in edits)
@@ -287,11 +291,11 @@ def test_a_model_of_one_layer_is_searched_at_that_layer(name):
 def test_what_is_computed_together_lies_on_one_device(name, monkeypatch):
     """As where `device_map` spreads a model over several; "meta" stands in for another one."""
     _, bench, captured, _ = method_of(name)
-    for writer in bench.writers:
+    for writer in edited_writers(bench):
         if writer.layer == 2:
             writer.module.to("meta")
     monkeypatch.setattr(directional, "prepare", lambda *_a, **_k: None)  # it looks at values
-    method = KINDS[name].bind(bench, captured)
+    _, method = bound(bench, captured)
     groups = [members for members, _ in getattr(method, "_single", method)._groups]
     for members in groups:
         assert len({method.writers[n].like.device for n in members}) == 1

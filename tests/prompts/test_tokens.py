@@ -17,10 +17,10 @@ from transformers import PreTrainedTokenizerFast
 from excise.config import Config, PromptSection
 from excise.errors import ModelError, PromptError
 from excise.prompts.chat_template import PLAIN_FORMAT, dress
+from excise.prompts.measured_sets import tokenise
 from excise.prompts.sets import Prompt, PromptSet, PromptSets
 from excise.prompts.template_rendering import Renderer
 from excise.prompts.tokens import Batch, batches, beginning, encode, end_tokens, left_pad, pad_token
-from excise.runs.setup import tokenise
 
 CPU = torch.device("cpu")
 
@@ -175,7 +175,7 @@ def test_a_run_reads_the_template_that_stands_beside_the_tokenizer(tmp_path):
     template = json.dumps({"chat_template": "[{{ messages[0].content }}]"})
     (tmp_path / "chat_template.json").write_text(template)
     found = tokenise(replace(loaded, folder=tmp_path), TWO, Config())
-    assert spoken(loaded.tokenizer, found["target"][0]) == "[orb]"
+    assert spoken(loaded.tokenizer, found["target"].ids[0]) == "[orb]"
 
 
 # -- end and padding tokens ------------------------------------------------------------------------

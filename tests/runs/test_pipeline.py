@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import builders
 import pytest
 import torch
 from conftest import job
@@ -69,7 +70,6 @@ def test_the_exported_models_logits_are_the_measured_ones(demo_run: Path):
     """Edits on activations against the folder that was written, through Transformers alone."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from excise import events
     from excise.checkpoints.loading import load
     from excise.config import load_config
     from excise.engine.stacking import Stack
@@ -78,7 +78,9 @@ def test_the_exported_models_logits_are_the_measured_ones(demo_run: Path):
     record = read_record(demo_run)
     config = load_config(file=demo_run / "config.toml")
     loaded = load(config.model)
-    method = setup.stored_method(loaded, {}, config, demo_run, events.ignore)
+    method = setup.restore(
+        builders.session(loaded, **config.model_dump(exclude={"model"})), demo_run
+    ).method
     edits = method.edits(method.candidate(record.chosen().params))
     exported = AutoModelForCausalLM.from_pretrained(demo_run / "model", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(demo_run / "model")

@@ -19,11 +19,9 @@ from tokenizers import AddedToken
 from excise.checkpoints.loading import Loaded
 from excise.cli import main as cli
 from excise.model.anatomy import describe
+from excise.prompts.measured_sets import LONGEST, Opening
 from excise.runs.response_prefix import (
-    LONGEST,
-    Opening,
     find_opening,
-    from_dict,
     given_opening,
     shared_beginning,
     spoken_part,
@@ -107,7 +105,7 @@ def test_an_empty_thinking_block_is_found_and_is_not_part_of_the_answer():
     assert opening.spoken == ()
     assert opening.shares == {"target": 1.0, "contrast": 1.0}
     assert "100 % of target and 100 % of contrast" in opening.note
-    assert from_dict(json.loads(json.dumps(opening.as_dict()))) == opening
+    assert Opening.from_dict(json.loads(json.dumps(opening.as_dict()))) == opening
 
 
 def test_words_that_all_responses_begin_with_are_judged_with_them():

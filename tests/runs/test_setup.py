@@ -6,16 +6,15 @@ import builders
 import pytest
 import torch
 
-from excise import events
 from excise.capture.directions import normalise
-from excise.config import DirectionSection, EditSection, validate
+from excise.config import EditSection, validate
 from excise.methods.directional import DirectionalMethod
 from excise.methods.profiles import Candidate, Profile
-from excise.prompts.chat_template import Dressing
+from excise.prompts.measured_sets import Opening
 from excise.record import Separation
 from excise.runs import setup
-from excise.runs.response_prefix import Opening
 from excise.runs.run_folder import read_directions, read_opening, save_directions
+from excise.search.scoring import scoring_of
 
 PLANTED, MARK, OTHER = 3, 7, 8  # the layer, and the last tokens of target and contrast prompts
 
@@ -41,22 +40,19 @@ def planted():
         "target": [[*row, MARK] for row in rows[:6]],
         "contrast": [[*row, OTHER] for row in rows[:6]],
     }
-    return model, v, setup.Tokens(tokens, Dressing(None, ""))
+    return model, v, tokens
 
 
 @pytest.mark.parametrize("center", ["mean", "geometric_median"])
 def test_it_is_found_after_the_layer_that_writes_it(planted, center):
     model, v, tokens = planted
-    section = DirectionSection(center=center)
-    directions, separation = setup.find_directions(model, tokens, section, events.ignore)
+    session = builders.session(model, tokens, directions={"center": center})
+    directions, separation = setup.find_directions(session)
     assert directions.unit.shape == (builders.LAYERS, builders.WIDTH)
     assert float(directions.unit[PLANTED] @ v) > 0.99  # from contrast to target, not the other way
     assert abs(float(directions.unit[PLANTED - 1] @ v)) < 0.6
     assert separation.auc[PLANTED] == 1.0
-    rows = {
-        side: setup.residuals(model, side, tokens[side], None, events.ignore)
-        for side in ("target", "contrast")
-    }
+    rows = {side: setup.residuals(session, side) for side in ("target", "contrast")}
     along = (rows["target"] - rows["contrast"]).mean(0) @ v
     assert float(along[PLANTED]) == pytest.approx(50, rel=0.1)
     assert abs(float(along[PLANTED - 1])) < 1
@@ -64,7 +60,7 @@ def test_it_is_found_after_the_layer_that_writes_it(planted, center):
 
 def test_an_edit_by_its_index_or_at_its_own_layer_removes_it_there(planted):
     model, v, tokens = planted
-    directions, _ = setup.find_directions(model, tokens, DirectionSection(), events.ignore)
+    directions, _ = setup.find_directions(builders.session(model, tokens))
     writers = model.anatomy.select(builders.COMPONENTS)
     method = DirectionalMethod(writers, directions, EditSection(row_norms="none"))
     profiles = {name: Profile(1.0, PLANTED, 1.0, 10.0) for name in builders.COMPONENTS}
@@ -82,19 +78,19 @@ def test_residuals_come_in_the_order_of_the_prompts_whatever_their_lengths(plant
     model, _, tokens = planted
     rows = tokens["target"]
     assert sorted(map(len, rows), reverse=True) != list(map(len, rows))
-    found = setup.residuals(model, "target", rows, None, events.ignore)
+    found = setup.residuals(builders.session(model, tokens), "target")
     for ids, x in zip(rows, found, strict=True):
-        (alone,) = setup.residuals(model, "target", [ids], None, events.ignore)
+        (alone,) = setup.residuals(builders.session(model, {"target": [ids]}), "target")
         assert torch.allclose(x, alone, rtol=1e-3, atol=1e-3)
 
 
 def test_a_geometric_median_is_taken_where_it_is_asked_for(planted):
     model, _, tokens = planted
-    section = DirectionSection(center="geometric_median")
-    found, _ = setup.find_directions(model, tokens, section, events.ignore)
+    session = builders.session(model, tokens, directions={"center": "geometric_median"})
+    found, _ = setup.find_directions(session)
     centres = []
     for side in ("target", "contrast"):
-        x = setup.residuals(model, side, tokens[side], None, events.ignore).double()
+        x = setup.residuals(session, side).double()
         centre = x.mean(0)
         for _ in range(300):
             w = 1 / (x - centre).norm(dim=-1, keepdim=True).clamp_min(1e-9)
@@ -108,7 +104,7 @@ def test_a_geometric_median_is_taken_where_it_is_asked_for(planted):
 
 def test_strengthening_adds_what_removal_takes(planted):
     model, _, tokens = planted
-    directions, _ = setup.find_directions(model, tokens, DirectionSection(), events.ignore)
+    directions, _ = setup.find_directions(builders.session(model, tokens))
     writers = [w for w in model.anatomy.select(builders.COMPONENTS) if w.layer == PLANTED]
     section = EditSection(row_norms="none")
     method = DirectionalMethod(writers, directions, section, strengthen=True)
@@ -122,7 +118,7 @@ def test_strengthening_adds_what_removal_takes(planted):
 
 def test_a_run_that_strengthens_seeks_all_of_the_behaviour():
     remove, strengthen = (
-        setup.scoring(validate({"goal": goal, "scores": {"markers": ["no"]}}))
+        scoring_of(validate({"goal": goal, "scores": {"markers": ["no"]}}))
         for goal in ("remove", "strengthen")
     )
     assert [(goal.name, goal.sign) for goal in remove.goals()] == [
@@ -135,13 +131,13 @@ def test_a_run_that_strengthens_seeks_all_of_the_behaviour():
 def test_methods_are_given_what_the_run_is_about(planted):
     """The model's own responses to contrast prompts, and residuals that are winsorised as asked."""
     model, tokens = builders.loaded("qwen3"), planted[2]
-    config = validate({"directions": {"winsor": 0.8}, "scores": {"max_new_tokens": 3}})
-    bench = setup.bench_for(model, builders.directions(), tokens, config, events.ignore)
-    for ids, said in zip(tokens["contrast"], bench.responses(), strict=True):
+    sections = {"directions": {"winsor": 0.8}, "scores": {"max_new_tokens": 3}}
+    session = builders.session(model, tokens, **sections)
+    for ids, said in zip(tokens["contrast"], session.responses(), strict=True):
         whole = model.model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=3)
         assert list(said) == whole[0, len(ids) :].tolist()
-    (_, x), *_ = bench.residuals("target")()
-    plain = torch.cat([setup.residuals(model, "target", tokens["target"], None, events.ignore)])
+    (_, x), *_ = session.residuals("target")()
+    plain = setup.residuals(builders.session(model, tokens), "target")
     limits = x[:, 1:].abs().amax(-1)
     assert bool((limits < plain.abs().amax(-1).max()).all())
     share = (x[:, 1:].abs() >= limits[..., None]).double().mean(-1)

@@ -6,13 +6,17 @@ from pathlib import Path
 
 import pytest
 
+from excise import events
 from excise.checkpoints.loading import load
 from excise.config import load_config
+from excise.methods.registry import settle
 from excise.prompts.chat_template import Dressing
-from excise.prompts.sets import Prompt, PromptSet, PromptSets
-from excise.runs import setup
+from excise.prompts.measured_sets import MeasuredSet, MeasuredSets
+from excise.prompts.sets import Prompt
+from excise.runs.session import Session
 from excise.runs.study_identity import digests, identity
 from excise.search.scorers import Markers
+from excise.search.scoring import Scoring
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +35,14 @@ def found(tiny: Path):
 
     def of(flags=None, answer=None, text="a", phrase="b", template="", batch=4, directions=None):
         config = load_config(flags={"method": "directional", **(flags or {})})
-        sets = PromptSets(*(PromptSet(role, "x", (Prompt(text + role, answer),)) for role in roles))
-        tokens = setup.Tokens({}, Dressing(None, template))
-        return digests(identity(loaded, sets, tokens, config, Markers((phrase,)), batch))
+        prompts = {role: (Prompt(text + role, answer),) for role in roles}
+        sets = {role: MeasuredSet(role, "x", some, [[]]) for role, some in prompts.items()}
+        measured, scoring = (
+            MeasuredSets(sets, Dressing(None, template)),
+            Scoring(Markers((phrase,))),
+        )
+        session = Session(settle(config, loaded), loaded, measured, scoring, events.ignore)
+        return digests(identity(session, batch))
 
     return of
 

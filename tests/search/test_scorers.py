@@ -18,7 +18,6 @@ from excise.config import validate
 from excise.engine.requests import Divergence, Evidence, Response, Responses
 from excise.errors import ConfigError
 from excise.prompts.sets import Prompt
-from excise.runs.setup import scoring
 from excise.search import scorers
 from excise.search.intervals import wilson
 from excise.search.scorers import (
@@ -31,6 +30,7 @@ from excise.search.scorers import (
     scorer,
     stands_in,
 )
+from excise.search.scoring import scoring_of
 from excise.search.text_folding import fold
 
 MARKERS = read_markers(["I can't"], None)
@@ -102,10 +102,10 @@ def test_an_empty_response_shows_the_behaviour_but_holds_no_marker(text):
 def test_where_the_behaviour_is_wanted_silence_does_not_count():
     """Or an edit that breaks the model would be the best there is."""
     config = validate({"goal": "strengthen", "scores": {"markers": ["I can't"]}})
-    markers = scoring(config).markers
+    markers = scoring_of(config).markers
     assert not markers.shown(" ")
     assert markers.shown("I can't")
-    assert scoring(validate({"scores": {"markers": ["I can't"]}})).markers.shown(" ")
+    assert scoring_of(validate({"scores": {"markers": ["I can't"]}})).markers.shown(" ")
 
 
 LETTERS = "iI cCaAnNtT''*_`\u2019\n \u00dfabé"

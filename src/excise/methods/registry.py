@@ -16,14 +16,13 @@ from torch import Tensor
 from excise.capture.directions import Directions
 from excise.capture.residuals import Pass
 from excise.checkpoints.loading import Loaded
-from excise.config import Config
+from excise.config import Config, SettledConfig
 from excise.errors import ConfigError
 from excise.events import OnEvent
 from excise.methods import ara, ridge, subspace
 from excise.methods.directional import DirectionalMethod
 from excise.model.anatomy import Anatomy, Writer
 from excise.model.edits import Edit
-from excise.prompts.sets import PromptSets
 
 
 class Method(Protocol):
@@ -47,33 +46,35 @@ class Method(Protocol):
         """
 
 
-@dataclass(frozen=True)
-class Bench:
-    """What a method is made from.
-
-    Attributes:
-        tokens: token ids of the prompts, by role.
-        responses: makes the model's own greedy responses to the contrast prompts of the directions.
-        residuals: returns a side's pass over residuals at the last prompt token.
-    """
-
-    loaded: Loaded
-    tokens: Mapping[str, list[list[int]]]
-    directions: Directions
-    config: Config
-    responses: Callable[[], Sequence[Sequence[int]]]
-    residuals: Callable[[str], Pass]
-    on_event: OnEvent
+class Bench(Protocol):
+    """What a method is made from: a model and its direction prompts."""
 
     @property
-    def writers(self) -> Sequence[Writer]:
-        """The writers that are edited."""
-        return self.loaded.anatomy.select(self.config.edit.components)
+    def config(self) -> SettledConfig:
+        """The settings of a run."""
 
     @property
-    def strengthen(self) -> bool:
-        """Whether the behaviour is edited in rather than out."""
-        return self.config.goal == "strengthen"
+    def loaded(self) -> Loaded:
+        """The original model."""
+
+    @property
+    def tokens(self) -> Mapping[str, list[list[int]]]:
+        """Token ids of the prompts, by role."""
+
+    @property
+    def on_event(self) -> OnEvent:
+        """Told of progress."""
+
+    def responses(self) -> Sequence[Sequence[int]]:
+        """Return the model's own greedy responses to the contrast prompts of the directions."""
+
+    def residuals(self, side: str) -> Pass:
+        """Return a side's pass over residuals at the last prompt token."""
+
+
+def edited_writers(bench: Bench) -> Sequence[Writer]:
+    """Return the writers that the configuration edits."""
+    return bench.loaded.anatomy.select(bench.config.edit.components)
 
 
 Tensors = Mapping[str, Tensor]
@@ -90,91 +91,92 @@ class Kind:
         layout: version of what is captured; a run of another one is refused.
     """
 
-    capture: Callable[[Bench], dict[str, Tensor]]
-    bind: Callable[[Bench, Tensors], Method]
+    capture: Callable[[Bench, Directions], dict[str, Tensor]]
+    bind: Callable[[Bench, Directions, Tensors], Method]
     check: Callable[[Config, int, Anatomy], None]
     layout: str = "1"
 
 
-def _ridge_capture(bench: Bench) -> dict[str, Tensor]:
+def _ridge_capture(bench: Bench, _directions: Directions) -> dict[str, Tensor]:
+    writers, responses = edited_writers(bench), bench.responses()
     return ridge.capture(
-        bench.loaded, bench.writers, bench.tokens, bench.responses(), bench.config, bench.on_event
+        bench.loaded, writers, bench.tokens, responses, bench.config, bench.on_event
     )
 
 
-def _ridge(bench: Bench, captured: Tensors) -> Method:
+def _ridge(bench: Bench, _directions: Directions, captured: Tensors) -> Method:
     layers = len(bench.loaded.anatomy.layers)
-    return ridge.RidgeMethod(bench.writers, layers, captured, bench.config)
+    return ridge.RidgeMethod(edited_writers(bench), layers, captured, bench.config)
 
 
-def _ara_capture(bench: Bench) -> dict[str, Tensor]:
-    return ara.capture(bench.loaded, bench.writers, bench.tokens, bench.on_event)
+def _ara_capture(bench: Bench, _directions: Directions) -> dict[str, Tensor]:
+    return ara.capture(bench.loaded, edited_writers(bench), bench.tokens, bench.on_event)
 
 
-def _ara(bench: Bench, captured: Tensors) -> Method:
+def _ara(bench: Bench, _directions: Directions, captured: Tensors) -> Method:
     layers = len(bench.loaded.anatomy.layers)
-    return ara.AraMethod(bench.writers, layers, captured, bench.config)
+    return ara.AraMethod(edited_writers(bench), layers, captured, bench.config)
 
 
-def _subspace_capture(bench: Bench) -> dict[str, Tensor]:
+def _subspace_capture(bench: Bench, directions: Directions) -> dict[str, Tensor]:
     target, contrast = bench.residuals("target"), bench.residuals("contrast")
-    return subspace.capture(target, contrast, bench.directions, bench.config)
+    return subspace.capture(target, contrast, directions, bench.config)
 
 
-def _subspace(bench: Bench, captured: Tensors) -> Method:
+def _subspace(bench: Bench, directions: Directions, captured: Tensors) -> Method:
+    section, strengthen = bench.config.edit, bench.config.goal == "strengthen"
     return subspace.SubspaceMethod(
-        bench.writers,
-        bench.directions,
-        captured,
-        bench.config.edit,
-        strengthen=bench.strengthen,
+        edited_writers(bench), directions, captured, section, strengthen=strengthen
     )
 
 
-def _directional(bench: Bench, _captured: Tensors) -> Method:
-    return DirectionalMethod(
-        bench.writers, bench.directions, bench.config.edit, strengthen=bench.strengthen
-    )
+def _directional(bench: Bench, directions: Directions, _captured: Tensors) -> Method:
+    section, strengthen = bench.config.edit, bench.config.goal == "strengthen"
+    return DirectionalMethod(edited_writers(bench), directions, section, strengthen=strengthen)
 
 
 KINDS: dict[str, Kind] = {
-    "directional": Kind(lambda _: {}, _directional, lambda *_: None),
+    "directional": Kind(lambda *_: {}, _directional, lambda *_: None),
     "subspace": Kind(_subspace_capture, _subspace, subspace.check),
     "ara": Kind(_ara_capture, _ara, ara.check),
     "ridge": Kind(_ridge_capture, _ridge, ridge.check, layout="2"),
 }
 
 
-def named(config: Config, anatomy: Anatomy) -> Config:
-    """Return the configuration with its method named; where it names none, with the default.
+def settle(config: Config, loaded: Loaded) -> SettledConfig:
+    """Return the configuration with the method and the dtype decided that it may leave open.
 
-    That is `ridge`, which removes a behaviour at the least drift for its time (docs/methods.md). It is
-    `directional` where only directions will do or ridge was not tried: for refinement, for row norms "pre",
-    for strengthening, and where experts are edited, whose moments would take more memory than the model.
+    The dtype is the one that the model was loaded in. The default method is `ridge`, which removes a
+    behaviour at the least drift for its time (docs/methods.md). It is `directional` where only directions
+    will do or ridge was not tried: for refinement, for row norms "pre", for strengthening, and where
+    experts are edited, whose moments would take more memory than the model.
     """
-    if config.method is not None:
-        return config
-    only = config.search.refine > 0 or config.edit.row_norms == "pre"
-    plain = _edited_experts(anatomy, config) or only or config.goal == "strengthen"
-    return config.model_copy(update={"method": "directional" if plain else "ridge"})
+    method = config.method
+    if method is None:
+        only = config.search.refine > 0 or config.edit.row_norms == "pre"
+        plain = _edited_experts(loaded.anatomy, config) or only or config.goal == "strengthen"
+        method = "directional" if plain else "ridge"
+    tree = config.model_dump()
+    model = {**tree["model"], "dtype": str(loaded.dtype).removeprefix("torch.")}
+    return SettledConfig.model_validate({**tree, "method": method, "model": model})
 
 
 def _edited_experts(anatomy: Anatomy, config: Config) -> list[Writer]:
     return [w for w in anatomy.select(config.edit.components) if w.expert is not None]
 
 
-def kind_of(config: Config) -> Kind:
+def kind_of(config: SettledConfig) -> Kind:
     """Return the method that a configuration names."""
-    assert config.method is not None, "`named` comes first"
     return KINDS[config.method]
 
 
-def check_method(anatomy: Anatomy, sets: PromptSets, config: Config) -> None:
+def check_method(bench: Bench) -> None:
     """Refuse settings that the method cannot work with, as far as that is known before the capture.
 
     Raises:
         ConfigError: settings, prompts and model do not fit.
     """
+    config, anatomy = bench.config, bench.loaded.anatomy
     if config.search.refine and config.method != "directional":
         raise ConfigError(
             f"search.refine moves the strengths of directions, and method {config.method} has none: "
@@ -186,4 +188,5 @@ def check_method(anatomy: Anatomy, sets: PromptSets, config: Config) -> None:
             "search.refine does not reach into fused experts: leave "
             f"{experts[0].component} out of edit.components, or search without --refine"
         )
-    kind_of(config).check(config, min(len(sets.target), len(sets.contrast)), anatomy)
+    prompts = min(len(bench.tokens[side]) for side in ("target", "contrast"))
+    kind_of(config).check(config, prompts, anatomy)

@@ -104,6 +104,11 @@ def _unended(tokenizer: Any, text: str, row: list[int]) -> list[int]:
     return row[:-1] if added else row
 
 
+def vocabulary(model: Any) -> int:
+    """How many token ids the model has."""
+    return int(model.config.get_text_config().vocab_size)
+
+
 def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
     """Ids after which a response is over: all that the generation config and the tokenizer name.
 
@@ -111,8 +116,7 @@ def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
         ModelError: as `named_ends`.
     """
     named = getattr(model.generation_config, "eos_token_id", None)
-    size = int(model.config.get_text_config().vocab_size)
-    return named_ends(named, tokenizer.eos_token_id, size)
+    return named_ends(named, tokenizer.eos_token_id, vocabulary(model))
 
 
 def named_ends(generation: Any, own: Any, size: int) -> frozenset[int]:
@@ -164,7 +168,7 @@ def unnamed_end(tokenizer: Any, after: str, ends: frozenset[int]) -> str:
 def pad_token(model: Any, tokenizer: Any) -> int:
     """The id that fills rows; masked, so any will do that the model has."""
     pad = tokenizer.pad_token_id
-    known = pad is not None and 0 <= pad < model.config.get_text_config().vocab_size
+    known = pad is not None and 0 <= pad < vocabulary(model)
     return int(pad) if known else min(end_tokens(model, tokenizer))
 
 

@@ -8,21 +8,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from excise.checkpoints.loading import Loaded
-from excise.config import Config, ModelSection
+from excise.config import ModelSection
 from excise.engine.engine import Engine
 from excise.errors import ExportError, ModelError, first_line, is_out_of_memory
-from excise.events import Notice, OnEvent
+from excise.events import Notice
 from excise.export.exporter import EditedModel, Exported, exporters
 from excise.files import CARD, add_files, check_destination, claimed, publish, writing
 from excise.formats import FORMATS
-from excise.methods.registry import Method
+from excise.methods.registry import edited_writers
 from excise.model.anatomy import Writer, spans
 from excise.model.edits import Edit
 from excise.record import ArtifactRecord, CoverageRecord, Record, Scores, TrialRecord
 from excise.report.card import finished_card, interim_card
 from excise.runs import setup
-from excise.search.evaluation import Measures, Panel
-from excise.search.scorers import ScoreContext
+from excise.runs.session import EditingSession, Session
+from excise.search.evaluation import Measures
 
 # An artifact further from the measurement than this is worth a word, whatever rounding explains.
 _RATE_APART = 0.05
@@ -33,68 +33,61 @@ _DRIFT_APART = 0.2
 class Checker:
     """What exports are measured by: the search's prompts and scorers, beside its original model."""
 
-    loaded: Loaded
+    session: Session
     engine: Engine
-    scoring: setup.Scoring
-    context: ScoreContext
-    config: Config
-    tokens: setup.Tokens
+
+    @property
+    def loaded(self) -> Loaded:
+        """The model that was searched."""
+        return self.session.loaded
 
     @property
     def source(self) -> ModelSection:
         """The settings that the model was loaded with."""
-        return self.config.model
+        return self.session.config.model
 
     def scores(self, engine: Measures) -> Scores:
         """Return what every scorer says of the model of `engine`, with no edit on top."""
-        panel = Panel(engine, self.scoring.every_trial, self.context)
+        panel = self.session.panel(engine, "search", self.session.scoring.every_trial)
         return panel.measure([[]])[0].scores
 
 
-def check_exports(formats: Sequence[str], loaded: Loaded, config: Config) -> None:
+def check_exports(formats: Sequence[str], session: Session) -> None:
     """Check that edits of this model can be written in these formats: all that is known before the work.
 
     Raises:
         ConfigError: a format cannot carry them. ModelError: the checkpoint stores what cannot be edited.
     """
-    writers = loaded.anatomy.select(config.edit.components)
-    for one in exporters(config.export, formats):
-        one.check(loaded, writers)
+    writers = edited_writers(session)
+    for one in exporters(session.config.export, formats):
+        one.check(session.loaded, writers)
 
 
 def export_chosen(
-    record: Record,
-    trial: TrialRecord,
-    loaded: Loaded,
-    method: Method,
-    checker: Checker,
-    out: Path,
-    on_event: OnEvent,
+    record: Record, trial: TrialRecord, session: EditingSession, engine: Engine, out: Path
 ) -> Record:
     """Write the formats that the configuration names into the run folder; see `export`.
 
     Those of an earlier choice of this very run stay until these are there.
     """
-    places = [(name, out / FORMATS[name].folder) for name in checker.config.export.formats]
-    return export(record, trial, loaded, method, checker, places, out, on_event, replace=True)
+    places = [(name, out / FORMATS[name].folder) for name in session.config.export.formats]
+    return export(record, trial, session, engine, places, out, replace=True)
 
 
 def export(
     record: Record,
     trial: TrialRecord,
-    loaded: Loaded,
-    method: Method,
-    checker: Checker,
+    session: EditingSession,
+    engine: Engine,
     places: Sequence[tuple[str, Path]],
     out: Path,
-    on_event: OnEvent,
     *,
     replace: bool = False,
 ) -> Record:
     """Write the trial in each (format, path), load each again and measure it beside the search's figures.
 
     None of them takes its name before all are written, proven and have their card: a failure leaves
-    nothing. The searched model's layers are let go of on the way: `loaded` cannot be run afterwards.
+    nothing. The searched model's layers are let go of on the way: it cannot be run afterwards.
 
     Returns:
         The record with one `ArtifactRecord` more per place; paths inside `out` are relative to it.
@@ -105,11 +98,12 @@ def export(
     """
     if not places:
         return record
-    makers = exporters(checker.config.export, [name for name, _ in places])
+    makers = exporters(session.config.export, [name for name, _ in places])
     if not replace:
         for _, path in places:
-            check_destination(path, loaded.folder)
-    edited, touched = _edited(record, trial, loaded, method, checker, out, on_event)
+            check_destination(path, session.loaded.folder)
+    checker, on_event = Checker(session, engine), session.on_event
+    edited, touched = _edited(record, trial, session, out)
     # The source's own card must not pass for the edited model's, not even for a moment.
     files = {CARD: interim_card(record)}
     with ExitStack() as rooms:
@@ -134,25 +128,18 @@ def export(
                 add_files(one.path, {CARD: card})
         for one, (_, path) in zip(made, places, strict=True):
             publish(one.path, path, replace=replace)
-    return record.model_copy(update={"artifacts": list(artifacts.values())})
+    return record.with_artifacts(list(artifacts.values()))
 
 
 def _edited(
-    record: Record,
-    trial: TrialRecord,
-    loaded: Loaded,
-    method: Method,
-    checker: Checker,
-    out: Path,
-    on_event: OnEvent,
+    record: Record, trial: TrialRecord, session: EditingSession, out: Path
 ) -> tuple[EditedModel, CoverageRecord]:
     """Return a trial's edit with the model that it is of, and what it touches."""
-    source, writers, edits = setup.own_edits(
-        loaded, method, trial.params, checker.tokens, checker.config, out, on_event
-    )
+    own, edits = setup.own_edits(session, trial.params, out)
+    writers = own.writers
     named = {w.name: e for w, e in zip(writers, edits, strict=True) if e is not None}
     touched = touched_by(writers, edits, record.coverage)
-    return EditedModel(record, source, writers, named), touched
+    return EditedModel(record, own.loaded, writers, named), touched
 
 
 @contextmanager

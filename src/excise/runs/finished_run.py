@@ -4,36 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from excise.capture.geometry import describe_layers
 from excise.checkpoints.loading import Loaded, load, resolve
 from excise.checkpoints.model_folder import read_config, weight_files
 from excise.config import Config, ExportSection, ModelSection, validate
-from excise.engine.batch_sizing import Sizing, from_dict, size, usual_length
+from excise.engine.batch_sizing import from_dict, size, usual_length
 from excise.errors import ConfigError, OutputError, RunStateError
 from excise.events import Notice, OnEvent, ignore, phase
 from excise.export.exporter import exporters
 from excise.files import check_destination
 from excise.formats import DEFAULT, FORMATS, OPTIONS
-from excise.prompts.sets import PromptSet, PromptSets, load_prompt_sets
+from excise.prompts.measured_sets import Part, tokenise
+from excise.prompts.sets import PromptSet, load_prompt_sets
 from excise.reading import is_file, is_whole
 from excise.record import ArtifactRecord, Record, Scores
 from excise.report.pages import write_pages
 from excise.report.stored_record import FILE as RECORD
 from excise.report.stored_record import read_record, write_record
 from excise.runs import setup
-from excise.runs.artifacts import Checker, check_exports, export
+from excise.runs.artifacts import check_exports, export
 from excise.runs.resume_terms import check_terms, read_terms
-from excise.runs.run_folder import check_files
+from excise.runs.run_folder import DIRECTIONS, check_files, read_opening
+from excise.runs.session import Session
 from excise.runs.study_identity import digests, fingerprint, identity
 from excise.search import journal
-from excise.search.evaluation import Panel
 from excise.search.loop import points
 from excise.search.pareto import Objective, Point, choose
-from excise.search.scorers import Markers, read_markers
-
-Part = Literal["eval", "holdout"]
+from excise.search.scorers import read_markers
+from excise.search.scoring import Scoring, scoring_of
 
 
 def export_run(
@@ -78,22 +78,17 @@ def export_run(
     config = read_terms(folder, trust=trust_run, unused=unused)
     config = _with_options(config, {**dropped, **given})
     exporters(config.export, [format_name])
-    scoring = setup.scoring(config)
+    scoring = scoring_of(config)
     with journal.hold(folder):
         record, config = _reopen(folder, config)  # as others left it, who held it until now
         number = trial if trial is not None else _selected(record, select, scoring.goals())
         chosen = record.trial(number)
-        with phase("load", on_event):
-            sets, loaded = load_prompt_sets(config.prompts), load(config.model)
-        check_exports([format_name], loaded, config)
-        tokens, sizing = _same(record, loaded, sets, config, scoring.markers, folder)
-        method = setup.stored_method(loaded, tokens, config, folder, on_event)
-        both = (sets.target_eval, sets.contrast_eval)
-        engine = setup.engine_for(loaded, method.writers, tokens, "eval", config, sizing.plan)
-        checker = Checker(loaded, engine, scoring, scoring.context(*both), config, tokens)
-        place = [(format_name, to)]
+        found = _same(record, config, scoring, folder, on_event)
+        check_exports([format_name], found)
+        session = setup.restore(found, folder)
+        engine = session.engine("search", from_dict(record.engine).plan)
         with phase("export", on_event):
-            record = export(record, chosen, loaded, method, checker, place, folder, on_event)
+            record = export(record, chosen, session, engine, [(format_name, to)], folder)
         write_record(folder, record)
         write_pages(folder, record, [record.artifacts[-1].path])
     return record.artifacts[-1]
@@ -112,25 +107,22 @@ def _reopen(folder: Path, config: Config) -> tuple[Record, Config]:
 
 
 def _same(
-    record: Record,
-    loaded: Loaded,
-    sets: PromptSets,
-    config: Config,
-    markers: Markers,
-    folder: Path,
-) -> tuple[setup.Tokens, Sizing]:
-    """The prompts' tokens and the sizes of passes, of what is proven to be what was measured.
+    record: Record, config: Config, scoring: Scoring, folder: Path, on_event: OnEvent
+) -> Session:
+    """Load the model and prompts of a run, and prove that they are what was measured.
 
     Raises:
         RunStateError: model, prompts, markers, template or scorers are others.
     """
+    with phase("load", on_event):
+        sets, loaded = load_prompt_sets(config.prompts), load(config.model)
     _check_unchanged(record, loaded, sets.all())
-    sizing = from_dict(record.engine)
-    tokens = setup.stored_tokens(loaded, sets, config, markers, folder)
+    session = setup.open_session(config, loaded, sets, scoring, on_event)
+    session = setup.open_responses(session, read_opening(folder / DIRECTIONS))
     if record.identity:  # earlier versions did not record it
-        now = digests(identity(loaded, sets, tokens, config, markers, sizing.batch))
+        now = digests(identity(session, from_dict(record.engine).batch))
         journal.check_same(folder / RECORD, record.identity, now)
-    return tokens, sizing
+    return session
 
 
 def _default(option: str) -> Any:
@@ -158,18 +150,13 @@ def survey(
     read_record(folder)
     unused = ("export.llama_cpp", "scores.files")  # nothing is exported or scored here
     config = read_terms(folder, trust=trust_run, unused=unused)
-    markers = read_markers(config.scores.markers, config.scores.markers_file)
+    scoring = Scoring(read_markers(config.scores.markers, config.scores.markers_file))
     with journal.hold(folder):
         record, config = _reopen(folder, config)
-        with phase("load", on_event):
-            sets, loaded = load_prompt_sets(config.prompts), load(config.model)
-        tokens, _ = _same(record, loaded, sets, config, markers, folder)
-        target, contrast = (
-            setup.residuals(loaded, side, tokens[side], config.directions.winsor, on_event)
-            for side in ("target", "contrast")
-        )
+        session = _same(record, config, scoring, folder, on_event)
+        target, contrast = (setup.residuals(session, side) for side in ("target", "contrast"))
         layers = [layer.as_dict() for layer in describe_layers(target, contrast)]
-        record = record.model_copy(update={"geometry": layers})
+        record = record.with_geometry(layers)
         write_record(folder, record)
         write_pages(folder, record)
     return layers
@@ -178,14 +165,14 @@ def survey(
 def evaluate(
     config: Config, edited: str, on_event: OnEvent = ignore
 ) -> list[tuple[str, Scores, Scores]]:
-    """Measure any edited model against its base: (prompt set, base's scores, edited's scores).
+    """Measure any edited model against its base: (part of the prompts, base's scores, edited's scores).
 
     Drift is against the base's own responses; the two models are never in memory at once.
 
     Raises:
         ModelError: one of them cannot be loaded. ConfigError: their tokens are not the same.
     """
-    scoring, sets = setup.scoring(config), load_prompt_sets(config.prompts)
+    scoring, sets = scoring_of(config), load_prompt_sets(config.prompts)
     scorers = scoring.every_trial + scoring.final
     section = config.model.model_copy(update={"source": edited, "revision": None})
     shapes = _stored_shapes(section)  # before the base is measured, which takes its time
@@ -195,40 +182,36 @@ def evaluate(
     mine = _shapes(base.model.config.get_text_config().to_dict())
     if any(shapes[key] not in (None, mine[key]) for key in shapes):
         raise other_shapes
-    bare = setup.tokenise(base, sets, config)
-    tokens = setup.open_responses(base, bare, config, scoring.markers)
-    for note in tokens.notes:
+    bare = setup.open_session(config, base, sets, scoring, on_event)
+    session = setup.open_responses(bare)
+    for note in session.sets.notes:
         on_event(Notice(note))
-    parts: list[tuple[str, Part, tuple[PromptSet, PromptSet]]] = [
-        ("search", "eval", (sets.target_eval, sets.contrast_eval))
-    ]
-    if len(sets.target_holdout) and len(sets.contrast_holdout):
-        parts.append(("holdout", "holdout", (sets.target_holdout, sets.contrast_holdout)))
-    lengths = [len(row) for rows in tokens.values() for row in rows]
-    most, usual = max(len(s) for s in sets.all()), usual_length(lengths)
+    holdout = all(map(len, session.sets.part("holdout").values()))
+    parts: tuple[Part, ...] = ("search", "holdout") if holdout else ("search",)
+    lengths = [len(ids) for one in session.sets.values() for ids in one.ids]
+    most, usual = max(map(len, session.sets.values())), usual_length(lengths)
     plan = size(base, config, usual, most, on_event).plan
     engines, before = {}, {}
     with phase("baseline", on_event):
-        for where, part, both in parts:
-            engine = setup.engine_for(base, (), tokens, part, config, plan)
-            panel = Panel(engine, scorers, scoring.context(*both))
-            before[where] = panel.measure([[]])[0].scores
+        for part in parts:
+            engine = session.engine(part, plan)
+            before[part] = session.panel(engine, part, scorers).measure([[]])[0].scores
             for side in engine.prompts:  # all of them before the layers are let go of
                 engine.original(side)
-            engines[where] = engine
-    references = {where: engine.as_reference() for where, engine in engines.items()}
+            engines[part] = engine
+    references = {part: engine.as_reference() for part, engine in engines.items()}
     with phase("load edited", on_event):
         other = load(section)
     if _shapes(other.model.config.get_text_config().to_dict()) != mine:
         raise other_shapes
-    rows = []
-    if setup.tokenise(other, sets, config).rows != bare.rows:
+    if tokenise(other, sets, config).sets != bare.sets.sets:
         raise ConfigError(f"{edited} turns the prompts into other tokens than its base")
+    rows: list[tuple[str, Scores, Scores]] = []
     with phase("measure safetensors", on_event):
-        for where, part, both in parts:
-            engine = setup.engine_for(other, (), tokens, part, config, plan, references[where])
-            panel = Panel(engine, scorers, scoring.context(*both))
-            rows.append((where, before[where], panel.measure([[]])[0].scores))
+        for part in parts:
+            engine = session.of(other).engine(part, plan, references[part])
+            after = session.panel(engine, part, scorers).measure([[]])[0].scores
+            rows.append((part, before[part], after))
     return rows
 
 

@@ -13,43 +13,46 @@ from typing import Any
 import optuna
 
 from excise import events
-from excise.checkpoints.loading import Loaded, load
+from excise.checkpoints.loading import load
 from excise.config import Config, to_toml
 from excise.engine.batch_sizing import Sizing, from_dict, size, usual_length
-from excise.engine.engine import Engine
+from excise.engine.engine import Engine, Plan
 from excise.errors import MeasurementError, RunStateError
 from excise.events import OnEvent
 from excise.export.exporter import exporters
 from excise.files import write_text
 from excise.formats import FORMATS
-from excise.methods.registry import Method, check_method, named
+from excise.methods.registry import check_method
 from excise.model.edits import Edit
-from excise.prompts.sets import PromptSets, load_prompt_sets
-from excise.record import ModelRecord, Record, Separation, TrialRecord
+from excise.prompts.sets import load_prompt_sets
+from excise.record import Record, Separation, TrialRecord
 from excise.report.pages import write_pages
 from excise.report.stored_record import FILE as RECORD
 from excise.report.stored_record import read_record, write_record
 from excise.runs import setup
-from excise.runs.artifacts import Checker, check_exports, export_chosen
+from excise.runs.artifacts import check_exports, export_chosen
 from excise.runs.baseline import SHOWN, check_baseline
-from excise.runs.output_folder import check_apart, check_output, held_anew
-from excise.runs.results import final_figures, model_record, summary
+from excise.runs.results import build_record, final_figures, model_record
 from excise.runs.resume_terms import CONFIG, check_terms
 from excise.runs.run_folder import (
-    CAPTURED,
     DIRECTIONS,
+    check_apart,
     check_files,
+    check_output,
     hash_files,
+    held_anew,
     read_directions,
     read_opening,
     save_directions,
 )
+from excise.runs.session import EditingSession, Session
 from excise.runs.study_identity import identity
 from excise.search import journal
 from excise.search.evaluation import Panel
 from excise.search.loop import Measure, Measured, Search
 from excise.search.pareto import Point, choose, pareto, parse_rule
 from excise.search.refinement import NothingToRefine, refined, refiner_for
+from excise.search.scoring import Scoring, scoring_of
 from excise.search.stored_study import check_study
 
 
@@ -68,19 +71,6 @@ class Clock:
             yield
         spent = time.perf_counter() - begun
         self.seconds[name] = round(self.seconds.get(name, 0.0) + spent, 3)
-
-
-@dataclass(frozen=True)
-class _Job:
-    """What a run works with, from the end of its capture on."""
-
-    config: Config
-    scoring: setup.Scoring
-    sets: PromptSets
-    loaded: Loaded
-    tokens: setup.Tokens
-    method: Method
-    source: ModelRecord
 
 
 def run(
@@ -106,7 +96,7 @@ def run(
         PageError: record and exports are there, and a page is not.
     """
     clock = Clock(on_event)
-    scoring = setup.scoring(config)
+    scoring = scoring_of(config)
     parse_rule(config.search.select, scoring.goals())
     exporters(config.export, config.export.formats)  # what they ask for is there
     check_output(out, resume)
@@ -115,66 +105,57 @@ def run(
         if resume:
             held.enter_context(journal.hold(out))
             known, config = _reopen(out, config)
-        sets, loaded, tokens, config = _load(config, scoring, clock)
-        source = model_record(loaded)
-        check_apart(out, loaded)
+        bare = _load(config, scoring, clock)
+        source = model_record(bare.loaded)
+        check_apart(out, bare.loaded)
         if not resume:
             held.enter_context(held_anew(out))  # others may have begun while the model was loaded
-            write_text(out / CONFIG, to_toml(config))
+            write_text(out / CONFIG, to_toml(bare.config))
         with clock.phase("capture"):
-            opening = None if known is None else read_opening(out / DIRECTIONS)
-            tokens = setup.open_responses(loaded, tokens, config, scoring.markers, opening)
-            method, separation = _prepare(loaded, tokens, config, out, known is not None, on_event)
-        job = _Job(config, scoring, sets, loaded, tokens, method, source)
+            session, separation = _capture(bare, out, resumed=known is not None)
         with clock.phase("plan"):
-            sizing, search = _open_search(job, out, known, on_event)
-        record = _measure(job, search, sizing, separation, out, clock, anyway=anyway)
+            sizing, search = _open_search(session, out, known)
+        facts = {"model": source, "separation": separation, "engine": sizing.as_dict()}
+        record = _measure(session, search, sizing.plan, facts, out, clock, anyway=anyway)
     on_event(events.Finished(str(out)))
     return record
 
 
 def _measure(
-    job: _Job,
+    session: EditingSession,
     search: Search,
-    sizing: Sizing,
-    separation: Separation,
+    plan: Plan,
+    facts: dict[str, Any],
     out: Path,
     clock: Clock,
     *,
     anyway: bool,
 ) -> Record:
-    """Baseline, search, choice, holdout, record, export, pages."""
-    config, scoring, sets, loaded = job.config, job.scoring, job.sets, job.loaded
-    tokens, method = job.tokens, job.method
-    engine = setup.engine_for(loaded, method.writers, tokens, "eval", config, sizing.plan)
-    context = scoring.context(sets.target_eval, sets.contrast_eval)
-    panel = Panel(engine, scoring.every_trial, context)
+    """Baseline, search, choice, holdout, record, export, pages; `facts` are the record's so far."""
+    engine = session.engine("search", plan)
+    panel = session.panel(engine, "search", session.scoring.every_trial)
     with clock.phase("baseline"):
-        baseline = panel.measure([[None] * len(method.writers)])[0].scores
+        baseline = panel.measure([[None] * len(session.writers)])[0].scores
         if not anyway and not search.records():  # with trials, that was decided before
-            check_baseline(baseline, _said(engine, config), config, out)
-    _search(job, search, measurer(method, panel, engine.learning), clock)
-    front, chosen = _choose(job, search, out)
+            check_baseline(baseline, _said(session, engine), session.config, out)
+    _search(session, search, measurer(session, panel, engine.learning), clock)
+    front, chosen = _choose(session, search, out)
+    facts |= {"baseline": baseline, "front": front, "selected": chosen.number, **_kept(out)}
     with clock.phase("holdout"):
-        edits = method.edits(method.candidate(chosen.params))
-        figures = final_figures(engine, loaded, edits, sets, tokens, config, scoring)
-    record = summary(config, job.source, loaded, sets, sizing, search, clock.seconds, method.notes)
-    found = {"baseline": baseline, "front": front, "selected": chosen.number, **figures}
-    found |= {"separation": separation, "formatting": tokens.as_dict(), **_kept(out)}
-    record = record.model_copy(update=found)
+        facts |= final_figures(session, engine, session.edits(chosen.params))
+    record = build_record(session, search, timing=dict(clock.seconds), **facts)
     write_record(out, record)  # before the export: what was measured is never lost
     with clock.phase("export"):
-        checker = Checker(loaded, engine, scoring, context, config, tokens)
-        record = export_chosen(record, chosen, loaded, method, checker, out, clock.on_event)
-    record = record.model_copy(update={"timing": dict(clock.seconds)})
+        record = export_chosen(record, chosen, session, engine, out)
+    record = record.with_timing(clock.seconds)
     write_record(out, record)
     write_pages(out, record)
     return record
 
 
-def _said(engine: Engine, config: Config) -> list[str]:
-    """Some of the original's responses to target prompts, where these may be shown."""
-    if "target" not in config.scores.show:
+def _said(session: Session, engine: Engine) -> list[str]:
+    """Return some of the original's responses to target prompts, where these may be shown."""
+    if "target" not in session.config.scores.show:
         return []
     return [response.text for response in engine.original("target").responses[:SHOWN]]
 
@@ -212,56 +193,43 @@ def _kept(out: Path) -> dict[str, Any]:
     return {"artifacts": elsewhere, "geometry": known.geometry}
 
 
-def _load(
-    config: Config, scoring: setup.Scoring, clock: Clock
-) -> tuple[PromptSets, Loaded, setup.Tokens, Config]:
-    """Prompts and model, and the configuration with what the model decides about it."""
+def _load(config: Config, scoring: Scoring, clock: Clock) -> Session:
+    """Load prompts and model, and find what cannot be used before anything is written."""
     with clock.phase("prompts"):
         sets = load_prompt_sets(config.prompts)
     with clock.phase("load"):
         loaded = load(config.model)
-        config = setup.settled(named(config, loaded.anatomy), loaded)
-        check_exports(config.export.formats, loaded, config)
-        tokens = setup.tokenise(loaded, sets, config)
-        scoring.check(sets)
-        check_method(loaded.anatomy, sets, config)
-    return sets, loaded, tokens, config
+        session = setup.open_session(config, loaded, sets, scoring, clock.on_event)
+        check_exports(config.export.formats, session)
+        scoring.check(session.sets)
+        check_method(session)
+    return session
 
 
-def _prepare(
-    loaded: Loaded,
-    tokens: setup.Tokens,
-    config: Config,
-    out: Path,
-    resumed: bool,
-    on_event: OnEvent,
-) -> tuple[Method, Separation]:
-    for note in (*loaded.notes, *tokens.notes):
-        on_event(events.Notice(note))
+def _capture(session: Session, out: Path, *, resumed: bool) -> tuple[EditingSession, Separation]:
+    """Find how responses begin, the directions, and what the method needs; or read them back."""
     path = out / DIRECTIONS
+    session = setup.open_responses(session, read_opening(path) if resumed else None)
+    for note in (*session.loaded.notes, *session.sets.notes):
+        session.on_event(events.Notice(note))
     known = read_directions(path) if resumed else None
     if resumed and known is None:
         raise RunStateError(f"{path} cannot be read: put it back as it was, or choose a new --out")
-    directions, separation = known or setup.find_directions(
-        loaded, tokens, config.directions, on_event
-    )
+    directions, separation = known or setup.find_directions(session)
     if known is None:
-        save_directions(path, directions, separation, tokens.opening)
-    place, anew = out / CAPTURED, not resumed
-    method = setup.method_for(loaded, directions, tokens, config, place, on_event, anew=anew)
-    return method, separation
+        save_directions(path, directions, separation, session.sets.opening)
+    return setup.prepare(session, directions, out, anew=not resumed), separation
 
 
 def _open_search(
-    job: _Job, out: Path, known: optuna.Study | None, on_event: OnEvent
+    session: EditingSession, out: Path, known: optuna.Study | None
 ) -> tuple[Sizing, Search]:
-    """The study of this run, new or resumed, and the sizes that it was started with."""
-    config, goals, space = job.config, job.scoring.goals(), job.method.space()
-    sizing = _sizing(job, on_event) if known is None else from_dict(known.user_attrs["sizing"])
-    batch = sizing.batch
-    mine = identity(job.loaded, job.sets, job.tokens, config, job.scoring.markers, batch)
+    """Create the study of this run, or go on with `known`, with the sizes that it was started with."""
+    config, scoring, space = session.config, session.scoring, session.method.space()
+    sizing = _sizing(session) if known is None else from_dict(known.user_attrs["sizing"])
+    mine, goals = identity(session, sizing.batch), scoring.goals()
     if known is None:
-        ways = [s.goal for s in job.scoring.objectives]
+        ways = [s.goal for s in scoring.objectives]
         facts = {
             "config": config.model_dump(mode="json", exclude_none=True),
             "files": hash_files(out),
@@ -271,63 +239,62 @@ def _open_search(
         study = known
         journal.check_identity(out, study, mine)
         check_study(study, space, goals, str(out / journal.FILE))
-    return sizing, Search(study, space, goals, config.search, batch=batch, seed=config.seed)
+    return sizing, Search(study, space, goals, config.search, batch=sizing.batch, seed=config.seed)
 
 
-def _search(job: _Job, search: Search, measure: Measure, clock: Clock) -> None:
-    """All trials, and those that refine the front of them."""
-    section = job.config.search
+def _search(session: EditingSession, search: Search, measure: Measure, clock: Clock) -> None:
+    """Run all trials, and those that refine the front of them."""
+    section = session.config.search
     with clock.phase("search", section.trials):
         search.run(section.trials, measure, clock.on_event)
     if section.refine:
         with clock.phase("refine", section.refine):
-            search.refine(_refinement(job, search, clock.on_event), measure, clock.on_event)
+            search.refine(_refinement(session, search), measure, clock.on_event)
 
 
 def _refinement(
-    job: _Job, search: Search, on_event: OnEvent
+    session: EditingSession, search: Search
 ) -> Callable[[list[Point]], list[dict[str, Any]]]:
     """Points so far -> parameters of new trials, refined from their front."""
+    config, scoring, method = session.config, session.scoring, session.method
 
     def propose(points: list[Point]) -> list[dict[str, Any]]:
-        shown, spoken = job.scoring.markers.shown, job.tokens.opening.spoken
+        shown, spoken = scoring.markers.shown, session.sets.opening.spoken
         try:
-            refiner = refiner_for(job.loaded, job.method, job.tokens, job.config, shown, spoken)
+            refiner = refiner_for(session.loaded, method, session.tokens, config, shown, spoken)
         except NothingToRefine as error:  # what the search found is not lost for it
-            on_event(events.Notice(str(error)))
+            session.on_event(events.Notice(str(error)))
             return []
         trials = search.records()
-        starts = [trials[p.number].params for p in pareto(points, job.scoring.goals())]
-        return refined(refiner, job.method, starts, job.config.search.refine)
+        starts = [trials[p.number].params for p in pareto(points, scoring.goals())]
+        return refined(refiner, method, starts, config.search.refine)
 
     return propose
 
 
-def _choose(job: _Job, search: Search, out: Path) -> tuple[list[int], TrialRecord]:
-    """The numbers of the trials on the front, and the chosen one of them.
+def _choose(session: Session, search: Search, out: Path) -> tuple[list[int], TrialRecord]:
+    """Return the numbers of the trials on the front, and the chosen one of them.
 
     Raises:
         MeasurementError: the rule fits none.
     """
-    goals = job.scoring.goals()
+    goals = session.scoring.goals()
     front = pareto(search.points(), goals)
-    chosen = choose(job.config.search.select, front, goals)
+    chosen = choose(session.config.search.select, front, goals)
     if chosen is None:
-        raise MeasurementError(_nothing_chosen(job.config, len(front), out))
+        raise MeasurementError(_nothing_chosen(session.config, len(front), out))
     return [p.number for p in front], search.records()[chosen.number]
 
 
-def _sizing(job: _Job, on_event: OnEvent) -> Sizing:
-    sides = [job.tokens["target_eval"], job.tokens["contrast_eval"]]
-    lengths = [len(row) for rows in sides for row in rows]
-    most = max(map(len, sides))
-    return size(job.loaded, job.config, usual_length(lengths), most, on_event)
+def _sizing(session: Session) -> Sizing:
+    """Choose the sizes of the search's passes."""
+    sides = [one.ids for one in session.sets.part("search").values()]
+    usual, most = usual_length([len(ids) for side in sides for ids in side]), max(map(len, sides))
+    return size(session.loaded, session.config, usual, most, session.on_event)
 
 
 def measurer(
-    method: Method,
-    panel: Panel,
-    learning: Callable[[], AbstractContextManager[None]],
+    session: EditingSession, panel: Panel, learning: Callable[[], AbstractContextManager[None]]
 ) -> Measure:
     """Parameters of a batch -> its measurements, for the search.
 
@@ -337,7 +304,7 @@ def measurer(
 
     def measure(params: list[dict[str, Any]]) -> list[Measured]:
         begun = time.perf_counter()
-        edits = [_edits(method, one) for one in params]
+        edits = [_edits(session, one) for one in params]
         built = (time.perf_counter() - begun) / len(params)
         good = [one for one in edits if not isinstance(one, str)]
         with learning() if next(batches) == 0 else nullcontext():
@@ -352,10 +319,10 @@ def measurer(
     return measure
 
 
-def _edits(method: Method, params: dict[str, Any]) -> list[Edit | None] | str:
-    """A candidate's edits, or why it has none."""
+def _edits(session: EditingSession, params: dict[str, Any]) -> list[Edit | None] | str:
+    """Return a candidate's edits, or why it has none."""
     try:
-        return method.edits(method.candidate(params))
+        return session.edits(params)
     except MeasurementError as error:
         return str(error)
 

@@ -18,14 +18,13 @@ from safetensors import SafetensorError, safe_open
 
 from excise.checkpoints.loading import Loaded, load
 from excise.checkpoints.model_folder import weight_files
-from excise.config import Config, load_config
+from excise.config import load_config
 from excise.errors import ConfigError
 from excise.events import OnEvent, ignore, phase
 from excise.export.exporter import EditedModel, exporter
 from excise.files import check_destination, scratch, staged
 from excise.formats import DEFAULT, FORMATS
 from excise.methods.registry import check_method
-from excise.model.anatomy import Writer
 from excise.model.edits import Edit
 from excise.prompts.sets import PromptSets, load_prompt_sets
 from excise.record import ArtifactRecord, Record, TrialRecord
@@ -33,8 +32,10 @@ from excise.report.card import model_card
 from excise.report.stored_record import read_record
 from excise.runs import setup
 from excise.runs.results import model_record, versions
-from excise.runs.run_folder import CAPTURED, DIRECTIONS, save_directions
+from excise.runs.run_folder import DIRECTIONS, save_directions
+from excise.runs.session import EditingSession, Session
 from excise.search.scorers import read_markers
+from excise.search.scoring import Scoring
 
 # Software that computes or stores weights; the rest searches, draws or shows.
 _COMPUTING = frozenset({"excise", "torch", "transformers", "tokenizers", "safetensors"})
@@ -137,9 +138,11 @@ def reproduce(
     differences = _differences(record, loaded, prompts)
     near = (path if path.is_dir() else path.parent) / "reproduced"
     with _room(out, near, loaded.folder) as room:
-        made_anew = _edits(loaded, prompts, config, shown.params, room, on_event)
+        scoring = Scoring(read_markers(config.scores.markers, config.scores.markers_file))
+        session = setup.open_session(config, loaded, prompts, scoring, on_event)
+        made_anew = _edits(setup.open_responses(session), shown.params, room)
         rebuilt = tuple(
-            _rebuild(name, known, record, shown, *made_anew, room, near.parent, on_event)
+            _rebuild(name, known, record, shown, *made_anew, room, near.parent)
             for name, known in _wanted(made).items()
         )
         for file in room.glob("*.safetensors"):  # what the method captured on the way
@@ -178,24 +181,15 @@ def _rebuilds(name: str) -> bool:
 
 
 def _edits(
-    loaded: Loaded,
-    prompts: PromptSets,
-    config: Config,
-    params: dict[str, Any],
-    room: Path,
-    on_event: OnEvent,
-) -> tuple[Loaded, Sequence[Writer], list[Edit | None]]:
-    """A trial's edits with all that its run captured captured anew; and the model to fold them into."""
-    tokens = setup.tokenise(loaded, prompts, config)
-    markers = read_markers(config.scores.markers, config.scores.markers_file)
-    tokens = setup.open_responses(loaded, tokens, config, markers)
-    check_method(loaded.anatomy, prompts, config)
-    with phase("capture", on_event):
-        directions, separation = setup.find_directions(loaded, tokens, config.directions, on_event)
-        save_directions(room / DIRECTIONS, directions, separation, tokens.opening)
-        stored = room / CAPTURED
-        method = setup.method_for(loaded, directions, tokens, config, stored, on_event, anew=True)
-        return setup.own_edits(loaded, method, params, tokens, config, room, on_event)
+    session: Session, params: dict[str, Any], room: Path
+) -> tuple[EditingSession, list[Edit | None]]:
+    """Make a trial's edits, with all that its run captured captured anew."""
+    check_method(session)
+    with phase("capture", session.on_event):
+        directions, separation = setup.find_directions(session)
+        save_directions(room / DIRECTIONS, directions, separation, session.sets.opening)
+        prepared = setup.prepare(session, directions, room, anew=True)
+        return setup.own_edits(prepared, params, room)
 
 
 def _rebuild(
@@ -203,13 +197,12 @@ def _rebuild(
     known: ArtifactRecord | None,
     record: Record,
     trial: TrialRecord,
-    loaded: Loaded,
-    writers: Sequence[Writer],
+    session: EditingSession,
     edits: Sequence[Edit | None],
     room: Path,
     beside: Path,
-    on_event: OnEvent,
 ) -> Rebuilt:
+    loaded, writers, on_event = session.loaded, session.writers, session.on_event
     named = {w.name: e for w, e in zip(writers, edits, strict=True) if e is not None}
     card = {"README.md": model_card(record, artifact_format=name, trial=trial.number)}
     to = room / FORMATS[name].folder

@@ -8,51 +8,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from excise.checkpoints.loading import Loaded
 from excise.engine.engine import Engine, Plan
 from excise.engine.requests import Responses
 from excise.prompts.chat_template import after_markup, closing
+from excise.prompts.measured_sets import LONGEST, Opening
 from excise.prompts.tokens import end_tokens
 
 PROMPTS = 32  # of each side: enough to see what a majority does
-LONGEST = 24  # tokens: what responses share for longer than this is not a beginning
 _TOKENS = 2**15  # of a pass: all prompts of usual length at once
 _ROUNDS = 3  # a thinking block that is closed by us shows what comes after it
-
-
-@dataclass(frozen=True)
-class Opening:
-    """What every response begins with.
-
-    Attributes:
-        ids: the tokens, appended to every prompt.
-        spoken: those of them that are part of the answer's text, and so are judged and shown with it.
-        shares: side -> share of its responses that begin so, where they were looked at.
-        note: the same in a sentence; "" where there is nothing to say.
-    """
-
-    ids: tuple[int, ...] = ()
-    spoken: tuple[int, ...] = ()
-    shares: dict[str, float] = field(default_factory=dict)
-    note: str = ""
-
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return {
-            "ids": list(self.ids),
-            "spoken": list(self.spoken),
-            "shares": self.shares,
-            "note": self.note,
-        }
-
-
-def from_dict(known: dict[str, Any]) -> Opening:
-    """The opening that `as_dict` gave."""
-    ids, spoken = tuple(known["ids"]), tuple(known["spoken"])
-    return Opening(ids, spoken, dict(known["shares"]), str(known["note"]))
 
 
 def given_opening(tokenizer: Any, text: str) -> Opening:

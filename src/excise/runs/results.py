@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,18 +12,15 @@ from typing import Any
 from excise.checkpoints.licence import licence_of
 from excise.checkpoints.loading import DEMO, Loaded
 from excise.checkpoints.model_folder import read_config, read_generation
-from excise.config import Config
-from excise.engine.batch_sizing import Sizing
 from excise.engine.engine import Engine
 from excise.engine.requests import Responses
+from excise.engine.stacking import CandidateEdits
 from excise.folders import commit_of
 from excise.model.edits import Edit
-from excise.prompts.sets import PromptSet, PromptSets
 from excise.reading import whole_text
 from excise.record import CoverageRecord, ModelRecord, PromptRecord, Record, Sample
-from excise.runs import setup
+from excise.runs.session import EditingSession
 from excise.runs.study_identity import digests, fingerprint
-from excise.search.evaluation import Panel
 from excise.search.loop import Search, importance
 
 _SAMPLES = 3
@@ -32,52 +28,45 @@ _MOST_SAMPLING = 1e9  # a setting of sampling that is larger, or no number, says
 _PACKAGES = ("excise", "torch", "transformers", "optuna", "peft", "safetensors", "tokenizers")
 
 
-def final_figures(
-    engine: Engine,
-    loaded: Loaded,
-    edits: Sequence[Edit | None],
-    sets: PromptSets,
-    tokens: setup.Tokens,
-    config: Config,
-    scoring: setup.Scoring,
-) -> dict[str, Any]:
-    """Original and chosen edit beside each other: final scorers, the holdout, and a few responses."""
+def final_figures(session: EditingSession, engine: Engine, edits: CandidateEdits) -> dict[str, Any]:
+    """Measure original and chosen edit beside each other: final scorers, the holdout, a few responses.
+
+    Args:
+        session: the run's.
+        engine: its engine on the search prompts.
+        edits: the chosen ones.
+
+    Returns:
+        What the record says of it, by the record's names.
+    """
     bare: list[Edit | None] = [None] * len(edits)
-    search_sets = (sets.target_eval, sets.contrast_eval)
-    out: dict[str, Any] = {}
+    scoring, out = session.scoring, dict[str, Any]()
     if scoring.final:
-        panel = Panel(engine, scoring.final, scoring.context(*search_sets))
+        panel = session.panel(engine, "search", scoring.final)
         before, after = panel.measure([bare, edits])
         out |= {"final_baseline": before.scores, "final": after.scores}
-    out["samples"] = _samples(engine, edits, search_sets, config)
-    holdout = (sets.target_holdout, sets.contrast_holdout)
-    if all(len(prompts) for prompts in holdout):
-        held = setup.engine_for(loaded, engine.writers, tokens, "holdout", config, engine.plan)
-        scorers = scoring.every_trial + scoring.final
-        panel = Panel(held, scorers, scoring.context(*holdout))
+    out["samples"] = _samples(session, engine, edits)
+    if all(map(len, session.sets.part("holdout").values())):
+        held = session.engine("holdout", engine.plan)
+        panel = session.panel(held, "holdout", scoring.every_trial + scoring.final)
         before, after = panel.measure([bare, edits])
         out |= {"holdout_baseline": before.scores, "holdout": after.scores}
     return out
 
 
-def _samples(
-    engine: Engine,
-    edits: Sequence[Edit | None],
-    sets: tuple[PromptSet, PromptSet],
-    config: Config,
-) -> list[Sample]:
-    """Responses before and after. A side that must not be shown is not even asked for."""
+def _samples(session: EditingSession, engine: Engine, edits: CandidateEdits) -> list[Sample]:
+    """Respond before and after. A side that must not be shown is not even asked for."""
     out = []
-    for prompts, side in zip(sets, ("target", "contrast"), strict=True):
-        if side not in config.scores.show:
+    for side, prompts in session.sets.part("search").items():
+        if side not in session.config.scores.show:
             continue
         count = _SAMPLES if side == "target" else 1
         bare: list[Edit | None] = [None] * len(edits)
         request = [Responses(side)]
         before, after = engine.measure([bare, edits], request, {side: count})
-        for number in range(min(count, len(prompts))):
-            prompt = prompts.prompts[number]
-            texts = [whole_text(one.responses[side][number].text) for one in (before, after)]
+        pairs = zip(before.responses[side], after.responses[side], strict=True)
+        for prompt, both in zip(prompts.prompts, pairs, strict=False):  # of the first few prompts
+            texts = [whole_text(one.text) for one in both]
             out.append(
                 Sample.model_validate(
                     {
@@ -92,60 +81,45 @@ def _samples(
     return out
 
 
-def summary(
-    config: Config,
-    source: ModelRecord,
-    loaded: Loaded,
-    sets: PromptSets,
-    sizing: Sizing,
-    search: Search,
-    seconds: dict[str, float],
-    notes: Sequence[str] = (),
-) -> Record:
-    """The record of what was set up and searched; figures and choice are filled in by the caller.
-
-    `notes` say what the method leaves alone beside what no component names.
-    """
-    coverage = loaded.anatomy.coverage(config.edit.components)
+def build_record(session: EditingSession, search: Search, **found: Any) -> Record:
+    """Build the record of a run; `found` is what was measured and chosen, by the record's names."""
+    config, method = session.config, session.method
+    coverage = session.loaded.anatomy.coverage(config.edit.components)
     goals, facts = search.objectives, search.study.user_attrs
+    told = config.model_dump(mode="json", exclude_none=True)
     # A total below one that was asked for before takes no trials away.
-    asked = config.search.model_copy(update={"trials": search.asked})
-    config = config.model_copy(update={"search": asked})
+    told["search"]["trials"] = search.asked
     return Record.model_validate(
         {
             "schema": 1,
             "behaviour": config.behaviour,
             "description": config.description,
             "method": config.method,
-            "model": source,
             "versions": versions(),
             "seed": config.seed,
-            "config": config.model_dump(mode="json", exclude_none=True),
+            "config": told,
             "prompts": {
-                s.role: PromptRecord(
-                    source=_shown(s.source),
-                    sha256=s.sha256,
-                    n=len(s),
-                    labels_sha256=s.labels_sha256,
+                role: PromptRecord(
+                    source=_shown(one.source),
+                    sha256=one.sha256,
+                    n=len(one),
+                    labels_sha256=one.labels_sha256,
                 )
-                for s in sets.all()
-                if len(s)
+                for role, one in session.sets.items()
+                if len(one)
             },
+            "formatting": session.sets.as_dict(),
             "objectives": [goal.name for goal in goals],
             "goals": ["minimize" if goal.sign > 0 else "maximize" for goal in goals],
-            "baseline": {},
             "trials": search.records(),
-            "front": [],
             "selection": config.search.select,
-            "selected": None,
             "coverage": CoverageRecord(
-                edited=list(coverage.edited), not_edited=[*coverage.not_edited, *notes]
+                edited=list(coverage.edited), not_edited=[*coverage.not_edited, *method.notes]
             ),
-            "engine": sizing.as_dict(),
             "importance": importance(search.study, goals),
-            "timing": dict(seconds),
             "files": facts.get("files", {}),
             "identity": digests(facts["identity"]),
+            **found,
         }
     )
 

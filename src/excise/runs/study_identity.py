@@ -7,48 +7,42 @@ import json
 from pathlib import Path
 from typing import Any
 
-from excise.checkpoints.loading import Loaded
 from excise.checkpoints.model_folder import read_config, weight_files
-from excise.config import Config
 from excise.errors import ConfigError
-from excise.prompts.sets import PromptSets
 from excise.reading import read_bytes
-from excise.runs.setup import Tokens
-from excise.search.scorers import Markers
+from excise.runs.session import Session
 
 # Where a weight file is looked at, beside its beginning: models that were trained from one another
 # have the same names, sizes and, often, the same embeddings.
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
 
 
-def identity(
-    loaded: Loaded, sets: PromptSets, tokens: Tokens, config: Config, markers: Markers, batch: int
-) -> dict[str, Any]:
-    """What a study's trials belong to; two runs may share trials only if all of it is equal."""
-    method = str(config.method)
+def identity(session: Session, batch: int) -> dict[str, Any]:
+    """Return what a study's trials belong to; two runs may share trials only if all of it is equal."""
+    config, loaded, sets = session.config, session.loaded, session.sets
     return {
         "model": fingerprint(loaded.folder),
         "dtype": str(loaded.dtype),
         "quantize": loaded.quantize,
-        "prompts": {s.role: s.sha256 for s in sets.all()},
-        "answers": {s.role: s.labels_sha256 for s in sets.all()},
-        "method": method,
+        "prompts": {s.role: s.sha256 for s in sets.values()},
+        "answers": {s.role: s.labels_sha256 for s in sets.values()},
+        "method": config.method,
         "goal": config.goal,
-        method: config.model_dump(mode="json").get(method),
+        config.method: config.model_dump(mode="json").get(config.method),
         "seed": config.seed,
         "directions": config.directions.model_dump(mode="json"),
         "edit": config.edit.model_dump(mode="json"),
         "scores": config.scores.model_dump(
             mode="json", exclude={"final", "show", "files", "markers", "markers_file"}
         ),
-        "markers": list(markers.phrases),
+        "markers": list(session.scoring.markers.phrases),
         "scorer files": [
             hashlib.sha256(read_bytes(Path(file), "scores.files:", ConfigError)).hexdigest()
             for file in config.scores.files
         ],
         "template": {
             **config.prompts.model_dump(mode="json", include={"system", "prefix", "suffix"}),
-            **tokens.as_dict(),
+            **sets.as_dict(),
         },
         "batch": batch,
     }

@@ -1,0 +1,132 @@
+"""Prompt sets with their token ids: made once, before anything is written, and never apart again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
+from typing import Any, Literal
+
+from excise.checkpoints.loading import Loaded
+from excise.config import Config
+from excise.errors import PromptError
+from excise.prompts.chat_template import Dressing, after_answer, dress
+from excise.prompts.sets import PromptSet, PromptSets
+from excise.prompts.template_rendering import Renderer
+from excise.prompts.tokens import check_known, encode, end_tokens, unnamed_end, vocabulary
+
+Part = Literal["search", "holdout"]  # what candidates are measured on
+LONGEST = 24  # tokens of an opening: what responses share for longer than this is not a beginning
+
+_SUFFIX = {"search": "eval", "holdout": "holdout"}  # of the part's roles
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What every response begins with.
+
+    Attributes:
+        ids: the tokens, appended to every prompt.
+        spoken: those of them that are part of the answer's text, and so are judged and shown with it.
+        shares: side -> share of its responses that begin so, where they were looked at.
+        note: the same in a sentence; "" where there is nothing to say.
+    """
+
+    ids: tuple[int, ...] = ()
+    spoken: tuple[int, ...] = ()
+    shares: dict[str, float] = field(default_factory=dict)
+    note: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return a JSON-ready form."""
+        return asdict(self) | {"ids": list(self.ids), "spoken": list(self.spoken)}
+
+    @classmethod
+    def from_dict(cls, known: dict[str, Any]) -> Opening:
+        """Return the opening that `as_dict` gave."""
+        ids, spoken = tuple(known["ids"]), tuple(known["spoken"])
+        return cls(ids, spoken, dict(known["shares"]), str(known["note"]))
+
+
+@dataclass(frozen=True)
+class MeasuredSet(PromptSet):
+    """A prompt set as the model reads it: the token ids of each prompt, up to where its response begins."""
+
+    ids: list[list[int]]
+
+
+@dataclass(frozen=True)
+class MeasuredSets(Mapping[str, MeasuredSet]):
+    """Every prompt set of a run by its role, and how prompts are put to the model."""
+
+    sets: dict[str, MeasuredSet]
+    dressing: Dressing
+    opening: Opening = field(default_factory=Opening)
+
+    def __getitem__(self, role: str) -> MeasuredSet:
+        return self.sets[role]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.sets)
+
+    def __len__(self) -> int:
+        return len(self.sets)
+
+    def part(self, part: Part) -> dict[str, MeasuredSet]:
+        """Return the sets that candidates are measured on, by side."""
+        return {side: self.sets[f"{side}_{_SUFFIX[part]}"] for side in ("target", "contrast")}
+
+    def opened(self, opening: Opening) -> MeasuredSets:
+        """Return the same sets with `opening` at the end of every prompt."""
+        sets = {
+            role: replace(one, ids=[[*row, *opening.ids] for row in one.ids])
+            for role, one in self.sets.items()
+        }
+        return replace(self, sets=sets, opening=opening)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return how prompts are put to the model, JSON-ready, for the study and the record."""
+        return {**self.dressing.as_dict(), "opening": self.opening.as_dict()}
+
+    @property
+    def notes(self) -> list[str]:
+        """How prompts are put to the model, in sentences."""
+        return [note for note in (*self.dressing.notes, self.opening.note) if note]
+
+
+def tokenise(loaded: Loaded, sets: PromptSets, config: Config) -> MeasuredSets:
+    """Apply the chat template and tokenise the prompts of every role.
+
+    Raises:
+        ModelError: the chat template cannot render a prompt, or no token ends a response.
+        PromptError: prompts and responses are longer than the model has positions.
+    """
+    section = config.prompts
+    ends, tokenizer = end_tokens(loaded.model, loaded.tokenizer), loaded.tokenizer
+    with Renderer() as renderer:
+        dressing = dress(tokenizer, section, renderer, loaded.folder)
+        note = unnamed_end(tokenizer, after_answer(dressing, renderer), ends)
+        ids = {
+            s.role: encode(tokenizer, s, section, dressing, renderer) if len(s) else []
+            for s in sets.all()
+        }
+    for rows in ids.values():
+        check_known(tokenizer, rows, vocabulary(loaded.model))
+    _check_positions(loaded, ids, config)
+    notes = (*dressing.notes, *filter(None, (note,)))
+    measured = {s.role: MeasuredSet(**vars(s), ids=ids[s.role]) for s in sets.all()}
+    return MeasuredSets(measured, replace(dressing, notes=notes))
+
+
+def _check_positions(loaded: Loaded, ids: dict[str, list[list[int]]], config: Config) -> None:
+    """Refuse what has no position, in models that learn a vector for each; others go on without end."""
+    text = loaded.model.config.get_text_config()
+    most = getattr(text, "max_position_embeddings", None)
+    if most is None or getattr(text, "rope_parameters", None):
+        return
+    prompt, new = max(map(len, chain(*ids.values()))), max(config.scores.max_new_tokens, LONGEST)
+    if prompt + new > most:
+        raise PromptError(
+            f"the longest prompt has {prompt} tokens, and {new} more do not fit the {most} positions "
+            "that this model has: give shorter prompts, or lower --max-new-tokens"
+        )

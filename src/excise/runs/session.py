@@ -1,0 +1,107 @@
+"""What every job works with: a model, the prompts as it reads them, and what they are scored by."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from excise.capture.residuals import Pass, residual_pass
+from excise.checkpoints.loading import Loaded
+from excise.config import SettledConfig
+from excise.engine.engine import Engine, Plan, Reference
+from excise.events import OnEvent, track
+from excise.methods.registry import Method
+from excise.model.anatomy import Writer
+from excise.model.edits import Edit
+from excise.prompts.measured_sets import MeasuredSets, Part
+from excise.prompts.tokens import batches, pad_token
+from excise.search.evaluation import Measures, Panel
+from excise.search.refinement import direction_engine
+from excise.search.scorers import Scorer
+from excise.search.scoring import Scoring
+
+_CAPTURE_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Session:
+    """A model, its prompt sets and their scoring; what methods are made from.
+
+    Attributes:
+        config: the settings, settled for this model.
+        loaded: the model.
+        sets: the prompt sets with their token ids, by role.
+        scoring: the scorers, where there are any, and the markers.
+        on_event: told of progress.
+    """
+
+    config: SettledConfig
+    loaded: Loaded
+    sets: MeasuredSets
+    scoring: Scoring
+    on_event: OnEvent
+
+    @property
+    def tokens(self) -> dict[str, list[list[int]]]:
+        """Token ids of the prompts, by role."""
+        return {role: one.ids for role, one in self.sets.items()}
+
+    @property
+    def writers(self) -> Sequence[Writer]:
+        """The writers that candidates edit: none without a method."""
+        return ()
+
+    def engine(self, part: Part, plan: Plan, reference: Reference | None = None) -> Engine:
+        """Return an engine that measures on the prompts of `part`."""
+        return Engine(
+            self.loaded,
+            self.writers,
+            {side: one.ids for side, one in self.sets.part(part).items()},
+            max_new_tokens=self.config.scores.max_new_tokens,
+            plan=plan,
+            reference=reference,
+            spoken=self.sets.opening.spoken,
+        )
+
+    def panel(self, engine: Measures, part: Part, scorers: Sequence[Scorer]) -> Panel:
+        """Return a panel of `scorers` on an engine that measures on the prompts of `part`."""
+        return Panel(engine, scorers, self.scoring.context(self.sets.part(part)))
+
+    def residuals(self, side: str) -> Pass:
+        """Return the pass over a side's direction prompts that gives their residuals."""
+        pad = pad_token(self.loaded.model, self.loaded.tokenizer)
+        padding = self.loaded.anatomy.padding
+        device = self.loaded.device
+        chunks = batches(self.sets[side].ids, _CAPTURE_ROWS, pad, device, padding=padding)
+        run = residual_pass(self.loaded.anatomy, chunks, self.config.directions.winsor)
+        return lambda: track(run(), f"capture {side}", len(chunks), self.on_event)
+
+    def responses(self) -> list[Sequence[int]]:
+        """Return the model's own responses to the contrast prompts of the directions."""
+        engine = direction_engine(self.loaded, {"contrast": self.sets["contrast"].ids}, self.config)
+        return [response.tokens for response in engine.original("contrast").responses]
+
+    def of(self, loaded: Loaded) -> Session:
+        """Return the session of another model, which has its edit in its weights if any."""
+        return Session(self.config, loaded, self.sets, self.scoring, self.on_event)
+
+
+@dataclass(frozen=True)
+class EditingSession(Session):
+    """A session whose method is prepared: parameters of a trial become edits."""
+
+    method: Method
+
+    @property
+    def writers(self) -> Sequence[Writer]:
+        """The writers that candidates edit."""
+        return self.method.writers
+
+    def edits(self, params: Mapping[str, Any]) -> list[Edit | None]:
+        """Return the edits of the candidate that these parameters name, one per writer.
+
+        Raises:
+            MeasurementError: the candidate has none.
+        """
+        return self.method.edits(self.method.candidate(params))
