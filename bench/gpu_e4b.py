@@ -131,7 +131,7 @@ def shares(made: random_model.Setup, device: str) -> dict[str, float]:
 
     kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
     with profile(activities=kinds) as found:
-        made.engine.measure(made.edits[: made.engine.plan.stack], random_model.REQUESTS)
+        made.engine.measure(made.edits[: made.engine.fitted_plan.stack], random_model.REQUESTS)
     field = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
     times = {event.key: float(getattr(event, field)) for event in found.key_averages()}
     total = sum(times.values()) or 1.0

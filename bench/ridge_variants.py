@@ -200,8 +200,7 @@ class Again:
             if not share:
                 continue
             with_lower = Stack(writers, [edits])
-            with_lower.select([0])
-            with with_lower.applied():
+            with with_lower.applied([0]):
                 captured = ridge.capture(
                     self.bench.loaded,
                     writers,

@@ -202,9 +202,9 @@ def beginnings() -> dict[str, float]:
     for alike in (24, 64):
         made, best = wide_model(alike), {True: float("inf"), False: float("inf")}
         made.engine.original("contrast")
-        known = made.engine._passes._beginnings
+        known = made.engine._prefixes
         for shared in (True, False, True, False):
-            made.engine._passes._beginnings = known if shared else []
+            made.engine._prefixes = known if shared else []
             begun = time.perf_counter()
             made.engine.measure(made.edits, random_model.REQUESTS)
             best[shared] = min(best[shared], time.perf_counter() - begun)

@@ -243,8 +243,8 @@ MUTANTS = (
     Mutant(
         "samples before and after are swapped",
         "runs/results",
-        "before, after = engine.measure([bare, edits], request, {side: count})",
-        "after, before = engine.measure([bare, edits], request, {side: count})",
+        "before, after = engine.measure([ORIGINAL, edits], request, {side: count})",
+        "after, before = engine.measure([ORIGINAL, edits], request, {side: count})",
         f"{RUN} -k samples",
     ),
     Mutant(
@@ -706,8 +706,8 @@ MUTANTS = (
     Mutant(
         "long texts share passes with as many as short ones",
         "engine/engine",
-        "fits = self.plan.fits(limit, lengths[chunk[0]])",
-        "fits = getattr(self.plan, limit)",
+        "fits = self._plan.fits(limit, lengths[chunk[0]])",
+        "fits = getattr(self._plan, limit)",
         "tests/engine/test_engine.py -k long_texts",
     ),
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import builders
 import pytest
 import torch
@@ -35,19 +37,25 @@ def alone(model, ids, ends, limit=LIMIT):
 
 
 def decode(model, ends, *, deciders=None, limit=LIMIT, rows=ROWS):
-    """All rows at once; the responses, and which rows were left at each regrouping."""
+    """All rows at once; the responses, and which rows were left each time that some were taken out."""
     forward = Forward(model.model, model.anatomy)
     tree = ResponseTree(model.tokenizer, deciders)
     transcript = Transcript(tree, len(rows), frozenset(ends), limit)
     batch = left_pad(rows, range(len(rows)), 0, CPU)
     groups = []
+
+    def applied(alive):
+        groups.append(alive)
+        return nullcontext()
+
     with torch.inference_mode():
         cache = forward.cache(batch.ids.shape[1] + limit)
         hidden = forward.hidden(batch.ids, batch.mask, batch.positions, cache)
         first = forward.logits(hidden[:, -1]).argmax(-1)
         everyone = list(range(len(rows)))
-        greedy(forward, transcript, everyone, first, batch.mask, cache, groups.append)
-    return transcript.responses(), groups, cache
+        greedy(forward, transcript, everyone, first, batch.mask, cache, applied)
+    assert groups[0] == everyone
+    return transcript.responses(), groups[1:], cache
 
 
 def test_a_tree_keeps_one_token_a_node_and_gives_all_of_them_back():
@@ -147,7 +155,7 @@ def test_decoding_goes_on_from_what_rows_have_said(model):
         cache = forward.cache(batch.ids.shape[1] + max(map(transcript.room, rows)))
         hidden = forward.hidden(batch.ids, batch.mask, batch.positions, cache)
         first = forward.greedy(hidden[:, -1])
-        greedy(forward, transcript, rows, first, batch.mask, cache, lambda _alive: None)
+        greedy(forward, transcript, rows, first, batch.mask, cache, lambda _alive: nullcontext())
     assert [response.tokens for response in transcript.responses()] == whole
 
 

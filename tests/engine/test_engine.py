@@ -14,6 +14,7 @@ from excise.checkpoints.loading import load
 from excise.config import EditSection, load_config
 from excise.engine.engine import Engine, Plan
 from excise.engine.requests import Divergence, Responses
+from excise.engine.stacking import ORIGINAL
 from excise.errors import MemoryExhausted
 from excise.methods.directional import DirectionalMethod
 from excise.methods.profiles import from_params
@@ -186,8 +187,7 @@ def test_a_candidates_figures_do_not_depend_on_its_neighbours():
 def test_no_edit_means_no_divergence_and_the_original_responses():
     model = builders.loaded("qwen3")
     engine = small_engine(model, Plan(rows=8, stack=2))
-    bare = [None] * len(engine.writers)
-    found = engine.measure([bare], [Responses("contrast"), Divergence()])[0]
+    found = engine.measure([ORIGINAL], [Responses("contrast"), Divergence()])[0]
     assert [r.tokens for r in found.responses["contrast"]] == [
         r.tokens for r in engine.original("contrast").responses
     ]
@@ -235,7 +235,7 @@ def test_out_of_memory_halves_the_pass_and_goes_on(depth, kind):
     found = engine.measure(edits, REQUESTS)
     handle.remove()
     longest = max(map(len, engine.prompts["target"] + engine.prompts["contrast"])) + engine.limit
-    assert 0 < engine.plan.tokens < 64 * longest
+    assert 0 < engine.fitted_plan.tokens < 64 * longest
     for a, b in zip(expected, found, strict=True):
         assert [r.tokens for r in a.responses["target"]] == [
             r.tokens for r in b.responses["target"]
@@ -285,7 +285,7 @@ def test_a_long_text_that_does_not_fit_leaves_passes_of_short_ones_as_they_are(p
         return output
 
     handle = model.anatomy.layers[2].mlp.down_proj.register_forward_hook(strike)
-    engine.measure([[]], [Responses("target")])
+    engine.measure([ORIGINAL], [Responses("target")])
     handle.remove()
     assert (1, 90) in pass_shapes
     assert max(rows for rows, tokens in pass_shapes if 1 < tokens < 60) > 4
@@ -294,7 +294,6 @@ def test_a_long_text_that_does_not_fit_leaves_passes_of_short_ones_as_they_are(p
 def test_memory_that_never_suffices_is_said_and_other_errors_are_not_swallowed():
     model = builders.loaded("qwen3")
     engine = small_engine(model, Plan(rows=16, stack=2))
-    bare = [None] * len(engine.writers)
 
     def always(error):
         def strike(_module, _args, output):
@@ -304,11 +303,11 @@ def test_memory_that_never_suffices_is_said_and_other_errors_are_not_swallowed()
 
     handle = always(torch.OutOfMemoryError("CUDA out of memory."))
     with pytest.raises(MemoryExhausted, match="one prompt at a time"):
-        engine.measure([bare], [Responses("target")])
+        engine.measure([ORIGINAL], [Responses("target")])
     handle.remove()
     handle = always(RuntimeError("shapes cannot be multiplied"))
     with pytest.raises(RuntimeError, match="shapes"):
-        engine.measure([bare], [Responses("target")])
+        engine.measure([ORIGINAL], [Responses("target")])
     handle.remove()
 
 

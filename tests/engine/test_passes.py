@@ -45,8 +45,8 @@ def test_no_row_joins_above_where_it_may_begin():
 BEGIN = tuple(builders.token_ids(1, 7, 5, 5)[0])
 
 
-def rig(family, *, reuse, beginnings=()):
-    """Passes of a model, and a stack whose candidates begin at different layers."""
+def rig(family, *, reuse, prefixes=()):
+    """Passes of a model under a stack whose candidates begin at different layers."""
     model = builders.loaded(family)
     method = builders.method(model)
     peaks = (1.0, 3.0, 5.0, 5.0, 5.0)
@@ -57,12 +57,12 @@ def rig(family, *, reuse, beginnings=()):
     stack = Stack(method.writers, edits)
     assert len({stack.first_of(c) for c in range(len(peaks))}) >= 3
     forward = Forward(model.model, model.anatomy)
-    return Passes(forward, model.anatomy, 0, reuse=reuse, beginnings=beginnings), stack
+    return Passes(forward, stack, 0, reuse=reuse, prefixes=prefixes)
 
 
 def plain(passes):
     """Passes of the same model that share nothing."""
-    return Passes(passes.forward, passes.forward.anatomy, 0, reuse=False)
+    return Passes(passes.forward, passes.stack, 0, reuse=False)
 
 
 def texts(count=4, begin=()):
@@ -85,10 +85,10 @@ def layers_run(passes):
 @pytest.mark.parametrize("beginnings", [(), (BEGIN,), (BEGIN[:2], BEGIN, (1, 2, 3, 4))])
 def test_reading_that_shares_equals_reading_that_does_not(family, beginnings):
     rows = Rows.grid(range(5), texts(begin=BEGIN))
-    ours, stack = rig(family, reuse=True, beginnings=beginnings)
-    with torch.inference_mode(), stack.applied():
-        expected, found = plain(ours).read(stack, rows, KEEP), ours.read(stack, rows, KEEP)
-        assert torch.equal(ours.read(stack, rows, KEEP), found)
+    ours = rig(family, reuse=True, prefixes=beginnings)
+    with torch.inference_mode():
+        expected, found = plain(ours).read(rows, KEEP), ours.read(rows, KEEP)
+        assert torch.equal(ours.read(rows, KEEP), found)
     assert found.shape == (20, KEEP, builders.WIDTH)
     assert torch.allclose(found, expected, atol=1e-4)
 
@@ -96,12 +96,12 @@ def test_reading_that_shares_equals_reading_that_does_not(family, beginnings):
 @pytest.mark.parametrize("family", builders.FAMILIES)
 @pytest.mark.parametrize("beginnings", [(), (BEGIN,)])
 def test_uneven_rows_are_read_as_even_ones_are(family, beginnings):
-    passes, stack = rig(family, reuse=True, beginnings=beginnings)
+    passes = rig(family, reuse=True, prefixes=beginnings)
     grid = Rows.grid(range(5), texts(begin=BEGIN))
     some = [0, 2, 3, 5, 6, 13, 17, 18, 19]
     part = Rows([grid.owners[n] for n in some], [grid.texts[n] for n in some])
-    with torch.inference_mode(), stack.applied():
-        whole, few = passes.read(stack, grid, 1), passes.read(stack, part, 1)
+    with torch.inference_mode():
+        whole, few = passes.read(grid, 1), passes.read(part, 1)
     assert torch.allclose(whole[some], few, atol=1e-4)
 
 
@@ -109,12 +109,12 @@ def test_uneven_rows_are_read_as_even_ones_are(family, beginnings):
 @pytest.mark.parametrize("reuse", [True, False])
 @pytest.mark.parametrize("beginnings", [(), (BEGIN,)])
 def test_what_is_filled_is_what_is_read(family, reuse, beginnings):
-    passes, stack = rig(family, reuse=reuse, beginnings=beginnings)
+    passes = rig(family, reuse=reuse, prefixes=beginnings)
     rows = Rows.grid(range(5), texts(begin=BEGIN))
-    with torch.inference_mode(), stack.applied():
-        hidden, past = passes.fill(stack, rows, 2)
-        assert torch.allclose(hidden, plain(passes).read(stack, rows, 1)[:, 0], atol=1e-4)
-        _, expected = plain(passes).fill(stack, rows, 2)
+    with torch.inference_mode():
+        hidden, past = passes.fill(rows, 2)
+        assert torch.allclose(hidden, plain(passes).read(rows, 1)[:, 0], atol=1e-4)
+        _, expected = plain(passes).fill(rows, 2)
     assert past.pads() == [past.mask.shape[1] - len(text) for text in rows.texts]
     assert torch.equal(past.mask, expected.mask)
     real = past.mask.bool()[:, None, :, None]
@@ -131,7 +131,7 @@ def test_what_is_filled_is_what_is_read(family, reuse, beginnings):
 @pytest.mark.parametrize("beginnings", [(), (BEGIN,)])
 def test_going_on_equals_reading_the_whole(family, reuse, beginnings):
     """Longer texts than Gemma's window; several rows from one place, candidates that join later."""
-    passes, stack = rig(family, reuse=reuse, beginnings=beginnings)
+    passes = rig(family, reuse=reuse, prefixes=beginnings)
     prompts = texts(begin=BEGIN)
     more = [tuple(row) for row in builders.token_ids(4, 8, KEEP, 9)]
     grid = Rows.grid(range(5), prompts)
@@ -142,38 +142,38 @@ def test_going_on_equals_reading_the_whole(family, reuse, beginnings):
         [grid.owners[place] for place in places],
         [(*grid.texts[place], *end) for place, end in zip(places, new, strict=True)],
     )
-    with torch.inference_mode(), stack.applied():
-        _, past = passes.fill(stack, grid, 0)
+    with torch.inference_mode():
+        _, past = passes.fill(grid, 0)
         after = After(past, places)
-        found = passes.read(stack, rows, KEEP, after)
-        assert torch.equal(passes.read(stack, rows, KEEP, after), found)  # the past is as it was
-        assert torch.allclose(found, plain(passes).read(stack, rows, KEEP), atol=1e-4)
-        hidden, further = passes.fill(stack, rows, 1, after)
+        found = passes.read(rows, KEEP, after)
+        assert torch.equal(passes.read(rows, KEEP, after), found)  # the past is as it was
+        assert torch.allclose(found, plain(passes).read(rows, KEEP), atol=1e-4)
+        hidden, further = passes.fill(rows, 1, after)
         assert torch.allclose(hidden, found[:, -1], atol=1e-4)
         longer = Rows(rows.owners, [(*text, 7) for text in rows.texts])
-        last = passes.read(stack, longer, 1, After(further, range(len(places))))
-        assert torch.allclose(last, plain(passes).read(stack, longer, 1), atol=1e-4)
+        last = passes.read(longer, 1, After(further, range(len(places))))
+        assert torch.allclose(last, plain(passes).read(longer, 1), atol=1e-4)
 
 
 def test_layers_below_the_first_edit_run_once_per_text():
-    passes, stack = rig("llama", reuse=True)
+    passes = rig("llama", reuse=True)
     rows = Rows.grid([2, 3, 4], texts())
-    first, width = stack.first_of(2), max(map(len, texts()))
-    assert stack.first_of(4) == first > 0
+    first, width = passes.stack.first_of(2), max(map(len, texts()))
+    assert passes.stack.first_of(4) == first > 0
     counts = layers_run(passes)
-    with torch.inference_mode(), stack.applied():
-        passes.read(stack, rows, KEEP)
+    with torch.inference_mode():
+        passes.read(rows, KEEP)
     # As is the attention of that layer: it comes before whatever is edited in it.
     assert counts == [4 * width] * (first + 1) + [12 * width] * (builders.LAYERS - first - 1)
 
 
 def test_a_candidate_runs_no_layer_below_its_first_edit():
-    passes, stack = rig("llama", reuse=True)
+    passes = rig("llama", reuse=True)
     rows = Rows.grid(range(5), texts())
     counts = layers_run(passes)
-    with torch.inference_mode(), stack.applied():
-        passes.read(stack, rows, KEEP)
-    width, firsts = max(map(len, texts())), [stack.first_of(c) for c in range(5)]
+    with torch.inference_mode():
+        passes.read(rows, KEEP)
+    width, firsts = max(map(len, texts())), [passes.stack.first_of(c) for c in range(5)]
     expected = [
         # Those that begin at a layer share its attention; those that wait, all of it.
         sum(first < layer for first in firsts) + (layer in firsts) + (layer < max(firsts))
@@ -183,86 +183,86 @@ def test_a_candidate_runs_no_layer_below_its_first_edit():
 
 
 def test_drafts_pass_the_layers_below_the_first_edit_once_per_text():
-    passes, stack = rig("llama", reuse=True)
-    rows, first = Rows.grid([2, 3, 4], texts()), stack.first_of(2)
+    passes = rig("llama", reuse=True)
+    rows, first = Rows.grid([2, 3, 4], texts()), passes.stack.first_of(2)
     longer = Rows(rows.owners, [(*text, 5, 6, 7) for text in rows.texts])
-    with torch.inference_mode(), stack.applied():
-        _, past = passes.fill(stack, rows, 0)
+    with torch.inference_mode():
+        _, past = passes.fill(rows, 0)
         counts = layers_run(passes)
-        passes.read(stack, longer, 3, After(past, range(12)))
+        passes.read(longer, 3, After(past, range(12)))
     assert counts == [4 * 3] * (first + 1) + [12 * 3] * (builders.LAYERS - first - 1)
 
 
 def test_a_single_candidate_has_one_pass(pass_shapes):
-    passes, stack = rig("llama", reuse=True)
-    with torch.inference_mode(), stack.applied():
-        passes.read(stack, Rows.grid([4], texts()), KEEP)
+    passes = rig("llama", reuse=True)
+    with torch.inference_mode():
+        passes.read(Rows.grid([4], texts()), KEEP)
         assert len(pass_shapes) == 1
-        passes.read(stack, Rows.grid([3, 4], texts()), KEEP)
+        passes.read(Rows.grid([3, 4], texts()), KEEP)
     assert len(pass_shapes) == 3
 
 
 def test_texts_of_rows_that_have_joined_are_not_run_for_others():
-    passes, stack = rig("llama", reuse=True)
+    passes = rig("llama", reuse=True)
     common, width = texts(), max(map(len, texts()))
     own = [(*text[:-1], 9) for text in common]
-    assert stack.first_of(0) == 0 < stack.first_of(4) == 4
+    assert passes.stack.first_of(0) == 0 < passes.stack.first_of(4) == 4
     rows = Rows([0] * 4 + [2] * 4 + [3] * 4 + [4] * 4, [*own, *common, *common, *common])
     counts = layers_run(passes)
-    with torch.inference_mode(), stack.applied():
-        found = passes.read(stack, rows, KEEP)
+    with torch.inference_mode():
+        found = passes.read(rows, KEEP)
     assert counts == [8 * width] * 5 + [16 * width] * (builders.LAYERS - 5)
-    with torch.inference_mode(), stack.applied():
-        assert torch.allclose(plain(passes).read(stack, rows, KEEP), found, atol=1e-4)
+    with torch.inference_mode():
+        assert torch.allclose(plain(passes).read(rows, KEEP), found, atol=1e-4)
 
 
-def test_a_beginning_is_read_once_per_candidate_until_it_is_forgotten():
-    passes, stack = rig("llama", reuse=False, beginnings=[BEGIN])
+def test_a_beginning_is_read_once_per_candidate_until_it_is_freed():
+    passes = rig("llama", reuse=False, prefixes=[BEGIN])
     rows = Rows.grid(range(5), texts(begin=BEGIN))
     counts = layers_run(passes)
     rest, begun = 20 * max(map(len, texts())), 5 * len(BEGIN)
-    with torch.inference_mode(), stack.applied():
-        with passes.of_one_stack():
-            passes.read(stack, rows, KEEP)
-            assert counts == [rest + begun] * builders.LAYERS
-            passes.fill(stack, rows, 3)
-            assert counts == [2 * rest + begun] * builders.LAYERS
-        assert not passes._begun
-        passes.read(stack, rows, KEEP)
+    with torch.inference_mode():
+        passes.read(rows, KEEP)
+        assert counts == [rest + begun] * builders.LAYERS
+        passes.fill(rows, 3)
+        assert counts == [2 * rest + begun] * builders.LAYERS
+        passes.free()
+        assert not passes._prefilled
+        passes.read(rows, KEEP)
     assert counts == [3 * rest + 2 * begun] * builders.LAYERS
 
 
 def test_a_beginning_is_read_by_the_candidates_of_the_pass_alone():
-    passes, stack = rig("llama", reuse=False, beginnings=[BEGIN])
+    passes = rig("llama", reuse=False, prefixes=[BEGIN])
     counts = layers_run(passes)
-    with torch.inference_mode(), stack.applied():
-        passes.read(stack, Rows.grid([1, 3], texts(2, BEGIN)), KEEP)
+    with torch.inference_mode():
+        passes.read(Rows.grid([1, 3], texts(2, BEGIN)), KEEP)
     rest = 4 * max(map(len, texts(2)))
     assert counts == [rest + 2 * len(BEGIN)] * builders.LAYERS
 
 
 def test_a_short_beginning_of_long_texts_is_read_with_them():
     begin = BEGIN[:1]
-    passes, stack = rig("llama", reuse=False, beginnings=[begin])
+    passes = rig("llama", reuse=False, prefixes=[begin])
     long = [(*begin, *range(20, 60)), (*begin, *range(30, 66))]
     counts = layers_run(passes)
-    with torch.inference_mode(), stack.applied():
-        passes.read(stack, Rows.grid([0], long), KEEP)
+    with torch.inference_mode():
+        passes.read(Rows.grid([0], long), KEEP)
     assert counts == [2 * 41] * builders.LAYERS
 
 
 def test_a_beginning_ends_before_what_is_to_be_kept():
-    passes, stack = rig("llama", reuse=False, beginnings=[BEGIN])
+    passes = rig("llama", reuse=False, prefixes=[BEGIN])
     rows = Rows.grid([0, 1], [(*BEGIN, 9, 10)])
-    with torch.inference_mode(), stack.applied():
-        found = passes.read(stack, rows, 4)
+    with torch.inference_mode():
+        found = passes.read(rows, 4)
         assert found.shape == (2, 4, builders.WIDTH)
-        assert torch.equal(found, plain(passes).read(stack, rows, 4))
+        assert torch.equal(found, plain(passes).read(rows, 4))
 
 
 def test_a_text_that_is_but_a_beginning_is_read_whole():
-    passes, stack = rig("llama", reuse=False, beginnings=[BEGIN])
+    passes = rig("llama", reuse=False, prefixes=[BEGIN])
     counts = layers_run(passes)
-    with torch.inference_mode(), stack.applied():
-        passes.read(stack, Rows.grid([0], [BEGIN, (*BEGIN, 9)]), 1)
+    with torch.inference_mode():
+        passes.read(Rows.grid([0], [BEGIN, (*BEGIN, 9)]), 1)
     assert counts == [2 * (len(BEGIN) + 1)] * builders.LAYERS

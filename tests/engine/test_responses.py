@@ -207,7 +207,7 @@ def test_out_of_memory_while_drafts_are_read(depth):
     handle.remove()
     assert calls > depth + 1
     longest = max(map(len, ours.prompts["target"])) + ours.limit
-    assert ours.plan.fits("rows", longest) < PLAN.fits("rows", longest)
+    assert ours.fitted_plan.fits("rows", longest) < PLAN.fits("rows", longest)
 
 
 @pytest.mark.parametrize("family", builders.FAMILIES)
@@ -279,7 +279,7 @@ def test_out_of_memory_where_caches_do_not_join(kind):
 
 def without_beginnings(model, plan=PLAN):
     plain = engine(model, plan)
-    plain._passes._beginnings = []
+    plain._prefixes = []
     return plain
 
 
@@ -296,7 +296,6 @@ def test_no_stack_goes_on_from_anothers_beginning(family, stack):
         assert one.responses == other.responses
         pairs = zip(one.divergence["contrast"], other.divergence["contrast"], strict=True)
         assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-7) for a, b in pairs)
-    assert not ours._passes._begun
 
 
 @pytest.mark.parametrize("most", [1, 2, 5])

@@ -51,10 +51,9 @@ def check(candidates, rows, count=2):
     """A stack with these candidates gives every row its own candidate's output."""
     chain = writers(count)
     stack = Stack(chain, candidates)
-    stack.select(rows)
     g = torch.Generator().manual_seed(1)
     x = torch.randn(len(rows), T, I, generator=g)
-    with stack.applied():
+    with stack.applied(rows):
         for number, writer in enumerate(chain):
             found = writer.module(x)
             assert found.shape == (len(rows), T, O)
@@ -97,8 +96,7 @@ def test_a_stack_of_nothing_puts_no_hooks_and_starts_nowhere():
     chain = writers()
     stack = Stack(chain, [[None, None], [None, None]])
     assert min(stack.first_of(0), stack.first_of(1)) > 1000
-    stack.select([0, 1])
-    with stack.applied():
+    with stack.applied([0, 1]):
         assert not any(w.module._forward_hooks for w in chain)
 
 
@@ -108,28 +106,41 @@ def test_the_first_layer_is_the_lowest_that_a_candidate_edits():
     assert [stack.first_of(0), stack.first_of(1)] == [5, 4]
 
 
-def test_a_paused_stack_leaves_the_model_as_it_was():
+def test_between_batches_the_model_is_as_it_was():
     chain = writers()
     stack = Stack(chain, [[edit(0), edit(1)]])
-    stack.select([0])
     x = torch.randn(1, 3, chain[0].module.in_features)
     plain = chain[0].module(x)
-    with stack.applied():
+    with stack.applied([0]):
         edited = chain[0].module(x)
-        with stack.paused():
-            assert torch.equal(chain[0].module(x), plain)
+    assert torch.equal(chain[0].module(x), plain)
+    with stack.applied([0]):
         assert torch.equal(chain[0].module(x), edited)
     assert not torch.equal(edited, plain)
+
+
+def test_the_original_is_the_candidate_without_edits():
+    chain = writers()
+    spelt, short = (
+        Stack(chain, [[None, None], [edit(0), edit(1)]]),
+        Stack(chain, [stacking.ORIGINAL, [edit(0), edit(1)]]),
+    )
+    assert short.first_of(0) == spelt.first_of(0)
+    x = torch.randn(2, T, I)
+    found = []
+    for stack in (spelt, short):
+        with stack.applied([0, 1]):
+            found.append(chain[0].module(x))
+    assert torch.equal(*found)
 
 
 def test_weights_are_not_written_and_hooks_go():
     chain = writers()
     before = [w.module.weight.clone() for w in chain]
     stack = Stack(chain, [[edit(0), edit(1)]])
-    stack.select([0])
     x = torch.randn(1, T, I)
     plain = chain[0].module(x)
-    with stack.applied():
+    with stack.applied([0]):
         assert not torch.equal(chain[0].module(x), plain)
     assert torch.equal(chain[0].module(x), plain)
     assert all(torch.equal(w.module.weight, old) for w, old in zip(chain, before, strict=True))
@@ -139,12 +150,11 @@ def test_weights_are_not_written_and_hooks_go():
 def test_hooks_go_after_an_error_and_others_hooks_stay(error):
     chain = writers()
     stack = Stack(chain, [[edit(0), edit(1)]])
-    stack.select([0])
     theirs = chain[0].module.register_forward_hook(lambda _m, _a, out: out)
     seen = []
 
     def strike():
-        with stack.applied():
+        with stack.applied([0]):
             seen.append(len(chain[0].module._forward_hooks))
             raise error
 
@@ -156,7 +166,7 @@ def test_hooks_go_after_an_error_and_others_hooks_stay(error):
 
 
 @pytest.mark.parametrize("room", [0, 1 << 30], ids=["no room", "room"])
-def test_gathered_edits_are_kept_while_they_fit_and_let_go_at_the_next_choice(room, monkeypatch):
+def test_gathered_edits_are_kept_while_they_fit_and_made_anew_for_the_next_batch(room, monkeypatch):
     monkeypatch.setattr(stacking, "_GATHER_BYTES", room)
     takes = []
     take = stacking.PackedEdits.take
@@ -167,26 +177,24 @@ def test_gathered_edits_are_kept_while_they_fit_and_let_go_at_the_next_choice(ro
     chain = writers()
     stack = Stack(chain, candidates)
     x = torch.randn(4, T, I)
-    with stack.applied():
-        for rows in ([0, 1, 1, 2], [0, 0, 0, 2], [0, 1, 1, 2]):
-            stack.select(rows)
-            takes.clear()
+    for rows in ([0, 1, 1, 2], [0, 0, 0, 2], [0, 1, 1, 2]):
+        takes.clear()
+        with stack.applied(rows):
             for _ in range(3):
                 found = chain[0].module(x)
                 for b, row in enumerate(rows):
                     expected = naive(chain[0].module, candidates[row][0], x[b])
                     assert torch.allclose(found[b].double(), expected, atol=1e-5)
-            assert len(takes) == (1 if room else 3)
-        stack.select([0, 1])
-        takes.clear()
+        assert len(takes) == (1 if room else 3)
+    takes.clear()
+    with stack.applied([0, 1]):
         chain[0].module(x[:2])
-        assert not takes  # even rows need no gathering
-    assert not stack._gathered
+    assert not takes  # even rows need no gathering
 
 
 def test_part_bytes_are_what_a_gathered_row_takes():
     chain = writers()
-    part = Stack(chain, [[edit(0, 2), None], [edit(1), None]])._parts[0]
+    part = Stack(chain, [[edit(0, 2), None], [edit(1), None]])._parts[chain[0].module]
     assert part.row_bytes == 4 * (2 * O + 2 * I + O + O)
     row = part.take(torch.tensor([1]))
     tensors = (row.left, row.right, row.scale, row.shift)
@@ -197,10 +205,9 @@ def test_edits_are_stacked_in_the_writers_dtype():
     chain = writers()
     chain[0].module.to(torch.bfloat16)
     stack = Stack(chain, [[edit(0), edit(1)]])
-    part = stack._parts[0]
+    part = stack._parts[chain[0].module]
     assert {t.dtype for t in (part.left, part.right, part.scale, part.shift)} == {torch.bfloat16}
-    stack.select([0])
-    with stack.applied():
+    with stack.applied([0]):
         assert chain[0].module(torch.randn(1, T, I).bfloat16()).dtype == torch.bfloat16
 
 
@@ -213,11 +220,10 @@ def test_a_real_models_edits_row_by_row(family):
     ids = torch.tensor(builders.token_ids(1, 5, 9, 9)).repeat(3, 1)
     stack = Stack(chain, edits)
     found = {}
-    with stack.applied():
-        for rows in ([0, 1, 2], [2, 2, 2], [0, 0, 2]):
-            stack.select(rows)
+    for rows in ([0, 1, 2], [2, 2, 2], [0, 0, 2]):
+        with stack.applied(rows):
             logits = model.model(ids).logits
-            for row, value in zip(rows, logits, strict=True):
-                expected = found.setdefault(row, value)
-                assert torch.allclose(value, expected, atol=1e-3)
+        for row, value in zip(rows, logits, strict=True):
+            expected = found.setdefault(row, value)
+            assert torch.allclose(value, expected, atol=1e-3)
     assert not torch.allclose(found[0], found[2], atol=1e-2)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from excise.engine.requests import Divergence, Responses
+from excise.engine.stacking import ORIGINAL
 from excise.gguf.engine import GgufEngine
 
 VOCABULARY = 7
@@ -57,7 +58,7 @@ def engine(model: Any, reference: GgufEngine | None = None, limit: int = 5) -> G
 def test_divergence_is_of_the_edited_file_from_the_original_at_the_originals_responses() -> None:
     original, edited = Spoken(1), Spoken(2)
     before = engine(original)
-    (evidence,) = engine(edited, before).measure([[]], [Divergence("contrast")])
+    (evidence,) = engine(edited, before).measure([ORIGINAL], [Divergence("contrast")])
     for ids, found in zip(PROMPTS["contrast"], evidence.divergence["contrast"], strict=True):
         said = original.greedy(ids, frozenset({0}), 5)
         assert len(found) == len(said)
@@ -67,14 +68,14 @@ def test_divergence_is_of_the_edited_file_from_the_original_at_the_originals_res
             forward, backward = (p.exp() * (p - q)).sum(), (q.exp() * (q - p)).sum()
             assert abs(forward - backward) > 1e-3 * forward  # the two directions can be told apart
             assert float(value) == pytest.approx(float(forward), rel=1e-4)
-    (own,) = before.measure([[]], [Divergence("contrast")])
+    (own,) = before.measure([ORIGINAL], [Divergence("contrast")])
     assert all(float(row.abs().max()) < 1e-9 for row in own.divergence["contrast"])
 
 
 def test_responses_are_the_files_own_and_made_once() -> None:
     model = Spoken(3)
     edited = engine(model, engine(Spoken(4)))
-    (evidence,) = edited.measure([[]], [Responses("target")])
+    (evidence,) = edited.measure([ORIGINAL], [Responses("target")])
     for ids, response in zip(PROMPTS["target"], evidence.responses["target"], strict=True):
         assert response.tokens == model.greedy(ids, frozenset({0}), 5)
         assert response.text == " ".join(map(str, (6, *response.tokens)))

@@ -42,8 +42,7 @@ def test_each_row_carries_its_own_candidate(loaded, rank, rows):
     candidates = [random_edits(writers, rank, seed) for seed in range(3)]
     ids = torch.tensor(builders.token_ids(len(rows), 4, 9, 9))
     stack = Stack(writers, candidates)
-    stack.select(rows)
-    with stack.applied():
+    with stack.applied(rows):
         found = loaded.model(ids).logits
     for row, candidate in enumerate(rows):
         alone = families.merged(loaded.model, writers, candidates[candidate])
@@ -56,13 +55,12 @@ def test_the_model_is_what_it_was_whatever_ends_a_pass(loaded, error):
     before = loaded.model(ids).logits
     writers = loaded.anatomy.writers
     stack = Stack(writers, [random_edits(writers, 1, 1)])
-    stack.select([0, 0])
 
     def strike(*_args):
         raise error
 
     handle = loaded.anatomy.layers[-1].register_forward_hook(strike)
-    with pytest.raises(type(error)), stack.applied():
+    with pytest.raises(type(error)), stack.applied([0, 0]):
         loaded.model(ids)
     handle.remove()
     assert all(not m._forward_hooks and "forward" not in m.__dict__ for m in loaded.model.modules())
@@ -73,11 +71,10 @@ def test_small_pieces_give_the_same(loaded, monkeypatch):
     writers = loaded.anatomy.writers
     ids = torch.tensor(builders.token_ids(2, 4, 9, 9))
     stack = Stack(writers, [random_edits(writers, 2, 1)])
-    stack.select([0, 0])
-    with stack.applied():
+    with stack.applied([0, 0]):
         whole = loaded.model(ids).logits
     monkeypatch.setattr("excise.model.experts._GATHER_BYTES", 1)
-    with stack.applied():
+    with stack.applied([0, 0]):
         assert torch.allclose(loaded.model(ids).logits, whole, atol=1e-5)
 
 

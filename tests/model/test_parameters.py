@@ -20,6 +20,7 @@ from excise.cli import main as cli
 from excise.config import ExportSection, ModelSection
 from excise.engine.engine import Engine
 from excise.engine.requests import Divergence, Responses
+from excise.engine.stacking import ORIGINAL
 from excise.errors import ConfigError, ModelError, UnknownArchitecture
 from excise.export.exporter import exporters
 from excise.export.merging import find_tensors
@@ -57,7 +58,7 @@ def figures(loaded, seed=0):
     prompts = {"target": builders.token_ids(5, 1), "contrast": builders.token_ids(5, 2)}
     engine = Engine(loaded, writers, prompts, max_new_tokens=6)
     requests = [Responses("target"), Divergence("contrast")]
-    return edits, engine.measure([[None] * len(writers), *edits], requests)
+    return edits, engine.measure([ORIGINAL, *edits], requests)
 
 
 def test_offloaded_weights_give_the_same_figures(pair):
@@ -199,7 +200,7 @@ def test_stacked_edits_on_packed_weights_are_those_of_the_unpacked_matrix(wide):
                 writer.module.weight.copy_(edit.apply_to_weight(writer.module.weight))
     prompts = {"target": builders.token_ids(5, 1), "contrast": builders.token_ids(5, 2)}
     engine = Engine(plain, (), prompts, max_new_tokens=6)
-    (merged,) = engine.measure([[]], [Responses("target")])
+    (merged,) = engine.measure([ORIGINAL], [Responses("target")])
     ours = [r.tokens for r in found[1].responses["target"]]
     assert ours == [r.tokens for r in merged.responses["target"]]
     assert len(writers) == len(edits[0])

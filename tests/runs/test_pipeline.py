@@ -91,8 +91,7 @@ def test_the_exported_models_logits_are_the_measured_ones(demo_run: Path):
         exact = writer.module.weight if edit is None else edit.apply_to_weight(writer.module.weight)
         assert torch.equal(written, exact.to(torch.bfloat16).float())
     stack = Stack(method.writers, [edits])
-    stack.select([0])
-    with torch.inference_mode(), stack.applied():
+    with torch.inference_mode(), stack.applied([0]):
         measured = loaded.model(ids).logits
         original = None
     with torch.inference_mode():

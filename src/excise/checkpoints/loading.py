@@ -7,6 +7,7 @@ a checkpoint is reported in one line before anything is computed.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
@@ -38,10 +39,12 @@ from excise.errors import ModelError, UnknownArchitecture, first_line
 from excise.files import temporary
 from excise.folders import commit_of
 from excise.model.anatomy import Anatomy, describe, has_row
+from excise.model.forward import Forward
 from excise.model.parameters import (
     any_offloaded,
     check_finite,
     device_of,
+    free,
     is_packed,
     keep_readable,
     shape_of,
@@ -91,6 +94,16 @@ class Loaded:
     def device(self) -> torch.device:
         """Device that token ids go to."""
         return device_of(self.model.get_input_embeddings())
+
+    @cached_property
+    def forward(self) -> Forward:
+        """The model's forward pass; that its layers can run fused is checked here, once per model."""
+        return Forward(self.model, self.anatomy)
+
+    def free_layers(self) -> None:
+        """Free the layers' memory. From then on only the head of `forward` can be used."""
+        for layer in self.anatomy.layers:
+            free(layer)
 
     @property
     def notes(self) -> list[str]:

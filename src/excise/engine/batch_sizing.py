@@ -159,7 +159,7 @@ def room_of(loaded: Loaded, config: Config) -> Room:
 
 def _filled_cache(loaded: Loaded) -> tuple[Any, list[Any]]:
     """The cache of three tokens in each of two rows, and the masks that layers were given for them."""
-    forward = Forward(loaded.model, loaded.anatomy)
+    forward = loaded.forward
     cache = forward.cache(3)
     ids = torch.ones(2, 3, dtype=torch.long, device=loaded.device)
     mask = ids.clone()
@@ -201,7 +201,7 @@ def _pair_bytes(loaded: Loaded, cache: Any, masks: list[Any]) -> int:
     fused kernels, which turn them into numbers, and which keep scores where keys and values differ in
     width.
     """
-    kinds = Forward(loaded.model, loaded.anatomy).biases
+    kinds = loaded.forward.biases
     if kinds:  # the bias of a whole pass, of one of its parts, and what the next is made of
         return 4 * (2 * kinds + 1)
     tensors = {
@@ -251,7 +251,7 @@ def _fastest_rows(
     rows = max(1, min(_FIRST_ROWS, limit, _FIRST_TOKENS // tokens))
     if any_offloaded(loaded.model):
         return max(rows, min(limit, _OFFLOADED_TOKENS // tokens))
-    forward, spare = Forward(loaded.model, loaded.anatomy), _Time(search, time.perf_counter())
+    forward, spare = loaded.forward, _Time(search, time.perf_counter())
     best, speed, dull, tried = 0, 0.0, 0, 0
     try:
         for some, few in _smaller(rows, tokens):

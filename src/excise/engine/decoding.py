@@ -1,12 +1,12 @@
 """Greedy decoding of many rows at once: finished rows leave the batch, decided ones finish early.
 
-Knows rows and tokens; knows nothing of candidates, except through the `regroup` call that tells the
-stack which rows are left.
+Knows rows and tokens; knows candidates only through `applied`, a context with the edits of some rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
@@ -131,7 +131,7 @@ def greedy(
     first: Tensor,
     mask: Tensor,
     cache: Any,
-    regroup: Callable[[list[int]], None],
+    applied: Callable[[list[int]], AbstractContextManager[None]],
 ) -> None:
     """Decode rows to their end.
 
@@ -142,7 +142,7 @@ def greedy(
         first: (B,) the next token of each, already chosen.
         mask: (B, T) mask of what was read so far, whose states `cache` holds.
         cache: key-value cache with room for all that the rows may still say.
-        regroup: told which rows are still in the batch, whenever that changes.
+        applied: gives the context in which a batch of these rows of the transcript is run.
     """
     device, seen = mask.device, mask.shape[1]  # logits may come from another device
     tokens = first.to(device)
@@ -151,21 +151,24 @@ def greedy(
     # A row that is through may stay for a while; it must not run out of positions meanwhile.
     last = positions + torch.tensor(rooms, device=device) - 1
     mask = torch.cat([mask, mask.new_ones(len(alive), max(rooms))], dim=1)
-    while True:
-        for row, token in zip(alive, tokens.tolist(), strict=True):
-            if transcript.is_open(row):
-                transcript.say(row, token)
-        open_slots = [slot for slot, row in enumerate(alive) if transcript.is_open(row)]
-        if not open_slots:
-            return
-        if len(open_slots) <= (1 - _COMPACT_AT) * len(alive):
-            alive = [alive[slot] for slot in open_slots]
-            picked = torch.tensor(open_slots, device=device)
-            tokens, mask = tokens[picked], mask[picked]
-            positions, last = positions[picked], last[picked]
-            select_rows(cache, open_slots)
-            regroup(alive)
-        seen += 1
-        hidden = forward.hidden(tokens[:, None], mask[:, :seen], positions[:, None], cache)
-        positions = torch.minimum(positions + 1, last)
-        tokens = forward.greedy(hidden[:, -1]).to(device)
+    with ExitStack() as context:
+        context.enter_context(applied(alive))
+        while True:
+            for row, token in zip(alive, tokens.tolist(), strict=True):
+                if transcript.is_open(row):
+                    transcript.say(row, token)
+            open_slots = [slot for slot, row in enumerate(alive) if transcript.is_open(row)]
+            if not open_slots:
+                return
+            if len(open_slots) <= (1 - _COMPACT_AT) * len(alive):
+                alive = [alive[slot] for slot in open_slots]
+                picked = torch.tensor(open_slots, device=device)
+                tokens, mask = tokens[picked], mask[picked]
+                positions, last = positions[picked], last[picked]
+                select_rows(cache, open_slots)
+                context.close()
+                context.enter_context(applied(alive))
+            seen += 1
+            hidden = forward.hidden(tokens[:, None], mask[:, :seen], positions[:, None], cache)
+            positions = torch.minimum(positions + 1, last)
+            tokens = forward.greedy(hidden[:, -1]).to(device)

@@ -24,12 +24,12 @@ from excise.engine.kl import divergences
 from excise.engine.passes import Passes, Rows
 from excise.engine.requests import Decided, Divergence, Evidence, Request, Response, Responses
 from excise.engine.responses import Answering
-from excise.engine.stacking import CandidateEdits, Stack, first_edited
+from excise.engine.stacking import ORIGINAL, CandidateEdits, Stack, first_edited
 from excise.errors import MeasurementError, MemoryExhausted, is_out_of_memory
 from excise.model.anatomy import Writer
 from excise.model.forward import Forward
 from excise.model.kv_cache import can_join
-from excise.model.parameters import any_offloaded, let_go
+from excise.model.parameters import any_offloaded
 from excise.prompts.tokens import beginning, end_tokens, pad_token, same_length
 
 R = TypeVar("R")
@@ -112,25 +112,19 @@ class Engine:
         reference: Reference | None = None,
         spoken: Sequence[int] = (),
     ) -> None:
-        self.plan = plan or Plan()
+        self._plan = plan or Plan()
         self.spoken = tuple(spoken)  # the last tokens of every prompt that belong to its response
         self.writers = writers
         self.prompts = prompts
         self.limit = max_new_tokens
         self._loaded = loaded
-        self._forward = Forward(loaded.model, loaded.anatomy)
+        self._forward = loaded.forward
         self._ends = end_tokens(loaded.model, loaded.tokenizer)
-        pad = pad_token(loaded.model, loaded.tokenizer)
+        self._pad = pad_token(loaded.model, loaded.tokenizer)
         self._joins = can_join(self._forward.cache(1))
         self._follows = self._joins and loaded.anatomy.padding  # drafts
         shares = self._joins and not any_offloaded(loaded.model)
-        self._passes = Passes(
-            self._forward,
-            loaded.anatomy,
-            pad,
-            reuse=self.plan.reuse,
-            beginnings=[beginning(side) for side in prompts.values()] if shares else [],
-        )
+        self._prefixes = [beginning(side) for side in prompts.values()] if shares else []
         self._drafts: dict[str, Drafts] = {}
         self._learning = False
         self._originals: dict[str, Original] = dict(reference.originals) if reference else {}
@@ -146,7 +140,7 @@ class Engine:
         """Answer all requests for every candidate, in their order.
 
         Args:
-            candidates: each an edit or None per writer; all None is the original model.
+            candidates: each an edit or None per writer, or `ORIGINAL`.
             requests: duplicates are answered once; of several `Responses` to one side, each is
                 decoded until all of them are decided.
             only: side -> number of its first prompts to measure; all of them by default.
@@ -155,13 +149,15 @@ class Engine:
             MemoryExhausted: one row does not fit.
             MeasurementError: the model's logits are not finite.
         """
+        for request in requests:
+            if isinstance(request, Divergence):
+                self.original(request.side)
         found: dict[int, Evidence] = {}
         with torch.inference_mode():
             answers = any(isinstance(request, Responses) for request in requests)
             learns = self._learning and self._follows and only is None and answers
-            for numbers, stack in self._stacks(candidates, learns):
-                with self._passes.of_one_stack():
-                    evidence = self._measure_stack(stack, requests, only or {})
+            for numbers, passes in self._stacks(candidates, learns):
+                evidence = self._measure_stack(passes, requests, only or {})
                 found.update(zip(numbers, evidence, strict=True))
                 if learns:
                     self._learn(evidence)
@@ -188,12 +184,12 @@ class Engine:
     def original(self, side: str) -> Original:
         """The original model's whole responses to a side's prompts, measured once."""
         if side not in self._originals:
-            with torch.inference_mode(), self._passes.of_one_stack():
-                bare = Stack(self.writers, [[None] * len(self.writers)])
+            with torch.inference_mode():
+                passes = self._passes([ORIGINAL])
                 numbers = list(range(len(self.prompts[side])))
-                responses = self._answer(side, None, bare, numbers)[0]
-                read = self._read(side, responses)
-                states = self._spread(read, bare, numbers, self._whole_lengths(side, responses))[0]
+                responses = self._answer(side, None, passes, numbers)[0]
+                read, lengths = self._read(side, responses), self._whole_lengths(side, responses)
+                states = self._spread(read, passes, numbers, lengths)[0]
             if not all(bool(torch.isfinite(rows).all()) for rows in states):
                 raise MeasurementError(
                     "the model's hidden states are not finite: try --set model.dtype=float32"
@@ -201,21 +197,26 @@ class Engine:
             self._originals[side] = Original(responses, states)
         return self._originals[side]
 
-    def as_reference(self) -> Reference:
-        """What another engine needs to measure its model against this one's original.
+    def reference(self) -> Reference:
+        """Return what another engine needs to measure its model against this one's original.
 
-        The layers are let go of: only the head is kept, so that two models never fill the memory.
+        It uses the model's head alone: `Loaded.free_layers` may follow.
         """
-        for side in self.prompts:
-            self.original(side)
-        layers = self._loaded.anatomy.layers
-        for layer in layers:
-            let_go(layer)
-        return Reference(self._originals, self._forward)
+        return Reference({side: self.original(side) for side in self.prompts}, self._forward)
+
+    @property
+    def fitted_plan(self) -> Plan:
+        """The sizes of passes in use: those asked for, less where memory ran out."""
+        return self._plan
+
+    def _passes(self, candidates: Sequence[CandidateEdits]) -> Passes:
+        stack = Stack(self.writers, candidates)
+        reuse, prefixes = self._plan.reuse, self._prefixes
+        return Passes(self._forward, stack, self._pad, reuse=reuse, prefixes=prefixes)
 
     def _stacks(
         self, candidates: Sequence[CandidateEdits], learns: bool
-    ) -> Iterator[tuple[list[int], Stack]]:
+    ) -> Iterator[tuple[list[int], Passes]]:
         """Candidates in stacks; those that begin at like layers share one, so more is reused.
 
         Where later stacks learn from the first, that is smaller: it decodes what they will read.
@@ -224,27 +225,27 @@ class Engine:
         order = sorted(range(len(candidates)), key=lambda n: (firsts[n], n))
         fit = max(1, _EDIT_BYTES // max([1, *map(_edit_bytes, candidates)]))
         while order:
-            size = min(self.plan.stack, fit)
+            size = min(self._plan.stack, fit)
             if learns and not self._drafts:
                 size = max(1, size // _FIRST_STACK)
             numbers, order = order[:size], order[size:]
-            yield numbers, Stack(self.writers, [candidates[n] for n in numbers])
+            yield numbers, self._passes([candidates[n] for n in numbers])
 
     def _measure_stack(
-        self, stack: Stack, requests: Sequence[Request], only: dict[str, int]
+        self, passes: Passes, requests: Sequence[Request], only: dict[str, int]
     ) -> list[Evidence]:
-        evidence = [Evidence() for _ in range(stack.size)]
+        evidence = [Evidence() for _ in range(passes.stack.size)]
         for side in dict.fromkeys(request.side for request in requests):
             ours = [request for request in requests if request.side == side]
             numbers = list(range(len(self.prompts[side])))[: only.get(side)]
             wanted = [request for request in ours if isinstance(request, Responses)]
             if wanted:
-                answers = self._answer(side, _until_all(wanted), stack, numbers)
+                answers = self._answer(side, _until_all(wanted), passes, numbers)
                 for one, responses in zip(evidence, answers, strict=True):
                     one.responses[side] = responses
             if any(isinstance(request, Divergence) for request in ours):
                 lengths = self._whole_lengths(side, self.original(side).responses)
-                values = self._spread(self._diverge(side), stack, numbers, lengths)
+                values = self._spread(self._diverge(side), passes, numbers, lengths)
                 for one, per_prompt in zip(evidence, values, strict=True):
                     one.divergence[side] = per_prompt
         return evidence
@@ -253,8 +254,8 @@ class Engine:
 
     def _spread(
         self,
-        work: Callable[[Stack, list[int], list[int]], list[list[R]]],
-        stack: Stack,
+        work: Callable[[Passes, list[int], list[int]], list[list[R]]],
+        passes: Passes,
         numbers: list[int],
         lengths: list[int],
         limit: Limit = "rows",
@@ -268,31 +269,30 @@ class Engine:
         order = sorted(numbers, key=lambda n: (-lengths[n], n))
         padding = self._loaded.anatomy.padding
         groups = [order] if padding else same_length(order, lengths)
-        waiting = [(list(range(stack.size)), group) for group in groups]
-        with stack.applied():
-            while waiting:
-                members, chunk = waiting.pop(0)
-                fits = self.plan.fits(limit, lengths[chunk[0]])
-                if len(members) * len(chunk) > fits:
-                    waiting = _cut(members, chunk, fits) + waiting
-                    continue
-                try:
-                    answers = work(stack, members, chunk)
-                except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
-                    if not is_out_of_memory(error):
-                        raise
-                    answers = None
-                if answers is None:  # outside the handler, so that its traceback frees the tensors
-                    self._back_off(limit, lengths[chunk[0]], len(members) * len(chunk))
-                    waiting.insert(0, (members, chunk))
-                    continue
-                for member, values in zip(members, answers, strict=True):
-                    found.update(((member, n), v) for n, v in zip(chunk, values, strict=True))
-        return [[found[member, n] for n in numbers] for member in range(stack.size)]
+        waiting = [(list(range(passes.stack.size)), group) for group in groups]
+        while waiting:
+            members, chunk = waiting.pop(0)
+            fits = self._plan.fits(limit, lengths[chunk[0]])
+            if len(members) * len(chunk) > fits:
+                waiting = _cut(members, chunk, fits) + waiting
+                continue
+            try:
+                answers = work(passes, members, chunk)
+            except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                answers = None
+            if answers is None:  # outside the handler, so that its traceback frees the tensors
+                self._back_off(passes, limit, lengths[chunk[0]], len(members) * len(chunk))
+                waiting.insert(0, (members, chunk))
+                continue
+            for member, values in zip(members, answers, strict=True):
+                found.update(((member, n), v) for n, v in zip(chunk, values, strict=True))
+        return [[found[member, n] for n in numbers] for member in range(passes.stack.size)]
 
-    def _back_off(self, limit: Limit, longest: int, rows: int) -> None:
+    def _back_off(self, passes: Passes, limit: Limit, longest: int, rows: int) -> None:
         """Plan with half of a pass that did not fit."""
-        self._passes.forget()
+        passes.free()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         if rows == 1:
@@ -300,12 +300,12 @@ class Engine:
                 "out of memory with one prompt at a time: use a smaller model, a smaller dtype, "
                 "shorter prompts or --max-new-tokens, or a device with more memory"
             )
-        self.plan = self.plan.less(limit, longest, max(1, rows // 2))
+        self._plan = self._plan.less(limit, longest, max(1, rows // 2))
 
     # -- the three kinds of work -----------------------------------------------------------------
 
     def _answer(
-        self, side: str, deciders: frozenset[Decided] | None, stack: Stack, numbers: list[int]
+        self, side: str, deciders: frozenset[Decided] | None, passes: Passes, numbers: list[int]
     ) -> list[list[Response]]:
         """Greedy responses, with the help of drafts where they are known and pay."""
         if deciders not in self._trees:
@@ -315,17 +315,16 @@ class Engine:
         joins = self._joins
         drafts = self._drafts.get(side) if self._follows else None
 
-        def work(stack: Stack, members: list[int], chunk: list[int]) -> list[list[Response]]:
+        def work(passes: Passes, members: list[int], chunk: list[int]) -> list[list[Response]]:
             transcript = Transcript(tree, len(members) * len(chunk), self._ends, self.limit)
             answering = Answering(
-                self._passes,
-                stack,
+                passes,
                 members,
                 chunk,
                 prompts,
                 transcript,
                 # Caches that do not join have to be filled in one pass.
-                rows=self.plan.fits("rows", lengths[chunk[0]])
+                rows=self._plan.fits("rows", lengths[chunk[0]])
                 if joins
                 else len(members) * len(chunk),
             )
@@ -335,16 +334,16 @@ class Engine:
                 answering.decode()
             return _per_member(transcript.responses(), len(members))
 
-        return self._spread(work, stack, numbers, lengths, "decode" if joins else "rows")
+        return self._spread(work, passes, numbers, lengths, "decode" if joins else "rows")
 
     def _read(self, side: str, responses: list[Response]) -> Any:
         """Teacher-forced states at the tokens that predict each response: (tokens, D) per prompt."""
 
-        def work(stack: Stack, members: list[int], chunk: list[int]) -> list[list[Tensor]]:
+        def work(passes: Passes, members: list[int], chunk: list[int]) -> list[list[Tensor]]:
             texts = [responses[n].tokens for n in chunk]
             whole = [(*self.prompts[side][n], *t[:-1]) for n, t in zip(chunk, texts, strict=True)]
             keep = max(len(t) for t in texts)
-            hidden = self._passes.read(stack, Rows.grid(members, whole), keep)
+            hidden = passes.read(Rows.grid(members, whole), keep)
             grouped = hidden.view(len(members), len(chunk), *hidden.shape[1:])
             return [
                 [row[keep - len(t) :] for row, t in zip(rows, texts, strict=True)]
@@ -358,8 +357,8 @@ class Engine:
         read = self._read(side, original.responses)
         chunk_bytes = self._forward.chunk_bytes
 
-        def work(stack: Stack, members: list[int], chunk: list[int]) -> list[list[Tensor]]:
-            states = read(stack, members, chunk)
+        def work(passes: Passes, members: list[int], chunk: list[int]) -> list[list[Tensor]]:
+            states = read(passes, members, chunk)
             before = torch.cat([original.states[n] for n in chunk])
             after = torch.stack([torch.cat(rows) for rows in states])
             values = divergences(self._reference, before, self._forward, after, chunk_bytes)

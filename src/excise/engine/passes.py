@@ -10,8 +10,7 @@ Shapes: B rows, U different texts, T tokens, D width.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
@@ -20,7 +19,6 @@ import torch
 from torch import Tensor
 
 from excise.engine.stacking import Stack
-from excise.model.anatomy import Anatomy
 from excise.model.forward import Forward
 from excise.model.fused_layers import Alike, Inputs
 from excise.model.kv_cache import share_lower_layers, take_rows
@@ -91,64 +89,54 @@ _Caches = Callable[[Sequence[int], range], Any]
 
 
 class Passes:
-    """Runs texts through one model under a stack's edits."""
+    """Forward passes of one stack's candidates."""
 
     def __init__(
         self,
         forward: Forward,
-        anatomy: Anatomy,
+        stack: Stack,
         pad: int,
         *,
         reuse: bool,
-        beginnings: Sequence[Text] = (),
+        prefixes: Sequence[Text] = (),
     ) -> None:
-        """What is the same for all passes.
+        """Prepare passes; none runs yet.
 
         Args:
             forward: the model.
-            anatomy: its layers.
-            pad: the token that fills rows.
+            stack: the candidates' edits.
+            pad: the padding token.
             reuse: run layers below a candidate's first edited one once for all candidates.
-            beginnings: what many texts begin with; for caches that `can_join`.
+            prefixes: token prefixes that many texts share; for caches that `can_join`.
         """
         self.forward = forward
-        self._anatomy = anatomy
+        self.stack = stack
+        self._anatomy = forward.anatomy
         self._pad = pad
         self._reuse = reuse
-        self._beginnings = sorted(beginnings, key=len, reverse=True)
-        self._begun: dict[tuple[Text, tuple[int, ...]], Past] = {}
+        self._prefixes = sorted(prefixes, key=len, reverse=True)
+        self._prefilled: dict[tuple[Text, tuple[int, ...]], Past] = {}
 
-    @contextmanager
-    def of_one_stack(self) -> Iterator[None]:
-        """What candidates make of beginnings is kept within this context: another stack's will differ."""
-        self.forget()  # an engine may measure its original while it measures candidates
-        try:
-            yield
-        finally:
-            self.forget()
+    def free(self) -> None:
+        """Free the prefilled prefixes; they are prefilled again where they are needed."""
+        self._prefilled.clear()
 
-    def forget(self) -> None:
-        """Let go of what is kept."""
-        self._begun.clear()
-
-    def read(self, stack: Stack, rows: Rows, keep: int, after: After | None = None) -> Tensor:
+    def read(self, rows: Rows, keep: int, after: After | None = None) -> Tensor:
         """Hidden states (B, keep, D) at the last `keep` tokens of every row.
 
         `after`: what was read of the texts, each of which has at least one token more; no state of
         the tokens read before is kept.
         """
-        after = after or self._beginning(stack, rows, keep)
+        after = after or self._prefix(rows, keep)
         given, caches = self._open(rows, None, after)
-        steps = joining(self._starts(stack, rows))
-        return self._climb(stack, rows, given, caches, keep, steps)
+        steps = joining(self._starts(rows))
+        return self._climb(rows, given, caches, keep, steps)
 
-    def fill(
-        self, stack: Stack, rows: Rows, room: int, after: After | None = None
-    ) -> tuple[Tensor, Past]:
+    def fill(self, rows: Rows, room: int, after: After | None = None) -> tuple[Tensor, Past]:
         """Hidden states (B, D) at every row's last token, and the past of it with more room."""
-        after = after or self._beginning(stack, rows, 1)
+        after = after or self._prefix(rows, 1)
         given, caches = self._open(rows, room, after)
-        layer = self._starts(stack, rows)[0]
+        layer = self._starts(rows)[0]
         filled: dict[int, Any] = {}  # by the layer that a part of the pass begins at
 
         def remembered(some: Sequence[int], layers: range) -> Any:
@@ -156,7 +144,7 @@ class Passes:
             return filled[layers.start]
 
         # All rows join at once: a layer's keys and values are then those of all of them.
-        states = self._climb(stack, rows, given, remembered, 1, [(layer, len(rows.owners))])
+        states = self._climb(rows, given, remembered, 1, [(layer, len(rows.owners))])
         if layer > 0:
             share_lower_layers(filled[0], filled[layer], layer, torch.tensor(given.picked))
         return states[:, -1], Past(filled[layer], given.inputs.mask)
@@ -199,26 +187,25 @@ class Passes:
         each = torch.tensor(picked, device=ids.device)
         return _Given(Inputs(ids, mask, positions).of(each), different, picked), caches
 
-    def _beginning(self, stack: Stack, rows: Rows, keep: int) -> After | None:
-        """What these candidates make of what their texts begin with, if that pays."""
+    def _prefix(self, rows: Rows, keep: int) -> After | None:
+        """Return the longest prefix that all texts share, prefilled once per candidate, if that pays."""
         members = tuple(dict.fromkeys(rows.owners))
         width = max(map(len, rows.texts))
-        for known in self._beginnings:
+        for known in self._prefixes:
             n = len(known)
             if n <= _CACHE_COST * width:
                 break
             if width - n >= keep and all(len(t) > n and t[:n] == known for t in set(rows.texts)):
-                past = self._begun.get((known, members))
+                past = self._prefilled.get((known, members))
                 if past is None:
-                    past = self.fill(stack, Rows.grid(members, [known]), 0)[1]
-                    self._begun[known, members] = past
+                    past = self.fill(Rows.grid(members, [known]), 0)[1]
+                    self._prefilled[known, members] = past
                 place = {member: place for place, member in enumerate(members)}
                 return After(past, [place[owner] for owner in rows.owners])
         return None
 
     def _climb(
         self,
-        stack: Stack,
         rows: Rows,
         given: _Given,
         caches: _Caches,
@@ -236,31 +223,26 @@ class Passes:
                 alike = self._alike(active, joining)
                 continue
             if active:
-                stack.select(rows.owners[:active])
                 cache = caches(some, layers)
-                hidden = self.forward.through(
-                    layers, given.of(some), cache, hidden=hidden, alike=alike
-                )
+                with self.stack.applied(rows.owners[:active]):
+                    hidden = self.forward.through(
+                        layers, given.of(some), cache, hidden=hidden, alike=alike
+                    )
             left = sorted(set(given.picked[active:]))
             shared = None if shared is None else shared[[waiting[number] for number in left]]
             waiting = {number: place for place, number in enumerate(left)}
             same = [given.different[number] for number in left]
-            with stack.paused():
-                cache = caches(same, layers)
-                shared = self.forward.through(layers, given.of(same), cache, hidden=shared)
+            cache = caches(same, layers)
+            shared = self.forward.through(layers, given.of(same), cache, hidden=shared)
             joined = shared[[waiting[number] for number in dict.fromkeys(joining)]]
             hidden = joined if hidden is None else torch.cat([hidden, joined])
             alike = self._alike(active, joining)
         layers, every = range(steps[-1][0], len(self._anatomy.layers)), range(len(rows.owners))
-        stack.select(rows.owners)
-        return self.forward.through(
-            layers,
-            given.inputs,
-            caches(every, layers),
-            hidden=hidden,
-            keep=keep,
-            alike=alike,
-        )
+        cache = caches(every, layers)
+        with self.stack.applied(rows.owners):
+            return self.forward.through(
+                layers, given.inputs, cache, hidden=hidden, keep=keep, alike=alike
+            )
 
     def _alike(self, before: int, texts: Sequence[int]) -> Alike | None:
         """Which of some rows are the same, in a pass that holds so many others before them.
@@ -277,13 +259,13 @@ class Passes:
         device = self.forward.device
         return Alike(torch.tensor(rows, device=device), torch.tensor(each, device=device))
 
-    def _starts(self, stack: Stack, rows: Rows) -> list[int]:
+    def _starts(self, rows: Rows) -> list[int]:
         """Per row the layer where it may begin, never above that of a row after it.
 
         Zero where that would not pay: where few rows have a text in common.
         """
         most = min(self._anatomy.skippable, len(self._anatomy.layers) - 1) if self._reuse else 0
-        layers = [min(stack.first_of(owner), most) for owner in rows.owners]
+        layers = [min(self.stack.first_of(owner), most) for owner in rows.owners]
         starts = list(accumulate(reversed(layers), min))[::-1]
         waiting = {text for text, start in zip(rows.texts, starts, strict=True) if start}
         saved = sum(starts) - len(waiting) * starts[-1]

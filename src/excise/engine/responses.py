@@ -6,6 +6,7 @@ Rows are candidates x prompts, candidate-major. B rows, P prompts, D width.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -13,22 +14,20 @@ from torch import Tensor
 from excise.engine.decoding import Transcript, greedy
 from excise.engine.drafts import Drafts, cheaper_than_decoding
 from excise.engine.passes import After, Passes, Past, Rows, Text
-from excise.engine.stacking import Stack
 from excise.model.kv_cache import join
 
 Part = tuple[Rows, After | None]  # rows of one pass, and what they have read before
 
 
 class Answering:
-    """Responses of `members`, candidates of one stack, to `numbers`, prompts of one side.
+    """Greedy responses of `members`, candidates of one stack, to `numbers`, prompts of one side.
 
-    All of it is measured under `stack.applied()`, in passes of at most `rows` rows.
+    Passes have at most `rows` rows.
     """
 
     def __init__(
         self,
         passes: Passes,
-        stack: Stack,
         members: Sequence[int],
         numbers: Sequence[int],
         prompts: Sequence[list[int]],
@@ -36,7 +35,7 @@ class Answering:
         *,
         rows: int,
     ) -> None:
-        self._passes, self._stack = passes, stack
+        self._passes = passes
         self._members, self._numbers = members, numbers
         self._prompts = [tuple(prompts[number]) for number in numbers]
         self._transcript = transcript
@@ -95,7 +94,7 @@ class Answering:
             some, order = sorted(order[:most]), order[most:]
             keep = max(len(likely[row]) for row in some)
             rows = Rows([self._owners[row] for row in some], [texts[row] for row in some])
-            hidden = self._passes.read(self._stack, rows, keep, After(past, some))
+            hidden = self._passes.read(rows, keep, After(past, some))
             wanted = torch.zeros(len(some), keep, dtype=torch.bool)
             for slot, row in enumerate(some):
                 wanted[slot, keep - len(likely[row]) :] = True
@@ -117,12 +116,11 @@ class Answering:
         room = max(map(self._transcript.room, rows))
         first, past = self._filled(parts, groups, room)
 
-        def regroup(alive: list[int]) -> None:
-            self._stack.select([self._owners[row] for row in alive])
+        def applied(alive: list[int]) -> AbstractContextManager[None]:
+            return self._passes.stack.applied([self._owners[row] for row in alive])
 
-        regroup(rows)
         forward = self._passes.forward
-        greedy(forward, self._transcript, rows, first, past.mask, past.cache, regroup)
+        greedy(forward, self._transcript, rows, first, past.mask, past.cache, applied)
 
     def _filled(self, parts: list[Part], groups: int, room: int) -> tuple[Tensor, Past]:
         """The next token of every row, and the past of all of them with room for more.
@@ -132,7 +130,7 @@ class Answering:
         """
         alone = len(parts) == 1
         ours = room if alone else 0
-        filled = [self._passes.fill(self._stack, rows, ours, after) for rows, after in parts]
+        filled = [self._passes.fill(rows, ours, after) for rows, after in parts]
         parts.clear()
         pasts = [past for _, past in filled]
         width = max(past.mask.shape[1] for past in pasts)

@@ -154,9 +154,10 @@ class TransformersExporter(Exporter):
     def measure(
         self, made: Exported, by: Measurement, on_event: OnEvent
     ) -> tuple[Exported, Scores]:
-        """See `Exporter.measure`. The original's layers are let go of first, to make room."""
+        """See `Exporter.measure`. The original's layers are freed first, to make room."""
         searched = by.engine
-        reference = searched.as_reference()
+        reference = searched.reference()
+        by.loaded.free_layers()
         with phase(f"measure {self.form.name}", on_event):
             with library_errors(f"the {self.form.name} export"):
                 again = self.load_again(made.path, by.loaded, by.source)
@@ -165,7 +166,7 @@ class TransformersExporter(Exporter):
                 (),
                 searched.prompts,
                 max_new_tokens=searched.limit,
-                plan=searched.plan,
+                plan=searched.fitted_plan,
                 reference=reference,
                 spoken=searched.spoken,
             )

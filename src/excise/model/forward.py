@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +29,6 @@ _LONGER = (
 _PADS = 3
 _BEYOND = 8  # tokens on either side of where a window ends
 _APART = 3e-5  # ten times what rounding costs; what is done otherwise costs 1e-4 and more
-# By backbone: whether its lean way was found to agree, and what type of output it gives.
-_PROBED: WeakKeyDictionary[nn.Module, tuple[bool, type | None]] = WeakKeyDictionary()
 _COPIES = 3  # of a chunk's float32 logits at once: the head's, a soft cap's, the result
 
 
@@ -55,19 +52,14 @@ class Forward:
         return 0 if self._lean is None else len(self._lean.windows)
 
     def _agrees(self, lean: Lean) -> bool:
-        """Whether a lean way gives what the model's own modules give: looked at once per model.
+        """Whether a lean way gives what the model's own modules give.
 
         All layers read a short text; one of each kind a longer one; and where tokens look and how
         they are turned is compared around the end of every window, however long it is.
         """
-        backbone = self.anatomy.backbone
-        if backbone not in _PROBED:
-            with torch.inference_mode():
-                agrees = self._sees_alike(lean) and self._gives_alike(lean)
-                agrees = agrees and self._one_of_each_kind_gives_alike(lean)
-            _PROBED[backbone] = (agrees, self._output_type)
-        agrees, self._output_type = _PROBED[backbone]
-        return agrees
+        with torch.inference_mode():
+            agrees = self._sees_alike(lean) and self._gives_alike(lean)
+            return agrees and self._one_of_each_kind_gives_alike(lean)
 
     def _gives_alike(self, lean: Lean) -> bool:
         """All layers and the head, at once and from a cache."""
@@ -229,7 +221,10 @@ class Forward:
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """By the model's own forward (head, soft caps, scales), on the states that it is handed."""
-        assert self._output_type is not None, "hidden() comes first"
+        if self._output_type is None:  # no pass has shown it yet
+            one = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+            self._whole(one, torch.ones_like(one), one, None, 1)
+        assert self._output_type is not None
         states = self._output_type(last_hidden_state=hidden[None])
         ids = torch.zeros(1, hidden.shape[0], dtype=torch.long, device=hidden.device)
         with replaced_forward({self.anatomy.backbone: lambda *_a, **_k: states}):

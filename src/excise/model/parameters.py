@@ -74,8 +74,8 @@ def keep_readable(model: nn.Module) -> None:
             vars(module)["support_avx512bf16_for_cpu"] = False
 
 
-def let_go(module: nn.Module) -> None:
-    """Free the memory of a module that is not run again."""
+def free(module: nn.Module) -> None:
+    """Free the memory of a module's parameters; it cannot run again."""
     for part in module.modules():
         for name, held in part.named_parameters(recurse=False):
             empty = torch.empty(held.shape, dtype=held.dtype, device="meta")

@@ -10,6 +10,7 @@ from pathlib import Path
 from excise.checkpoints.loading import Loaded
 from excise.config import ModelSection
 from excise.engine.engine import Engine
+from excise.engine.stacking import ORIGINAL
 from excise.errors import ExportError, ModelError, first_line, is_out_of_memory
 from excise.events import Notice
 from excise.export.exporter import EditedModel, Exported, exporters
@@ -49,7 +50,7 @@ class Checker:
     def scores(self, engine: Measures) -> Scores:
         """Return what every scorer says of the model of `engine`, with no edit on top."""
         panel = self.session.panel(engine, "search", self.session.scoring.every_trial)
-        return panel.measure([[]])[0].scores
+        return panel.measure([ORIGINAL])[0].scores
 
 
 def check_exports(formats: Sequence[str], session: Session) -> None:
@@ -87,7 +88,7 @@ def export(
     """Write the trial in each (format, path), load each again and measure it beside the search's figures.
 
     None of them takes its name before all are written, proven and have their card: a failure leaves
-    nothing. The searched model's layers are let go of on the way: it cannot be run afterwards.
+    nothing. The searched model's layers are freed on the way: it cannot be run afterwards.
 
     Returns:
         The record with one `ArtifactRecord` more per place; paths inside `out` are relative to it.

@@ -11,6 +11,7 @@ from excise.checkpoints.loading import Loaded, load, resolve
 from excise.checkpoints.model_folder import read_config, weight_files
 from excise.config import Config, ExportSection, ModelSection, validate
 from excise.engine.batch_sizing import from_dict, size, usual_length
+from excise.engine.stacking import ORIGINAL
 from excise.errors import ConfigError, OutputError, RunStateError
 from excise.events import Notice, OnEvent, ignore, phase
 from excise.export.exporter import exporters
@@ -191,15 +192,13 @@ def evaluate(
     lengths = [len(ids) for one in session.sets.values() for ids in one.ids]
     most, usual = max(map(len, session.sets.values())), usual_length(lengths)
     plan = size(base, config, usual, most, on_event).plan
-    engines, before = {}, {}
+    references, before = {}, {}
     with phase("baseline", on_event):
         for part in parts:
             engine = session.engine(part, plan)
-            before[part] = session.panel(engine, part, scorers).measure([[]])[0].scores
-            for side in engine.prompts:  # all of them before the layers are let go of
-                engine.original(side)
-            engines[part] = engine
-    references = {part: engine.as_reference() for part, engine in engines.items()}
+            before[part] = session.panel(engine, part, scorers).measure([ORIGINAL])[0].scores
+            references[part] = engine.reference()
+    base.free_layers()
     with phase("load edited", on_event):
         other = load(section)
     if _shapes(other.model.config.get_text_config().to_dict()) != mine:
@@ -210,7 +209,7 @@ def evaluate(
     with phase("measure safetensors", on_event):
         for part in parts:
             engine = session.of(other).engine(part, plan, references[part])
-            after = session.panel(engine, part, scorers).measure([[]])[0].scores
+            after = session.panel(engine, part, scorers).measure([ORIGINAL])[0].scores
             rows.append((part, before[part], after))
     return rows
 

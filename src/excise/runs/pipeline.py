@@ -17,6 +17,7 @@ from excise.checkpoints.loading import load
 from excise.config import Config, to_toml
 from excise.engine.batch_sizing import Sizing, from_dict, size, usual_length
 from excise.engine.engine import Engine, Plan
+from excise.engine.stacking import ORIGINAL
 from excise.errors import MeasurementError, RunStateError
 from excise.events import OnEvent
 from excise.export.exporter import exporters
@@ -135,7 +136,7 @@ def _measure(
     engine = session.engine("search", plan)
     panel = session.panel(engine, "search", session.scoring.every_trial)
     with clock.phase("baseline"):
-        baseline = panel.measure([[None] * len(session.writers)])[0].scores
+        baseline = panel.measure([ORIGINAL])[0].scores
         if not anyway and not search.records():  # with trials, that was decided before
             check_baseline(baseline, _said(session, engine), session.config, out)
     _search(session, search, measurer(session, panel, engine.learning), clock)

@@ -13,6 +13,7 @@ from typing import Any
 from excise.checkpoints.loading import Loaded
 from excise.engine.engine import Engine, Plan
 from excise.engine.requests import Responses
+from excise.engine.stacking import ORIGINAL
 from excise.prompts.chat_template import after_markup, closing
 from excise.prompts.measured_sets import LONGEST, Opening
 from excise.prompts.tokens import end_tokens
@@ -120,7 +121,7 @@ def _begin(
     """The first tokens of the original's responses to some prompts of each side."""
     rows = {side: [[*row, *ids] for row in rows[:PROMPTS]] for side, rows in prompts.items()}
     engine = Engine(loaded, (), rows, max_new_tokens=LONGEST, plan=Plan(tokens=_TOKENS))
-    evidence = engine.measure([[]], [Responses(side) for side in rows])[0]
+    evidence = engine.measure([ORIGINAL], [Responses(side) for side in rows])[0]
     return {side: [r.tokens for r in evidence.responses[side]] for side in rows}
 
 

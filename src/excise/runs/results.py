@@ -14,9 +14,8 @@ from excise.checkpoints.loading import DEMO, Loaded
 from excise.checkpoints.model_folder import read_config, read_generation
 from excise.engine.engine import Engine
 from excise.engine.requests import Responses
-from excise.engine.stacking import CandidateEdits
+from excise.engine.stacking import ORIGINAL, CandidateEdits
 from excise.folders import commit_of
-from excise.model.edits import Edit
 from excise.reading import whole_text
 from excise.record import CoverageRecord, ModelRecord, PromptRecord, Record, Sample
 from excise.runs.session import EditingSession
@@ -39,17 +38,16 @@ def final_figures(session: EditingSession, engine: Engine, edits: CandidateEdits
     Returns:
         What the record says of it, by the record's names.
     """
-    bare: list[Edit | None] = [None] * len(edits)
     scoring, out = session.scoring, dict[str, Any]()
     if scoring.final:
         panel = session.panel(engine, "search", scoring.final)
-        before, after = panel.measure([bare, edits])
+        before, after = panel.measure([ORIGINAL, edits])
         out |= {"final_baseline": before.scores, "final": after.scores}
     out["samples"] = _samples(session, engine, edits)
     if all(map(len, session.sets.part("holdout").values())):
-        held = session.engine("holdout", engine.plan)
+        held = session.engine("holdout", engine.fitted_plan)
         panel = session.panel(held, "holdout", scoring.every_trial + scoring.final)
-        before, after = panel.measure([bare, edits])
+        before, after = panel.measure([ORIGINAL, edits])
         out |= {"holdout_baseline": before.scores, "holdout": after.scores}
     return out
 
@@ -61,9 +59,8 @@ def _samples(session: EditingSession, engine: Engine, edits: CandidateEdits) -> 
         if side not in session.config.scores.show:
             continue
         count = _SAMPLES if side == "target" else 1
-        bare: list[Edit | None] = [None] * len(edits)
         request = [Responses(side)]
-        before, after = engine.measure([bare, edits], request, {side: count})
+        before, after = engine.measure([ORIGINAL, edits], request, {side: count})
         pairs = zip(before.responses[side], after.responses[side], strict=True)
         for prompt, both in zip(prompts.prompts, pairs, strict=False):  # of the first few prompts
             texts = [whole_text(one.text) for one in both]

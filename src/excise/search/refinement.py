@@ -30,7 +30,6 @@ from excise.methods.registry import Method
 from excise.methods.search_space import MOST_REFINED
 from excise.model.edits import Edit
 from excise.model.experts import edited_forward, stack_experts
-from excise.model.forward import Forward
 from excise.model.overrides import replaced_forward
 from excise.prompts.tokens import Batch, left_pad, pad_token
 
@@ -101,7 +100,7 @@ class Refiner:
         self, loaded: Loaded, method: DirectionalMethod, target: Texts, contrast: Texts
     ) -> None:
         self._method = method
-        self._forward = Forward(loaded.model, loaded.anatomy)
+        self._forward = loaded.forward
         rows = _ROWS if loaded.anatomy.padding else 1  # a row alone has no padding
         self._target, self._contrast = target.parts(rows), contrast.parts(rows)
         self._rows, self._tokens = len(target.answers), int((contrast.answers >= 0).sum())
