@@ -6,9 +6,9 @@ import ast
 import dataclasses
 import inspect
 import re
+import resource
 import subprocess
 import sys
-import time
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -281,9 +281,15 @@ def test_what_reads_a_record_loads_no_more_than_it_needs(work: str, without: lis
 
 
 def test_help_is_quick():
-    begun = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "excise.cli", "--help"], capture_output=True, check=True)
-    assert time.perf_counter() - begun < 10  # the promise is 0.3 s; this only catches a disaster
+    """Of the processor's time, which other processes change little; the best of three."""
+    seconds = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        command = [sys.executable, "-m", "excise.cli", "--help"]
+        subprocess.run(command, capture_output=True, check=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(seconds) < 0.3
 
 
 def test_every_argument_says_what_it_does():
