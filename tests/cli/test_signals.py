@@ -67,9 +67,9 @@ def test_an_interrupt_of_code_given_as_text_is_an_exit_code_too(tmp_path: Path) 
     """`python -m` would end by the signal: dataclasses are made of such code, in every import."""
     (tmp_path / "struck.py").write_text(
         "import sys\n"
-        "from excise import cli, inspecting\n"
-        "inspecting.inspect_model = lambda _: exec('raise KeyboardInterrupt')\n"
-        "sys.exit(cli.main(['inspect', 'demo']))\n"
+        "from excise.cli import inspect_model, main\n"
+        "inspect_model.inspect_model = lambda _: exec('raise KeyboardInterrupt')\n"
+        "sys.exit(main.main(['inspect', 'demo']))\n"
     )
     command = [sys.executable, "-m", "struck"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
@@ -81,7 +81,7 @@ def test_a_signal_after_the_work_is_done_changes_nothing(number: signal.Signals)
     program = (
         "import atexit, os, sys; sys.argv = ['excise', 'report', '/none/such']; "
         f"atexit.register(os.kill, os.getpid(), {int(number)}); "
-        "from excise.cli import main; sys.exit(main())"
+        "from excise.cli.main import main; sys.exit(main())"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=60)
     assert done.returncode == 2, done.stderr

@@ -106,7 +106,7 @@ def test_events_that_cannot_be_written_end_the_run_in_one_line(tiny: Path, tmp_p
 def test_the_numbers_of_closed_streams_are_not_given_to_files(tmp_path: Path) -> None:
     """What a library prints would else be written into the first file that is opened."""
     code = (
-        "import sys; from pathlib import Path; from excise import terminal; terminal.prepare(); "
+        "import sys; from pathlib import Path; from excise.cli import terminal; terminal.prepare(); "
         "file = Path(sys.argv[1]).open('w'); assert file.fileno() > 2, file.fileno(); "
         "print('noise', flush=True)"
     )
