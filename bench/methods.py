@@ -38,9 +38,8 @@ LEAST = 1e-5  # drifts below this are as good as none
 CHOSEN = ("behaviour_rate, unseen", "drift", "restored, unseen", "kept, unseen")
 LIMITS = (0.0, 0.02, 0.05, 0.1, 0.2)  # behaviour rates at which drifts are compared
 
-# Settings of a study beyond its method's name. Refinement is part of the 200 trials, not on top.
+# Settings of a study beyond its method's name.
 VARIANTS: dict[str, dict[str, Any]] = {
-    "refine": {"search.refine": 8},
     "short": {"search.trials": 100, "ara.iterations": 20},
     "prototypes": {"subspace.kind": "prototypes"},
 }
@@ -74,7 +73,6 @@ def job(name: str, seed: int, objective: str, trials: int, data: Path | None = N
         "export.formats": [],
         **VARIANTS.get(variant, {}),
     }
-    flags["search.trials"] -= int(flags.get("search.refine", 0))
     return load_config(behaviour=behaviour_of(data), flags=flags)
 
 

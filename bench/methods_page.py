@@ -20,7 +20,6 @@ COLORS = {
     "subspace": "#2f9e77",
     "ara": "#a06bd0",
     "ridge": "#e0762f",
-    "directional+refine": "#c9a227",
 }
 
 

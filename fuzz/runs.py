@@ -253,7 +253,7 @@ _EDITS: dict[str, list[Any]] = {
     "scores.max_new_tokens": [2, 9],
     "scores.files": [["none.py"]], "scores.final": [["false_rate"]], "scores.show": [[]],
     "search.trials": [3, 9, 6], "search.startup_trials": [1], "search.batch": [2],
-    "search.select": ["drift<=1", "rate<=1", "x"], "search.refine": [1], "search.ei_candidates": [5],
+    "search.select": ["drift<=1", "rate<=1", "x"], "search.ei_candidates": [5],
     "engine.rows": [7, 0], "engine.reuse": [False], "export.formats": [["adapter"], []],
     "export.adapter_rank": [1],
     "description": ["another"], "behaviour": ["another", "\x1b[2J"], "export.llama_cpp": ["/nowhere"],

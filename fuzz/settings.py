@@ -49,7 +49,7 @@ _SETTINGS: dict[str, list[Any]] = {
     "scores.show": [[], ["target"], ["x"], ["target", "target"]],
     "search.trials": [1, 2, 7, 0, "x"], "search.startup_trials": [1, 10**9, 0], "search.batch": [0,
         1, 64, 10**9],
-    "search.ei_candidates": [1, 10**7, 0], "search.refine": [1, 0, -1],
+    "search.ei_candidates": [1, 10**7, 0],
     "search.select": ["knee", "drift<=0", "drift<=1", "rate<=0.5", "rate<=", "drift<=nan", "x",
         "drift<=1e999", "drift<=-1", "rate<=x\x1b"],
     "engine.rows": [0, 1, 10**9], "engine.reuse": [False], "engine.memory_fraction": [0.01, 1.0, 0, 2],

@@ -490,7 +490,7 @@ def main() -> int:
     arguments = parser.parse_args()
     draw = random.Random(arguments.seed)
     struck: list[Struck] = []
-    more = ("--trials", "24", "--startup-trials", "12", "--refine", "4")
+    more = ("--trials", "24", "--startup-trials", "12")
     with (
         tempfile.TemporaryDirectory(prefix="kills-") as room,
         all_jobs(Path(room), more, "F16,Q4_K_M") as jobs,

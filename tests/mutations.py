@@ -574,7 +574,7 @@ MUTANTS = (
         "methods/subspace",
         "self._sign = -1.0 if strengthen else 1.0",
         "self._sign = 1.0",
-        "tests/search/test_refinement.py -k pushes_the_other",
+        "tests/methods/test_registry.py -k pushes_the_other",
     ),
     Mutant(
         "a subspace keeps what lies along the contrast mean",
@@ -602,7 +602,7 @@ MUTANTS = (
         "methods/ridge",
         "overshoot=-over if self._strengthen else 1.0 + over,",
         "overshoot=1.0 + over,",
-        "tests/search/test_refinement.py -k pushes_the_other",
+        "tests/methods/test_registry.py -k pushes_the_other",
     ),
     Mutant(
         "ridge does not keep what decides a response's first token",
@@ -647,13 +647,6 @@ MUTANTS = (
         "tests/methods/test_registry.py -k ara_moves",
     ),
     Mutant(
-        "refinement climbs",
-        "search/refinement",
-        "yield self._method.sign * weight * likelihood",
-        "yield -self._method.sign * weight * likelihood",
-        "tests/search/test_refinement.py",
-    ),
-    Mutant(
         "a merge gives every block the first block's rows of the edit",
         "export/merging",
         "part = rows_of_edit(whole, first, last)",
@@ -665,7 +658,7 @@ MUTANTS = (
         "runs/pipeline",
         "ways = [s.goal for s in scoring.objectives]",
         'ways = ["minimize" for s in scoring.objectives]',
-        "tests/search/test_refinement.py -k strengthens_maximises",
+        "tests/runs/test_pipeline.py -k strengthens_maximises",
     ),
     Mutant(
         "new tokens leave a gap after the prompt",

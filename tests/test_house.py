@@ -229,7 +229,6 @@ def test_the_command_line_is_what_the_contract_says():
             *prompts.split(),
             "--anyway",
             "--out",
-            "--refine",
             "--seed",
             "--startup-trials",
             "--trials",

@@ -172,16 +172,12 @@ class ScoreSection(Section):
 
 
 class SearchSection(Section):
-    """Search. `batch` is C, the candidates asked and measured together; 0 chooses it.
-
-    `refine` adds trials that start from the front and descend by gradient.
-    """
+    """Search. `batch` is C, the candidates asked and measured together; 0 chooses it."""
 
     trials: int = Field(200, ge=1, le=10**6)
     startup_trials: Count = 60
     batch: int = Field(0, ge=0, le=10**4)
     ei_candidates: int = Field(128, ge=1, le=10**6)
-    refine: int = Field(0, ge=0, le=10**6)
     select: str = "knee"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from itertools import accumulate
+from types import SimpleNamespace
 
 import builders
 import families
@@ -266,3 +267,19 @@ def test_a_sizing_of_a_version_before_knows_no_bound_on_tokens():
     plan = from_dict({"rows": 40, "stack": 3, "decode": 80, "reuse": True, "batch": 12}).plan
     assert plan == Plan(40, 3, 80, True)
     assert plan.fits("rows", 10**6) == 40
+
+
+def test_responses_to_direction_prompts_are_had_within_the_free_memory(monkeypatch):
+    loaded = builders.loaded("qwen3")
+    prompts = {"contrast": builders.token_ids(40, 5)}
+    asked = config(scores__max_new_tokens=8)
+    roomy = batch_sizing.direction_engine(loaded, prompts, asked)
+    assert (roomy.plan.rows, roomy.plan.decode) == (Plan().rows, Plan().decode)
+    few = SimpleNamespace(available=10**6)
+    monkeypatch.setattr(batch_sizing.psutil, "virtual_memory", lambda: few)
+    tight = batch_sizing.direction_engine(loaded, prompts, asked)
+    longest = max(map(len, prompts["contrast"])) + 8
+    assert tight.plan.fits("rows", longest) < 40 < roomy.plan.fits("rows", longest)
+    for engine in (roomy, tight):
+        engine.original("contrast")
+    assert roomy.original("contrast").responses == tight.original("contrast").responses

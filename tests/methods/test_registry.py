@@ -158,7 +158,6 @@ def test_a_subspace_of_rank_one_is_directional_ablation_exactly(family, row_norm
     ("family", "sections", "expected"),
     [
         ("qwen3", {}, "ridge"),
-        ("qwen3", {"search": {"refine": 2}}, "directional"),
         ("qwen3", {"goal": "strengthen"}, "directional"),
         ("qwen3", {"edit": {"row_norms": "pre"}}, "directional"),
         ("qwen3_moe", {}, "directional"),
@@ -336,3 +335,26 @@ def test_ara_moves_targets_outputs_to_contrast_and_not_the_other_way():
         after = edit.apply_to_output(x, before)
         near, far = (torch.cdist(y, contrast).min(1).values.mean() for y in (after, before))
         assert float(near) < 0.7 * float(far)
+
+
+@pytest.mark.parametrize("name", ["directional", "subspace", "ridge"])
+def test_strengthening_pushes_the_other_way(name):
+    loaded, bench, _, removes = method_of(name)
+    _, _, _, adds = method_of(name, goal="strengthen")
+    writers = removes.writers
+    total = 0.0
+    for params in params_of(removes, 6):
+        pairs = zip(
+            writers,
+            removes.edits(removes.candidate(params)),
+            adds.edits(adds.candidate(params)),
+            strict=True,
+        )
+        for writer, away, towards in pairs:
+            if away is None:
+                continue
+            w = writer.module.weight
+            a, b = (e.apply_to_weight(w) - w for e in (away, towards))
+            total += float((a * b).sum() / (a.norm() * b.norm()).clamp_min(1e-9))
+    assert total < 0
+    del loaded, bench

@@ -14,6 +14,7 @@ from conftest import job
 from excise.cli import main as cli
 from excise.export import checkpoint
 from excise.report.stored_record import read_record
+from excise.search.journal import open_study
 
 FILES = ("config.toml", "study.journal", "directions.safetensors", "record.json", "report.html")
 
@@ -254,3 +255,26 @@ def test_trials_that_were_measured_otherwise_are_not_added_to(
     assert "belongs to another run" in said
     assert {"weights": "model"}.get(change, change) in said
     assert (run / "study.journal").read_bytes() == before
+
+
+def test_a_run_that_strengthens_maximises_the_rate(tiny: Path, tmp_path: Path, capsys):
+    out = tmp_path / "run"
+    extra = ("--strengthen", "--set", 'search.select="rate>=0.0"')
+    assert cli.main(job(tiny, out, *extra)) == 0, capsys.readouterr().err
+    record = read_record(out)
+    assert record.goals == ["maximize", "minimize"]
+    ways = [way.name for way in open_study(out).directions]
+    assert ways == ["MAXIMIZE", "MINIMIZE"]  # as the sampler sees them
+    assert record.trials[record.selected].scores["drift"].value == min(
+        t.scores["drift"].value for t in record.trials if t.number in record.front
+    )
+    card = (out / "model" / "README.md").read_text()
+    assert "edited on purpose to show more of a behaviour of the original model" in card
+    assert "edited on purpose to show less" not in card
+    assert 'goal="strengthen"' in card
+    no = tmp_path / "no"
+    assert cli.main(job(tiny, no, "--strengthen", "--method", "ara")) == 2
+    assert "cannot strengthen" in capsys.readouterr().err
+    assert cli.main(job(tiny, no, "--strengthen", "--set", 'search.select="rate<=0.5"')) == 2
+    assert "a limit on rate is rate>=X" in capsys.readouterr().err
+    assert not no.exists()

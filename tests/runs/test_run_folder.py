@@ -123,6 +123,18 @@ def test_every_setting_is_free_or_compared():
             check_terms(folder, load_config(flags={"method": "ridge", key: value}), known)
 
 
+def test_a_folder_with_settings_of_another_version_says_what_to_do(tmp_path):
+    known = Config(method="ridge").model_dump(mode="json", exclude_none=True)
+    known["search"]["refine"] = 0
+    with pytest.raises(
+        RunStateError, match=r"key search\.refine.*front.*the version of Excise that"
+    ):
+        check_terms(tmp_path, Config(method="ridge"), known)
+    (tmp_path / "config.toml").write_text("[search]\nrefine = 0\n")
+    with pytest.raises(RunStateError, match=r"config\.toml: unknown .* search\.refine"):
+        read_terms(tmp_path)
+
+
 def test_what_a_configuration_leaves_open_is_as_it_was():
     known = Config.model_validate({"method": "ara", "model": {"dtype": "bfloat16"}})
     found = check_terms(Path("run"), Config(), known.model_dump(mode="json"))

@@ -145,11 +145,6 @@ NAME = "attn.o_proj.max_weight"
             lambda log: {**log, "user_attr": {"stops": "many"}},
             "no list of counts",
         ),
-        (
-            lambda log: log["op_code"] == 2 and "stops" in log["user_attr"],
-            lambda log: [log, {**log, "user_attr": {"refined": [{"start": 2}]}}],
-            "what was refined",
-        ),
     ],
 )
 def test_trials_that_cannot_be_this_searchs_are_refused(tmp_path, hit, change, words):

@@ -188,8 +188,6 @@ def _job(sub: argparse.ArgumentParser, *, search: bool = True) -> None:
         looking.add_argument("--trials", type=int, metavar="N", help="trials in all (default: 200)")
         text = "random trials before TPE (default: 60)"
         looking.add_argument("--startup-trials", type=int, metavar="N", help=text)
-        text = "further trials, refined by gradient from the front (default: 0)"
-        looking.add_argument("--refine", type=int, metavar="N", help=text)
         looking.add_argument("--seed", type=int, metavar="N", help="seed (default: 0)")
     settings = sub.add_argument_group("settings")
     settings.add_argument("--config", type=Path, metavar="FILE", help="TOML file with any setting")

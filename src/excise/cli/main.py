@@ -83,7 +83,6 @@ def _config(arguments: argparse.Namespace, model: str) -> Any:
         "max_new_tokens": "scores.max_new_tokens",
         "trials": "search.trials",
         "startup_trials": "search.startup_trials",
-        "refine": "search.refine",
     }
     flags |= {key: given[flag] for flag, key in plain.items() if given.get(flag) is not None}
     if given["strengthen"]:

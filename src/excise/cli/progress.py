@@ -44,7 +44,6 @@ _NAMES = {
     "plan": "Finding the batch size",
     "baseline": "Measuring the original model",
     "search": "Searching",
-    "refine": "Refining",
     "holdout": "Measuring on holdout prompts",
     "export": "Exporting",
     "load edited": "Loading the edited model",

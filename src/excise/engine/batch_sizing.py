@@ -17,7 +17,7 @@ import torch
 
 from excise.checkpoints.loading import Loaded
 from excise.config import Config
-from excise.engine.engine import Plan
+from excise.engine.engine import Engine, Plan
 from excise.errors import RunStateError, is_out_of_memory
 from excise.events import OnEvent, Progress, ignore
 from excise.model.forward import Forward
@@ -127,6 +127,17 @@ def from_dict(known: dict[str, Any]) -> Sizing:
         )
     rows, stack, decode, batch = map(int, filter(None, numbers))
     return Sizing(replace(Plan(rows, stack, decode, known["reuse"]), **bounds), batch)
+
+
+def direction_engine(
+    loaded: Loaded, prompts: dict[str, list[list[int]]], config: Config, spoken: Sequence[int] = ()
+) -> Engine:
+    """Return an engine for the original model's own responses to these prompts, by side."""
+    limit, usual = config.scores.max_new_tokens, Plan()
+    lengths = [len(row) for rows in prompts.values() for row in rows]
+    plan = Plan(rows=config.engine.rows or usual.rows)
+    plan = within_memory(plan, loaded, config, usual_length(lengths))
+    return Engine(loaded, (), prompts, max_new_tokens=limit, plan=plan, spoken=spoken)
 
 
 def usual_length(lengths: Sequence[int]) -> int:

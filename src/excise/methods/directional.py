@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from optuna.distributions import BaseDistribution
-from torch import Tensor
 
 from excise.capture.directions import Directions
 from excise.config import EditSection
@@ -67,20 +66,13 @@ class DirectionalMethod:
     def edits(self, candidate: Candidate) -> list[Edit | None]:
         """Compute one edit per writer; None where the candidate's strength is zero."""
         strengths = [candidate.strength(w.component, w.layer) for w in self.writers]
-        edits = self.graded(candidate.index, torch.tensor(strengths, dtype=torch.float64))
-        return [edit if strength else None for edit, strength in zip(edits, strengths, strict=True)]
-
-    def graded(self, index: float | None, strengths: Tensor) -> list[Edit | None]:
-        """Compute edits at `strengths` (W), one per writer, differentiable in the strengths.
-
-        None for groups of writers in which no strength differs from zero.
-        """
         out: list[Edit | None] = [None] * len(self.writers)
         for members, stats in self._groups:
-            some = self.sign * strengths[members]
-            if not strengths.requires_grad and not bool(some.any()):
+            some = self.sign * torch.tensor([strengths[n] for n in members], dtype=torch.float64)
+            if not bool(some.any()):
                 continue
-            group = build(stats, index, some)
+            group = build(stats, candidate.index, some)
             for g, number in enumerate(members):
-                out[number] = group.one(g)
+                if strengths[number]:
+                    out[number] = group.one(g)
         return out

@@ -49,26 +49,20 @@ class Candidate:
     Attributes:
         index: float direction index; None means that every layer uses its own direction.
         profiles: component -> its profile.
-        refined: component -> strengths (L), in place of the profiles'.
     """
 
     index: float | None
     profiles: dict[str, Profile]
-    refined: dict[str, tuple[float, ...]] | None = None
 
     def strength(self, component: str, layer: int) -> float:
         """Return the strength of the edit of `component` at `layer`."""
-        if self.refined is not None:
-            return self.refined[component][layer]
         return self.profiles[component].strength(layer)
 
 
 def from_params(params: Mapping[str, Any]) -> Candidate:
     """Make the candidate that these parameters name."""
     components = dict.fromkeys(key.rpartition(".")[0] for key in params if "." in key)
-    refined = {name: _refined(params, name) for name in components}
     return Candidate(
-        refined=refined if all(refined.values()) else None,
         index=float(params["direction_index"]) if params["direction_scope"] == "global" else None,
         profiles={
             name: Profile(
@@ -80,18 +74,6 @@ def from_params(params: Mapping[str, Any]) -> Candidate:
             for name in components
         },
     )
-
-
-def layer_key(component: str, layer: int) -> str:
-    """Return the name of the parameter that holds a refined strength."""
-    return f"{component}.layer_{layer}"
-
-
-def _refined(params: Mapping[str, Any], component: str) -> tuple[float, ...]:
-    layers: list[float] = []
-    while (key := layer_key(component, len(layers))) in params:
-        layers.append(float(params[key]))
-    return tuple(layers)
 
 
 def share_key(component: str) -> str:

@@ -17,7 +17,6 @@ from excise.capture.directions import Directions
 from excise.capture.residuals import Pass
 from excise.checkpoints.loading import Loaded
 from excise.config import Config, SettledConfig
-from excise.errors import ConfigError
 from excise.events import OnEvent
 from excise.methods import ara, ridge, subspace
 from excise.methods.directional import DirectionalMethod
@@ -148,21 +147,18 @@ def settle(config: Config, loaded: Loaded) -> SettledConfig:
 
     The dtype is the one that the model was loaded in. The default method is `ridge`, which removes a
     behaviour at the least drift for its time (docs/methods.md). It is `directional` where only directions
-    will do or ridge was not tried: for refinement, for row norms "pre", for strengthening, and where
-    experts are edited, whose moments would take more memory than the model.
+    will do or ridge was not tried: for row norms "pre", for strengthening, and where experts are edited,
+    whose moments would take more memory than the model.
     """
     method = config.method
     if method is None:
-        only = config.search.refine > 0 or config.edit.row_norms == "pre"
-        plain = _edited_experts(loaded.anatomy, config) or only or config.goal == "strengthen"
+        writers = loaded.anatomy.select(config.edit.components)
+        only = config.edit.row_norms == "pre" or config.goal == "strengthen"
+        plain = only or any(w.expert is not None for w in writers)
         method = "directional" if plain else "ridge"
     tree = config.model_dump()
     model = {**tree["model"], "dtype": str(loaded.dtype).removeprefix("torch.")}
     return SettledConfig.model_validate({**tree, "method": method, "model": model})
-
-
-def _edited_experts(anatomy: Anatomy, config: Config) -> list[Writer]:
-    return [w for w in anatomy.select(config.edit.components) if w.expert is not None]
 
 
 def kind_of(config: SettledConfig) -> Kind:
@@ -177,16 +173,5 @@ def check_method(bench: Bench) -> None:
         ConfigError: settings, prompts and model do not fit.
     """
     config, anatomy = bench.config, bench.loaded.anatomy
-    if config.search.refine and config.method != "directional":
-        raise ConfigError(
-            f"search.refine moves the strengths of directions, and method {config.method} has none: "
-            "use --method directional with --refine"
-        )
-    experts = _edited_experts(anatomy, config)
-    if config.search.refine and experts:
-        raise ConfigError(
-            "search.refine does not reach into fused experts: leave "
-            f"{experts[0].component} out of edit.components, or search without --refine"
-        )
     prompts = min(len(bench.tokens[side]) for side in ("target", "contrast"))
     kind_of(config).check(config, prompts, anatomy)

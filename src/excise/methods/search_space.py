@@ -16,7 +16,6 @@ _MIXERS = ("attn.o_proj", "linear_attn.out_proj", "mamba.out_proj", "conv.out_pr
 _MAX_WEIGHT = dict.fromkeys(_MIXERS, (0.8, 1.5))
 _OTHER_MAX_WEIGHT = (-0.25, 1.5)
 _SCOPES = ("global", "per layer")
-MOST_REFINED = 2.0
 
 
 def distributions(components: tuple[str, ...], layers: int) -> dict[str, BaseDistribution]:
@@ -37,13 +36,8 @@ def distributions(components: tuple[str, ...], layers: int) -> dict[str, BaseDis
     return space
 
 
-def refined_distribution() -> BaseDistribution:
-    """What a refined strength may be."""
-    return FloatDistribution(0.0, MOST_REFINED)
-
-
 def followers(components: Sequence[str]) -> tuple[str, ...]:
-    """The components that go a share of the way of attention, or of what stands in its place.
+    """Return the components that go a share of the way of attention, or of what stands in its place.
 
     None where nothing stands there: then all go the whole way.
     """
@@ -53,7 +47,7 @@ def followers(components: Sequence[str]) -> tuple[str, ...]:
 
 
 def hill(layers: int) -> dict[str, BaseDistribution]:
-    """Where over L layers one profile peaks, and how it falls, in the names of `distributions`."""
+    """Return the space of one profile over L layers: where it peaks, and how it falls."""
     n = layers - 1
     return {
         "max_weight_position": FloatDistribution(0.3 * n, n),

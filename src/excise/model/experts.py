@@ -144,7 +144,6 @@ def _linear(module: Any, name: str, x: Tensor, expert: Tensor, ends: list[int]) 
     weight: Tensor = getattr(module, name)  # (E, out, in), or (E, in, out) where transposed
     matrices = weight if module.is_transposed else weight.mT
     spans = zip([0, *ends], ends, strict=False)
-    # Parts and not one tensor that they are written to: refinement takes gradients through this.
     parts = [x[a:b] @ matrices[number] for number, (a, b) in enumerate(spans) if b > a]
     out = torch.cat(parts)
     return out + getattr(module, f"{name}_bias")[expert] if module.has_bias else out

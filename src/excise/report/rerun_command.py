@@ -19,7 +19,6 @@ _FLAGS = {
     "model.quantize": "--quantize",
     "search.trials": "--trials",
     "search.startup_trials": "--startup-trials",
-    "search.refine": "--refine",
     "seed": "--seed",
     "prompts.target.source": "--target",
     "prompts.contrast.source": "--contrast",

@@ -51,8 +51,7 @@ from excise.runs.study_identity import identity
 from excise.search import journal
 from excise.search.evaluation import Panel
 from excise.search.loop import Measure, Measured, Search
-from excise.search.pareto import Point, choose, pareto, parse_rule
-from excise.search.refinement import NothingToRefine, refined, refiner_for
+from excise.search.pareto import choose, pareto, parse_rule
 from excise.search.scoring import Scoring, scoring_of
 from excise.search.stored_study import check_study
 
@@ -139,7 +138,9 @@ def _measure(
         baseline = panel.measure([ORIGINAL])[0].scores
         if not anyway and not search.records():  # with trials, that was decided before
             check_baseline(baseline, _said(session, engine), session.config, out)
-    _search(session, search, measurer(session, panel, engine.learning), clock)
+    section, measure = session.config.search, measurer(session, panel, engine.learning)
+    with clock.phase("search", section.trials):
+        search.run(section.trials, measure, clock.on_event)
     front, chosen = _choose(session, search, out)
     facts |= {"baseline": baseline, "front": front, "selected": chosen.number, **_kept(out)}
     with clock.phase("holdout"):
@@ -241,36 +242,6 @@ def _open_search(
         journal.check_identity(out, study, mine)
         check_study(study, space, goals, str(out / journal.FILE))
     return sizing, Search(study, space, goals, config.search, batch=sizing.batch, seed=config.seed)
-
-
-def _search(session: EditingSession, search: Search, measure: Measure, clock: Clock) -> None:
-    """Run all trials, and those that refine the front of them."""
-    section = session.config.search
-    with clock.phase("search", section.trials):
-        search.run(section.trials, measure, clock.on_event)
-    if section.refine:
-        with clock.phase("refine", section.refine):
-            search.refine(_refinement(session, search), measure, clock.on_event)
-
-
-def _refinement(
-    session: EditingSession, search: Search
-) -> Callable[[list[Point]], list[dict[str, Any]]]:
-    """Points so far -> parameters of new trials, refined from their front."""
-    config, scoring, method = session.config, session.scoring, session.method
-
-    def propose(points: list[Point]) -> list[dict[str, Any]]:
-        shown, spoken = scoring.markers.shown, session.sets.opening.spoken
-        try:
-            refiner = refiner_for(session.loaded, method, session.tokens, config, shown, spoken)
-        except NothingToRefine as error:  # what the search found is not lost for it
-            session.on_event(events.Notice(str(error)))
-            return []
-        trials = search.records()
-        starts = [trials[p.number].params for p in pareto(points, scoring.goals())]
-        return refined(refiner, method, starts, config.search.refine)
-
-    return propose
 
 
 def _choose(session: Session, search: Search, out: Path) -> tuple[list[int], TrialRecord]:

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from excise.config import Config, load_config, validate
-from excise.errors import RunStateError
+from excise.errors import ConfigError, RunStateError
 
 CONFIG = "config.toml"
 # Settings that may be others when a run goes on: they decide no figure, or what they lead to (a model,
 # prompts, markers, a template, scorers) is part of the study's identity and is compared as it is found.
 _FREE = (
     *("behaviour", "description", "export.", "engine.memory_fraction"),
-    *("search.trials", "search.refine", "search.select", "scores.final", "scores.show"),
+    *("search.trials", "search.select", "scores.final", "scores.show"),
     *("model.source", "model.revision", "model.gguf_file", "model.device_map"),
     *("scores.files", "scores.markers", "prompts.chat_template"),
     *(
@@ -26,6 +26,9 @@ _FREE = (
         for side in ("target", "contrast")
         for part in ("", "_eval", "_holdout")
     ),
+)
+_ANOTHER = (
+    "go on with the version of Excise that wrote it, or start a run of its own with a new --out"
 )
 # Settings that name code, and what runs it.
 _CODE = {
@@ -47,11 +50,13 @@ def read_terms(
         trials: how many in all, in place of what the folder says.
 
     Raises:
-        RunStateError: it names code, and is not trusted.
-        ConfigError: it cannot be read.
+        RunStateError: it names code and is not trusted, or cannot be read.
     """
     flags = {} if trials is None else {"search.trials": trials}
-    config = load_config(file=folder / CONFIG, flags=flags)
+    try:
+        config = load_config(file=folder / CONFIG, flags=flags)
+    except ConfigError as error:
+        raise RunStateError(f"{folder / CONFIG}: {error}. Set it back; else {_ANOTHER}") from None
     settings = _flat(config)
     named = [key for key in _CODE if key not in unused and settings[key]]
     if named and not trust:
@@ -72,9 +77,15 @@ def check_terms(folder: Path, config: Config, known: Mapping[str, Any]) -> Confi
         known: the one that its trials were measured with, of its record or study.
 
     Raises:
-        RunStateError: one that decides figures differs.
+        RunStateError: one that decides figures differs, or the known one cannot be read.
     """
-    before = validate(dict(known))
+    try:
+        before = validate(dict(known))
+    except ConfigError as error:
+        raise RunStateError(
+            f"the trials in {folder} were measured with other settings than there are: {error}. You can "
+            f"look at it with `excise front` and `excise report`; to add to it, {_ANOTHER}"
+        ) from None
     if config.method is None:
         config = config.model_copy(update={"method": before.method})
     if config.model.dtype == "auto":

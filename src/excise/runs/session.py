@@ -9,6 +9,7 @@ from typing import Any
 from excise.capture.residuals import Pass, residual_pass
 from excise.checkpoints.loading import Loaded
 from excise.config import SettledConfig
+from excise.engine.batch_sizing import direction_engine
 from excise.engine.engine import Engine, Plan, Reference
 from excise.events import OnEvent, track
 from excise.methods.registry import Method
@@ -17,7 +18,6 @@ from excise.model.edits import Edit
 from excise.prompts.measured_sets import MeasuredSets, Part
 from excise.prompts.tokens import batches, pad_token
 from excise.search.evaluation import Measures, Panel
-from excise.search.refinement import direction_engine
 from excise.search.scorers import Scorer
 from excise.search.scoring import Scoring
 

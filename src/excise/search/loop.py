@@ -22,7 +22,6 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from excise.config import SearchSection
 from excise.errors import StorageError
 from excise.events import OnEvent, Progress, TrialMeasured
-from excise.methods.search_space import refined_distribution
 from excise.record import ScoreRecord, TrialRecord
 from excise.search.journal import together
 from excise.search.pareto import Objective, Point, pareto
@@ -80,77 +79,15 @@ class Search:
                 if start > 0 and not self._begun:
                     measure([trial.params for trial in self._trials()[slice(*parts[0])]])
                 self._begun = True
-                if any(s <= start < s + len(e["params"]) for s, e in self._refined()):
-                    self._add_refined(start, stop, measure, on_event)
-                    continue
                 self._run_batch(start, stop, measure, on_event)
                 on_event(Progress("search", stop, stops[-1]))
         except OSError as error:
             raise StorageError(f"cannot write the study: {error.strerror or error}") from None
 
-    def refine(
-        self,
-        propose: Callable[[list[Point]], list[dict[str, Any]]],
-        measure: Measure,
-        on_event: OnEvent,
-    ) -> None:
-        """Add trials of the parameters that `propose` makes of the points so far, once per total.
-
-        They are stored before they are measured, so that a resume measures the same ones.
-        """
-        asked = self.asked
-        if not any(entry["asked"] == asked for _, entry in self._refined()):
-            stops: list[int] = list(self.study.user_attrs["stops"])
-            found = propose(self.points(stops[-1]))
-            if not found:
-                return
-            try:
-                known = [{"start": s, **entry} for s, entry in self._refined()]
-                entry = {"start": stops[-1], "asked": asked, "params": found}
-                self.study.set_user_attr("refined", [*known, entry])
-                self.study.set_user_attr("stops", [*stops, stops[-1] + len(found)])
-            except OSError as error:
-                raise StorageError(f"cannot write the study: {error.strerror or error}") from None
-        self.run(asked, measure, on_event)
-
     @property
     def asked(self) -> int:
-        """The total that was asked for, without what refined it."""
-        ends = {start + len(entry["params"]) for start, entry in self._refined()}
-        return max(int(s) for s in self.study.user_attrs["stops"] if s not in ends)
-
-    def _refined(self) -> list[tuple[int, dict[str, Any]]]:
-        """Refined parts of the study: number of the first trial, and what is stored of the part."""
-        entries = self.study.user_attrs.get("refined", [])
-        return [(int(e["start"]), {k: v for k, v in e.items() if k != "start"}) for e in entries]
-
-    def _add_refined(self, start: int, stop: int, measure: Measure, on_event: OnEvent) -> None:
-        """Measure trials start <= number < stop, which a part of refined parameters holds."""
-        first, entry = next(
-            p for p in self._refined() if p[0] <= start < p[0] + len(p[1]["params"])
-        )
-        params = entry["params"][start - first : stop - first]
-        there = len(self._trials())
-        results = measure(params)
-        with together(self.study):
-            for number, one, result in zip(range(start, stop), params, results, strict=True):
-                if number >= there:  # a power cut may have struck between two of them
-                    self.study.add_trial(self._frozen(one, result))
-        front = {p.number for p in pareto(self.points(), self.objectives)}
-        for number, result in zip(range(start, stop), results, strict=True):
-            values = {name: score.value for name, score in result.scores.items()}
-            on_event(TrialMeasured(number, values, number in front))
-
-    def _frozen(self, params: dict[str, Any], result: Measured) -> FrozenTrial:
-        more = {name: refined_distribution() for name in params if name not in self._space}
-        values = self._values(result)
-        return optuna.trial.create_trial(
-            params=params,
-            distributions={**self._space, **more},
-            values=values,
-            state=TrialState.FAIL if values is None else TrialState.COMPLETE,
-            user_attrs={"measured": _stored(result, values)},
-        )
+        """The largest total that was asked for."""
+        return int(self.study.user_attrs["stops"][-1])
 
     def records(self) -> list[TrialRecord]:
         """Every trial so far, as the record states it."""
@@ -173,7 +110,7 @@ class Search:
         stops = known
         if not known or trials > known[-1]:
             stops = [*known, trials]
-        elif not self._refined():  # what was refined stands after all that was asked for before it
+        else:
             least = max(trials, len(self._trials()))
             end = next(stop for _, stop in batches(known, self._batch) if stop >= least)
             stops = [*(stop for stop in known if stop < end), end]

@@ -22,7 +22,6 @@ from optuna.distributions import (
 from optuna.trial import FrozenTrial, TrialState
 
 from excise.errors import RunStateError
-from excise.methods.search_space import refined_distribution
 from excise.record import TrialRecord
 from excise.search.loop import record_of
 from excise.search.pareto import Objective
@@ -51,35 +50,22 @@ def check_study(
     """
     try:
         trials = study.get_trials(deepcopy=False)
-        refined = _check_totals(study.user_attrs, len(trials))
+        _check_totals(study.user_attrs.get("stops", []), len(trials))
         for number, trial in enumerate(trials):
-            _check_trial(trial, number, space, number in refined, objectives)
+            _check_trial(trial, number, space, objectives)
     except _Damaged as damage:
         raise RunStateError(
             f"{where} cannot be gone on with: {damage}; put it back as it was, or choose a new --out"
         ) from None
 
 
-def _check_totals(attributes: Mapping[str, Any], there: int) -> set[int]:
-    """The numbers of trials that refined others, of a study whose totals are sound."""
-    stops, parts = attributes.get("stops", []), attributes.get("refined", [])
+def _check_totals(stops: Any, there: int) -> None:
     if not (isinstance(stops, list) and all(_is_count(stop) for stop in stops)):
         raise _Damaged("the totals that were asked for are no list of counts")
     if any(b <= a for a, b in pairwise(stops)):
         raise _Damaged("the totals that were asked for do not grow")
     if there > (stops[-1] if stops else 0):
         raise _Damaged(f"it has {there} trials, more than were asked for")
-    refined: set[int] = set()
-    for part in parts if isinstance(parts, list) else [None]:
-        if not isinstance(part, dict) or not _is_count(part.get("asked")):
-            raise _Damaged("what was refined is not a list of parts")
-        start, params = part.get("start"), part.get("params")
-        if not _is_count(start) or not isinstance(params, list) or not params:
-            raise _Damaged("a part that was refined has no beginning or no parameters")
-        if not all(isinstance(one, dict) for one in params):
-            raise _Damaged("the parameters of a part that was refined are no tables")
-        refined |= set(range(start, start + len(params)))
-    return refined
 
 
 def _is_count(value: Any) -> TypeGuard[int]:
@@ -87,13 +73,13 @@ def _is_count(value: Any) -> TypeGuard[int]:
 
 
 def _check_trial(
-    trial: FrozenTrial, number: int, space: Space, refined: bool, objectives: Sequence[Objective]
+    trial: FrozenTrial, number: int, space: Space, objectives: Sequence[Objective]
 ) -> None:
     if trial.number != number:
         raise _Damaged(f"trial {trial.number} stands where trial {number} belongs")
     wanted = set(space)
     for name, value in trial.params.items():
-        known = space.get(name, refined_distribution() if refined else None)
+        known = space.get(name)
         if known is None:
             raise _Damaged(f"trial {number} has a parameter {name!r}, which this search has not")
         if trial.distributions.get(name) != known or not _within(known, value):
