@@ -34,9 +34,9 @@ MOST_NEIGHBOURS = 60
 
 @dataclass(frozen=True)
 class RidgeCandidate:
-    """One point of the search space: parameters of all writers, and a share of the edit at each layer.
+    """One point of the search space: parameters of all writers, and the share of the edit at each layer.
 
-    `shares` multiply the shares of some components.
+    `shares` scale the edits of some components further: component -> share.
     """
 
     profile: Profile

@@ -148,13 +148,13 @@ def deltas(stats: RidgeStats, members: Tensor, point: RidgePoint) -> tuple[Tenso
 def build(
     stats: RidgeStats, members: list[int], point: RidgePoint, shares: Sequence[float]
 ) -> list[Edit]:
-    """Build the edits of the writers `members`, in the fewest factors that hold each.
+    """Build the edits of the writers `members`, each at the smallest rank that is sure to hold it.
 
     Args:
         stats: of the group.
         members: numbers of writers within it.
         point: parameters of all of them.
-        shares: what share of its goals each of them is moved by.
+        shares: for each of them, the share of its goals that it is moved by.
 
     Raises:
         MeasurementError: a system is singular, or the edit is not finite.

@@ -48,14 +48,14 @@ def fence(text: str, language: str = "") -> Markdown:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], align: str = "") -> str:
-    """A table of cells that are Markdown already; `align` holds an l or r for each column."""
+    """Return a table of Markdown cells; `align` holds an l or r for each column."""
     rule = ["---:" if side == "r" else ":---" for side in align or "l" * len(head)]
     lines = [head, rule, *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def bullets(items: Iterable[str]) -> str:
-    """A list of items that are Markdown already."""
+    """Return a list of Markdown items."""
     return "\n".join(f"- {item}" for item in items)
 
 
