@@ -125,7 +125,7 @@ def test_a_run_resumes_and_exports(name, tiny: Path, tmp_path: Path, capsys):
     assert name in (to / "README.md").read_text()
     report = (out / "report.html").read_text()
     assert ('id="profile"' in report) == (name in ("directional", "ridge"))
-    assert ("asked to move" in report) == (name == "ridge")
+    assert ("moves outputs on target prompts" in report) == (name == "ridge")
     json.loads((out / "record.json").read_text())
     shutil.rmtree(out)
 

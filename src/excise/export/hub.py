@@ -28,7 +28,7 @@ _REFUSED = (401, 403)
 
 @dataclass(frozen=True)
 class Pushed:
-    """Where an export went: the address of the commit, and whether everybody can see it."""
+    """Place of an upload: the address of the commit, and whether everybody can see it."""
 
     address: str
     public: bool
@@ -82,7 +82,7 @@ def push(
 def _artifact(
     record: Record, folder: Path, name: str, trial: int | None, place: Path | None
 ) -> tuple[Path, ArtifactRecord]:
-    """Where an export is, and its record, once every file is known to be the one on the record."""
+    """Find an export and its record; check that every file is the one on the record."""
     number = record.chosen().number if trial is None else record.trial(trial).number
     found = [a for a in record.artifacts if a.format == name and a.trial == number]
     if not found:
@@ -102,7 +102,7 @@ def _artifact(
 
 
 def _inside(folder: Path, name: str) -> Path:
-    """The place of an export within the run folder, links followed."""
+    """Return the place of an export within the run folder, links followed."""
     path, root = (folder / name).resolve(), folder.resolve()
     if path == root or not path.is_relative_to(root):
         raise RunStateError(
@@ -113,7 +113,7 @@ def _inside(folder: Path, name: str) -> Path:
 
 
 def _sent(artifact: ArtifactRecord) -> dict[str, str]:
-    """Name -> hash of what is uploaded of an export, beside its card."""
+    """List what is uploaded of an export, beside its card: name -> hash."""
     return {name: digest for name, digest in artifact.files.items() if not _hidden(name)}
 
 
@@ -169,7 +169,7 @@ def _hidden(name: str) -> bool:
 
 @contextmanager
 def _explained(repo: str) -> Iterator[None]:
-    """The Hub client's errors, each as one line that says what to do."""
+    """Turn the Hub client's errors into one line each that says what to do."""
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
     try:
@@ -198,7 +198,7 @@ _AGAIN = (
 
 
 def _transport_error() -> type[Exception]:
-    """The root of the HTTP library's errors, whichever one this huggingface_hub uses."""
+    """Return the root of the HTTP library's errors, whichever one this huggingface_hub uses."""
     from huggingface_hub.errors import HfHubHTTPError
 
     return next(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")

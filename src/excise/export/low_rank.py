@@ -1,7 +1,7 @@
-"""The best low-rank approximation of an edit, for adapters of every kind.
+"""Approximate edits at low rank, for adapters of every kind.
 
 An edit that keeps row norms scales every row of W by its own factor, so its difference has full rank,
-and a low rank only approximates it: the error is stated.
+and a low rank only approximates it; the error is stated.
 
 Shapes: O and I a writer's out and in features, R the adapter's rank.
 """
@@ -120,7 +120,7 @@ def rank_for(edits: Mapping[str, Edit], writers: Sequence[Writer], error: float)
 
 
 def _singular_squares(delta: Tensor) -> Tensor:
-    """Squared singular values, largest first, in float64 on the CPU."""
+    """Return the squared singular values, largest first, in float64 on the CPU."""
     if min(delta.shape) <= _EXACT_SVD:
         exact: Tensor = torch.linalg.svdvals(delta.double())
         return exact.square().cpu()
@@ -131,7 +131,7 @@ def _singular_squares(delta: Tensor) -> Tensor:
 
 
 def weight_difference(writer: Writer, edit: Edit) -> Tensor:
-    """W' - W (O, I) in float32, without the cancellation of subtracting the two.
+    """Compute W' - W (O, I) in float32, without the cancellation of subtracting the two.
 
     Raises:
         ExportError: the weight is offloaded.
@@ -147,7 +147,7 @@ def weight_difference(writer: Writer, edit: Edit) -> Tensor:
 
 
 def low_rank(delta: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """B (O, R) and A (R, I) whose product is nearest to `delta` (O, I), with equal norms.
+    """Return B (O, R) and A (R, I) whose product is nearest to `delta` (O, I), with equal norms.
 
     A matrix with fewer than R singular values gets columns and rows of zeros.
     """
@@ -184,6 +184,6 @@ def _square(x: Tensor) -> float:
 
 
 def relative_error(squares: list[tuple[float, float]]) -> float:
-    """The relative error of these parts together; no change at all is carried exactly."""
+    """Return the relative error of these parts together; 0 where nothing changes."""
     error, size = (sum(part) for part in zip(*squares, strict=True))
     return math.sqrt(error / size) if size else 0.0

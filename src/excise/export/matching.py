@@ -1,8 +1,8 @@
-"""Which tensor of a checkpoint a writer was loaded from, proven by its values.
+"""Find which tensor of a checkpoint a writer was loaded from, and prove it by its values.
 
 Loaders rename, fuse and transpose, so names only say where to look first. A tensor is a writer's
-when it has its shape and, cast to the loaded dtype, equals it in every element; so is a slice of a
-3-D tensor that holds all experts of a layer; so is either one stored transposed. Quantised sources
+when it has its shape and, cast to the loaded dtype, equals it in every element. So is a slice of a
+3-D tensor that holds all experts of a layer, and so is either one stored transposed. Quantised sources
 are not known here: no tensor holds their writers' values, and that is an error.
 
 Shapes: O and I a writer's out and in features, E experts.
@@ -39,7 +39,7 @@ _PRINT = 8  # elements that are looked up before all are compared
 
 @dataclass(frozen=True)
 class TensorPlace:
-    """Where one tensor of a checkpoint, or one expert's slice of it, is stored.
+    """Place of one tensor of a checkpoint, or of one expert's slice of it.
 
     Attributes:
         file: relative to the checkpoint's folder.
@@ -61,7 +61,7 @@ class TensorPlace:
     transposed: bool = False
 
     def read(self, file: io.BufferedReader, first: int, last: int) -> Tensor:
-        """Stored rows first <= row < last in the stored dtype, from the open `file`."""
+        """Read stored rows first <= row < last in the stored dtype, from the open `file`."""
         rows = torch.empty((last - first, *self.shape[1:]), dtype=_DTYPES[self.dtype])
         file.seek(self._offset(first))
         if file.readinto(_bytes(rows)) != rows.nbytes:
@@ -75,7 +75,7 @@ class TensorPlace:
         file.write(_bytes(rows))
 
     def blocks(self, elements: int) -> Iterator[tuple[int, int]]:
-        """Spans of rows with about this many elements; together they are all rows."""
+        """Yield spans of rows with about this many elements; together they are all rows."""
         step = max(1, elements * self.shape[0] // torch.Size(self.shape).numel())
         for first in range(0, self.shape[0], step):
             yield first, min(first + step, self.shape[0])
@@ -91,14 +91,14 @@ class TensorPlace:
 
 @dataclass(frozen=True)
 class WriterPlace:
-    """The tensors that a writer's weight (O, I) and bias (O,) were loaded from."""
+    """Tensors that a writer's weight (O, I) and bias (O,) were loaded from."""
 
     weight: TensorPlace
     bias: TensorPlace | None = None
 
 
 def find_tensors(source: Path, writers: Sequence[Writer]) -> dict[str, WriterPlace]:
-    """Writer name -> the tensors of the checkpoint that hold its values.
+    """Find the tensors of the checkpoint that hold each writer's values: writer name -> tensors.
 
     Of several that do, the one whose name ends most like the module's is taken.
 
@@ -125,9 +125,9 @@ def find_tensors(source: Path, writers: Sequence[Writer]) -> dict[str, WriterPla
 
 
 def check_stored(source: Path, writers: Sequence[Writer]) -> None:
-    """Refuse writers that an export could not edit: of each its first values are looked up.
+    """Refuse writers that an export could not edit, by looking up each one's first values.
 
-    Those that are offloaded or packed are not looked at.
+    Writers that are offloaded or packed are not checked.
 
     Raises:
         ModelError: no tensor that can be edited begins with the values of one of them.
@@ -143,7 +143,7 @@ def check_stored(source: Path, writers: Sequence[Writer]) -> None:
 
 
 def list_tensors(source: Path) -> list[TensorPlace]:
-    """Every tensor of the checkpoint in the folder `source`.
+    """List every tensor of the checkpoint in the folder `source`.
 
     Raises:
         ModelError: the checkpoint is not whole.
@@ -157,7 +157,7 @@ def _place(source: Path, tensor: Stored) -> TensorPlace:
 
 
 class _Shelf:
-    """A checkpoint's tensors, and slices of them, by shape and by their first values."""
+    """Index of a checkpoint's tensors, and slices of them, by shape and first values."""
 
     def __init__(self, source: Path) -> None:
         self.source = source
@@ -167,7 +167,7 @@ class _Shelf:
         ] = {}
 
     def like(self, values: Tensor) -> list[TensorPlace]:
-        """Places of this shape, in either layout, that begin with the same values."""
+        """Return the places of this shape, in either layout, that begin with the same values."""
         shape = tuple(values.shape)
         known = self._prints.get((shape, values.dtype))
         if known is None:
@@ -181,7 +181,7 @@ class _Shelf:
         return known.get(tuple(begin[:_PRINT].detach().cpu().tolist()), [])
 
     def holds(self, place: TensorPlace, values: Tensor) -> bool:
-        """Whether the stored values, cast to the dtype of `values`, equal them everywhere."""
+        """Return whether the stored values, cast to the dtype of `values`, equal them everywhere."""
         stored = values.mT if place.transposed else values
         with (self.source / place.file).open("rb") as file:
             return all(
@@ -196,14 +196,14 @@ class _Shelf:
 
 
 def _begin(rows: Tensor, place: TensorPlace) -> Tensor:
-    """The first values of the matrix's first row, or of the bias."""
+    """Return the first values of the matrix's first row, or of the bias."""
     if rows.ndim == 1:
         return rows[:_PRINT]
     return rows[:_PRINT, 0] if place.transposed else rows[0, :_PRINT]
 
 
 def _parts(place: TensorPlace, shape: tuple[int, ...]) -> Iterator[TensorPlace]:
-    """What of a stored tensor could hold a matrix (O, I) or a bias (O,) of this shape."""
+    """List the parts of a stored tensor that could hold a matrix (O, I) or a bias (O,) of this shape."""
     if place.shape == shape:
         yield place
     if len(shape) == 2 and place.shape == shape[::-1]:
@@ -252,7 +252,7 @@ def _not_found(shelf: _Shelf, name: str, values: Tensor) -> str:
 
 
 def _common_end(a: str, b: str) -> int:
-    """How many dotted parts two names share, counted from the end."""
+    """Count the dotted parts that two names share, from the end."""
     pairs = zip(reversed(a.split(".")), reversed(b.split(".")), strict=False)
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 

@@ -38,7 +38,7 @@ _WORKERS = 2  # files in work at a time: one is copied while another's tensors a
 
 @dataclass(frozen=True)
 class Merge:
-    """What a merge wrote.
+    """Result of a merge.
 
     Attributes:
         tensors: the checkpoint's names of the edited tensors.
@@ -92,7 +92,7 @@ def write_checkpoint(
     on_event: OnEvent = ignore,
     extra_files: Mapping[str, str] | None = None,
 ) -> Merge:
-    """`merge_checkpoint` where the tensors of every edited writer are known already.
+    """Merge as `merge_checkpoint`, where the tensors of every edited writer are known already.
 
     Blocks of rows are computed in float32 (float64 stays) from the source's values and rounded once
     to the tensor's own dtype. Memory: a few blocks, whatever the size of the tensors.
@@ -127,7 +127,7 @@ _Fold = tuple[TensorPlace, Edit]
 
 
 def _folds(edits: Mapping[str, Edit], places: Mapping[str, WriterPlace]) -> dict[Path, list[_Fold]]:
-    """File -> its tensors that change, each with its edit."""
+    """Group the tensors that change by file, each with its edit."""
     folds: dict[Path, list[_Fold]] = {}
     for name, edit in edits.items():
         place = places[name]
@@ -141,7 +141,7 @@ def _folds(edits: Mapping[str, Edit], places: Mapping[str, WriterPlace]) -> dict
 
 
 def _weights(source: Path) -> set[Path]:
-    """The files that the model is loaded from, relative to `source`: shards, and their index."""
+    """List the files that the model is loaded from, relative to `source`: shards, and their index."""
     index = weight_index(source)
     files = weight_files(source) if index is None else [index, *weight_files(source)]
     return {file.relative_to(source) for file in files}
@@ -150,7 +150,7 @@ def _weights(source: Path) -> set[Path]:
 def _files(
     source: Path, replaced: set[str], weights: set[Path]
 ) -> tuple[list[Path], tuple[str, ...]]:
-    """The files to copy, relative to `source`, and those left out."""
+    """List the files to copy, relative to `source`, and those left out."""
     files = list_files(source, ExportError)
     stale = [file for file in files if _is_stale(file, weights)]
     kept = [file for file in files if file not in stale and str(file) not in replaced]
@@ -158,7 +158,7 @@ def _files(
 
 
 def _is_stale(file: Path, weights: set[Path]) -> bool:
-    """Whether a file holds the unedited weights in a form other than what was loaded.
+    """Return whether a file holds the unedited weights in a format other than what was loaded.
 
     None of those is what was measured, and a runner might prefer one of them.
     """
@@ -168,7 +168,7 @@ def _is_stale(file: Path, weights: set[Path]) -> bool:
 
 
 def _write_file(source: Path, target: Path, folds: list[_Fold]) -> None:
-    """Write one file: its edited tensors anew, and all the bytes between them as they are."""
+    """Write one file: its edited tensors, and all the bytes between them as they are."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with source.open("rb") as old, target.open("xb") as new:
         done = 0
@@ -198,7 +198,7 @@ def _fold(place: TensorPlace, edit: Edit, old: io.BufferedReader, new: io.Buffer
 
 
 def _threads_each(edits: Iterable[Edit]) -> int:
-    """Threads of each worker: only edits of high rank have products that are worth several.
+    """Choose the threads of each worker: only edits of high rank have products that are worth several.
 
     Elsewhere the threads wait for each other at every small step, which on a busy machine made a
     merge ten times slower.
@@ -208,12 +208,12 @@ def _threads_each(edits: Iterable[Edit]) -> int:
 
 
 def rows_of_edit(edit: Edit, first: int, last: int) -> Edit:
-    """The edit of the output rows first <= row < last, on the CPU."""
+    """Return the edit of the output rows first <= row < last, on the CPU."""
     scale = None if edit.scale is None else edit.scale[first:last].cpu()
     shift = None if edit.shift is None else edit.shift[first:last].cpu()
     return Edit(edit.left[first:last].cpu(), edit.right.cpu(), scale, shift)
 
 
 def _columns(edit: Edit, first: int, last: int) -> Edit:
-    """The edit of the input columns first <= column < last."""
+    """Return the edit of the input columns first <= column < last."""
     return Edit(edit.left, edit.right[:, first:last], edit.scale, edit.shift)

@@ -46,7 +46,7 @@ _ARCHITECTURES = {"mistral": "llama", "mixtral": "llama", "phi": "phi2"}
 
 @dataclass(frozen=True)
 class GgufPlan:
-    """What to write and with what: found out before anything is loaded.
+    """What to write as GGUF and with what tools, decided before anything is loaded.
 
     Attributes:
         types: file types, as llama.cpp names them; empty for the checkpoint's own.
@@ -105,7 +105,7 @@ def _checkout(section: ExportSection) -> Path | None:
 
 
 def own_type(source: Path) -> str:
-    """The float type that holds a checkpoint's weights without loss."""
+    """Return the float type that holds a checkpoint's weights without loss."""
     config = read_config(source)
     text = config.get("text_config") or {}
     stored = (config.get(k) or text.get(k) for k in ("dtype", "torch_dtype"))
@@ -113,7 +113,7 @@ def own_type(source: Path) -> str:
 
 
 def file_stem(name: str) -> str:
-    """A model's name as the beginning of a file's."""
+    """Turn a model's name into the beginning of a file's name."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "model"
 
 
@@ -142,7 +142,7 @@ def export_gguf(
         describe: the Modelfile, from the first file's header and name and the projector's name.
 
     Raises:
-        ExportError: a tool failed. OutputError, StorageError: as `staging.staged`.
+        ExportError: a tool failed. OutputError, StorageError: as `files.staged`.
     """
     check_destination(destination, source)
     assert plan.tools is not None
@@ -170,7 +170,7 @@ def export_gguf(
 def convert_all(
     tools: Tools, plain: Path, room: Path, types: Sequence[str], name: str, on_event: OnEvent
 ) -> Iterator[tuple[str, Path]]:
-    """(type, file in `room`) of every type; a file that nobody takes away is removed at the end."""
+    """Yield (type, file in `room`) of every type; remove a file that nobody takes away at the end."""
     own = own_type(plain)
     small = [kind for kind in types if kind not in FLOATS]
     # Quantised files are made from the float file that loses nothing.
@@ -193,13 +193,13 @@ def convert_all(
 
 
 def has_projector(source: Path) -> bool:
-    """Whether a checkpoint has a vision or audio part, which llama.cpp keeps in a file of its own."""
+    """Return whether a checkpoint has vision or audio, which llama.cpp keeps in a file of its own."""
     config = read_config(source)
     return any(config.get(part) for part in ("vision_config", "audio_config"))
 
 
 def _bits(kind: str) -> int:
-    """Bits per weight of a file type, rounded up; mixed types hold some tensors in larger ones."""
+    """Return the bits per weight of a file type, rounded up: mixed types hold some larger tensors."""
     digit = next(int(c) for c in kind if c.isdigit())
     return {"F32": 32}.get(kind, 16 if kind in FLOATS else digit + 2)
 
@@ -213,7 +213,7 @@ def export_patched(
     on_event: OnEvent = ignore,
     extra_files: Mapping[str, str] | None = None,
 ) -> Exported:
-    """The GGUF `base` with the edited tensors changed in place; see `patching.patch_gguf`."""
+    """Patch the edited tensors of the GGUF `base` in place; see `patching.patch_gguf`."""
     done = patch_gguf(base, destination, edits, writers, model, on_event, extra_files)
     details = {"patched": True, "base": base.name, "tensors": list(done.tensors)}
     return _exported(destination, "gguf", details)
@@ -231,7 +231,7 @@ def export_gguf_adapter(
     on_event: OnEvent = ignore,
     extra_files: Mapping[str, str] | None = None,
 ) -> Exported:
-    """A LoRA for llama.cpp's `--lora`: the best rank-R approximation of W' - W of each matrix.
+    """Write a LoRA for llama.cpp's `--lora`: each matrix's best rank-R approximation of W' - W.
 
     Args:
         destination: a new or empty folder; it is seen when all of it is there.
@@ -246,7 +246,7 @@ def export_gguf_adapter(
 
     Raises:
         ExportError: there is nothing to edit, or a matrix has no name in this architecture.
-        OutputError, StorageError: as `staging.staged`.
+        OutputError, StorageError: as `files.staged`.
     """
     check_destination(destination)
     arch = next(key for key, value in MODEL_ARCH_NAMES.items() if value == architecture)
@@ -279,7 +279,7 @@ def export_gguf_adapter(
 
 
 def architecture_of(model_type: str, base: Path | None) -> str:
-    """llama.cpp's name of an architecture: a GGUF's own, else the one that is named like the model type.
+    """Return llama.cpp's name of an architecture: a GGUF's own, else the one named like the model type.
 
     Raises:
         ConfigError: none is.
@@ -298,7 +298,7 @@ def architecture_of(model_type: str, base: Path | None) -> str:
 
 
 def _exported(folder: Path, form: str, details: dict[str, Any]) -> Exported:
-    """What was written, with every file's type, size and hash."""
+    """Describe what was written, with every file's type, size and hash."""
     hashes = hashes_of(folder)
     files = [
         _file(folder / name, digest) for name, digest in hashes.items() if name.endswith(".gguf")
@@ -309,7 +309,7 @@ def _exported(folder: Path, form: str, details: dict[str, Any]) -> Exported:
 
 
 def _file_type(path: Path) -> str:
-    """llama.cpp's name of what a file holds, as its name says, else the type of most of its tensors."""
+    """Return a file's type from its name, else the type of most of its tensors."""
     named = re.search(r"-([a-z0-9_]+)(-\d{5}-of-\d{5})?\.gguf$", path.name, re.IGNORECASE)
     if named and named[1].upper() in file_types():
         return named[1].upper()

@@ -1,4 +1,4 @@
-"""Exported GGUF files measured again, each beside its own unedited counterpart of the same type."""
+"""Measure exported GGUF files, each beside its own unedited counterpart of the same type."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def measure_gguf(
 def _originals(
     kinds: list[str], plan: GgufPlan, source: Path, near: Path, on_event: OnEvent
 ) -> Iterator[tuple[str, Path]]:
-    """(type, unedited GGUF) for every type; made for the purpose and removed, unless it is at hand."""
+    """Yield (type, unedited GGUF) for every type; make and remove those that are not at hand."""
     if plan.base is not None:
         yield kinds[0], plan.base
         return
@@ -80,7 +80,7 @@ def _originals(
 def _measure_pair(
     original: Path, edited: Path, adapter: Path | None, by: Measurement
 ) -> tuple[Scores, Scores]:
-    """Scores of the original file and of the edited one, drift against the original's own responses."""
+    """Score the original file and the edited one, the latter's drift against the original's responses."""
     searched = by.engine
     longest = max(len(ids) for rows in searched.prompts.values() for ids in rows) + searched.limit
     with GgufModel(original, longest) as one, GgufModel(edited, longest, adapter) as other:
@@ -102,5 +102,5 @@ def _engine(model: GgufModel, by: Measurement, reference: GgufEngine | None) -> 
 
 
 def _later_shard(name: str) -> bool:
-    """A split file is loaded by its first part."""
+    """Return whether a file is a later part of a split model: such a model is loaded by its first part."""
     return name != shard_names(name)[0]

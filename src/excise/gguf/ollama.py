@@ -48,7 +48,7 @@ _LICENCE = 1 << 20  # characters of a licence's text that go into a Modelfile
 
 @dataclass(frozen=True)
 class Template:
-    """A model's chat template, with the tokens that it may write by name."""
+    """A model's chat template, with the special tokens that it may name."""
 
     text: str
     tokens: Mapping[str, Any] = field(default_factory=dict)
@@ -75,7 +75,7 @@ class Pieces:
     prompt: str
 
     def render(self, chat: _Chat) -> str:
-        """A conversation up to where the response begins."""
+        """Render a conversation up to where the response begins."""
         has_system = any(role == "system" for role, _ in chat)
         out = self.begin if has_system else self.begin + self.default
         for role, content in chat:
@@ -141,7 +141,7 @@ def modelfile(
     projector: str | None = None,
     licence: str | None = None,
 ) -> str:
-    """The text of a Modelfile.
+    """Write a Modelfile.
 
     Args:
         model: the GGUF's name, in the same folder.
@@ -181,7 +181,7 @@ def modelfile(
 
 
 def probe(template: Template) -> Pieces | None:
-    """The pieces of a chat template; None where it is not made of pieces."""
+    """Find the pieces of a chat template; None where it is not made of pieces."""
     with Renderer() as renderer:
         try:
             # What is true of today only has no place in a file.
@@ -198,7 +198,7 @@ class _Asked:
     template: Template
 
     def render(self, chat: _Chat, *, prompt: bool = True) -> str | None:
-        """What the template makes of a conversation; None where it refuses it."""
+        """Render a conversation; None where the template refuses it."""
         messages = [{"role": role, "content": content} for role, content in chat]
         text, tokens = self.template.text, dict(self.template.tokens)
         try:
@@ -227,7 +227,7 @@ def _probe(asked: _Asked) -> Pieces | None:
 
 
 def go_template(pieces: Pieces) -> str:
-    """The pieces as a Go template over Ollama's messages, all on one line: Go keeps literal newlines."""
+    """Write the pieces as a Go template over Ollama's messages, on one line: Go keeps literal newlines."""
     out = _literal(pieces.begin)
     if pieces.default:
         out += "{{ if not .System }}" + _literal(pieces.default) + "{{ end }}"
@@ -294,7 +294,7 @@ def _cut(text: str, at: str) -> tuple[str, str]:
 
 
 def _literal(text: str) -> str:
-    """Text that Go's templates leave alone: braces that they could take for their own are spelled out."""
+    """Escape text for Go's templates: braces that they could take for their own."""
     return re.sub(r"\{{2,}|\{$", lambda found: f'{{{{ "{found[0]}" }}}}', text)
 
 

@@ -1,4 +1,4 @@
-"""Prompt sets with their token ids: made once, before anything is written, and never apart again."""
+"""Prompt sets with their token ids: made once, before anything is written, and kept together."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _SUFFIX = {"search": "eval", "holdout": "holdout"}  # of the part's roles
 
 @dataclass(frozen=True)
 class Opening:
-    """What every response begins with.
+    """Tokens that every response begins with.
 
     Attributes:
         ids: the tokens, appended to every prompt.
-        spoken: those of them that are part of the answer's text, and so are judged and shown with it.
-        shares: side -> share of its responses that begin so, where they were looked at.
+        spoken: those of them that belong to the answer's text, and so are judged and shown with it.
+        shares: side -> share of its responses that begin so, where they were measured.
         note: the same in a sentence; "" where there is nothing to say.
     """
 
@@ -50,14 +50,14 @@ class Opening:
 
 @dataclass(frozen=True)
 class MeasuredSet(PromptSet):
-    """A prompt set as the model reads it: the token ids of each prompt, up to where its response begins."""
+    """Prompt set as the model reads it: the token ids of each prompt, up to where its response begins."""
 
     ids: list[list[int]]
 
 
 @dataclass(frozen=True)
 class MeasuredSets(Mapping[str, MeasuredSet]):
-    """Every prompt set of a run by its role, and how prompts are put to the model."""
+    """All prompt sets of a run by their roles, and how prompts are put to the model."""
 
     sets: dict[str, MeasuredSet]
     dressing: Dressing
@@ -90,7 +90,7 @@ class MeasuredSets(Mapping[str, MeasuredSet]):
 
     @property
     def notes(self) -> list[str]:
-        """How prompts are put to the model, in sentences."""
+        """Sentences on how prompts are put to the model."""
         return [note for note in (*self.dressing.notes, self.opening.note) if note]
 
 
@@ -119,7 +119,7 @@ def tokenise(loaded: Loaded, sets: PromptSets, config: Config) -> MeasuredSets:
 
 
 def _check_positions(loaded: Loaded, ids: dict[str, list[list[int]]], config: Config) -> None:
-    """Refuse what has no position, in models that learn a vector for each; others go on without end."""
+    """Refuse prompts longer than the positions of models that learn a vector for each."""
     text = loaded.model.config.get_text_config()
     most = getattr(text, "max_position_embeddings", None)
     if most is None or getattr(text, "rope_parameters", None):

@@ -1,4 +1,4 @@
-"""From prompts to token ids, once, and to left-padded batches of like length.
+"""Tokenise prompts once, and batch token ids with left padding by similar length.
 
 Shapes: B rows, T tokens.
 """
@@ -23,7 +23,10 @@ _BATCH_TOKENS = 2**15  # of a batch, padding included
 
 
 def beginning(prompts: Sequence[list[int]]) -> tuple[int, ...]:
-    """What several prompts all begin with, less than any of them; nothing of a single one."""
+    """Return the longest common token prefix, at most one token shorter than the shortest prompt.
+
+    Empty for a single prompt.
+    """
     if len(prompts) < 2:
         return ()
     first, last = min(prompts), max(prompts)
@@ -45,13 +48,13 @@ class Batch:
         return (self.mask.cumsum(-1) - 1).clamp_min(0)
 
     def part(self, start: int, stop: int) -> Batch:
-        """Some of the rows, without the padding that all of them have."""
+        """Select some of the rows, without the padding that all of them have."""
         rows, ids, mask = self.rows[start:stop], self.ids[start:stop], self.mask[start:stop]
         spare = int((mask.sum(0) == 0).sum())  # padding is on the left
         return Batch(rows, ids[:, spare:], mask[:, spare:])
 
     def halves(self) -> tuple[Batch, Batch]:
-        """The same rows in two batches."""
+        """Split the rows into two batches."""
         n = len(self.rows) // 2
         return self.part(0, n), self.part(n, len(self.rows))
 
@@ -63,7 +66,7 @@ def encode(
     dressing: Dressing,
     renderer: Renderer,
 ) -> list[list[int]]:
-    """Token ids of every prompt, as the model expects it, up to where its answer begins.
+    """Tokenise every prompt as the model expects it, up to where its answer begins.
 
     Raises:
         ModelError: the chat template cannot render a prompt, or leaves its text out.
@@ -84,10 +87,10 @@ def encode(
 
 
 def check_known(tokenizer: Any, rows: Sequence[Sequence[int]], size: int) -> None:
-    """Refuse tokens that the model has no embedding for, as where tokens were added to its tokenizer alone.
+    """Refuse tokens without an embedding, as where tokens were added to the tokenizer alone.
 
     Raises:
-        ModelError: an id is `size`, the number of its token ids, or more.
+        ModelError: an id is `size`, the size of the vocabulary, or more.
     """
     highest = max((token for row in rows for token in row), default=0)
     if highest >= size:
@@ -98,19 +101,19 @@ def check_known(tokenizer: Any, rows: Sequence[Sequence[int]], size: int) -> Non
 
 
 def _unended(tokenizer: Any, text: str, row: list[int]) -> list[int]:
-    """A prompt's tokens without the end that some tokenizers add: nothing would be left to say."""
+    """Drop the end token that some tokenizers add to a prompt: nothing would be left to say."""
     end = tokenizer.eos_token_id
     added = end is not None and row[-1:] == [end] and not text.endswith(tokenizer.eos_token)
     return row[:-1] if added else row
 
 
 def vocabulary(model: Any) -> int:
-    """How many token ids the model has."""
+    """Return the size of the model's vocabulary."""
     return int(model.config.get_text_config().vocab_size)
 
 
 def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
-    """Ids after which a response is over: all that the generation config and the tokenizer name.
+    """Collect the end tokens that the generation config and the tokenizer name.
 
     Raises:
         ModelError: as `named_ends`.
@@ -120,12 +123,12 @@ def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
 
 
 def named_ends(generation: Any, own: Any, size: int) -> frozenset[int]:
-    """Every end token of a model with `size` token ids; ids beyond those are never said, and left out.
+    """Collect every end token of a model with `size` token ids; leave out ids beyond the vocabulary.
 
     Args:
         generation: the generation config's `eos_token_id`, as it stands there.
         own: the tokenizer's.
-        size: how many token ids the model has.
+        size: the size of the vocabulary.
 
     Raises:
         ModelError: neither names one that the model has, or one of them is something else than ids.
@@ -151,7 +154,7 @@ def _ids(value: Any, whose: str) -> list[int]:
 
 
 def unnamed_end(tokenizer: Any, after: str, ends: frozenset[int]) -> str:
-    """What to say where the special token that a template writes after a response ends none.
+    """Return a note where the special token that a template writes after a response is no end token.
 
     Such responses are measured as they are generated elsewhere: up to an end token that is named.
     """
@@ -166,7 +169,7 @@ def unnamed_end(tokenizer: Any, after: str, ends: frozenset[int]) -> str:
 
 
 def pad_token(model: Any, tokenizer: Any) -> int:
-    """The id that fills rows; masked, so any will do that the model has."""
+    """Return the padding id; padding is masked, so any id of the vocabulary will do."""
     pad = tokenizer.pad_token_id
     known = pad is not None and 0 <= pad < vocabulary(model)
     return int(pad) if known else min(end_tokens(model, tokenizer))
@@ -180,10 +183,10 @@ def batches(
     *,
     padding: bool = True,
 ) -> list[Batch]:
-    """Batches of at most `size` rows; rows of like length share one, longest first.
+    """Make batches of at most `size` rows of similar length, longest first.
 
-    Fewer rows where they are long, so that one text far longer than others does not make a batch of
-    it. Without `padding`, only rows of the same length share one.
+    Fewer rows where they are long, so that one long text does not inflate a whole batch. Without
+    `padding`, only rows of the same length share one.
     """
     lengths = [len(row) for row in rows]
     order = sorted(range(len(rows)), key=lambda i: (-lengths[i], i))
@@ -204,7 +207,7 @@ def same_length(order: Sequence[int], lengths: Sequence[int]) -> list[list[int]]
 def left_pad(
     rows: Sequence[Sequence[int]], numbers: Sequence[int], pad: int, device: torch.device
 ) -> Batch:
-    """One left-padded batch of these rows."""
+    """Make one left-padded batch of these rows."""
     width = max(map(len, rows))
     pads = [width - len(row) for row in rows]
     ids = [[*[pad] * n, *row] for n, row in zip(pads, rows, strict=True)]

@@ -1,4 +1,4 @@
-"""How the files of an export are named, loaded and sampled from: the practical half of its card. Pure."""
+"""Explain how the files of an export are named, loaded and sampled from: the practical half of its card."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SAMPLING = {
 
 
 def _word(name: str) -> str:
-    """A name as one word of a shell's line, and no option."""
+    """Quote a name as one word of a shell's line that is no option."""
     return shlex.quote(f"./{name}" if name.startswith("-") else name)
 
 
@@ -37,7 +37,7 @@ _CODE.filters |= {"json": json.dumps, "word": _word}
 def loading(
     record: Record, artifact_format: str, artifact: ArtifactRecord | None, repo: str | None
 ) -> str:
-    """The section with code that loads this format; `repo` is where it is published, if it is."""
+    """Return the section with code that loads this format; `repo` is where it is published, if it is."""
     files = files_of(artifact)
     names = [str(one.get("file")) for one in files if one.get("part") != "projector"]
     kind = "ImageTextToText" if record.model.multimodal else "CausalLM"
@@ -60,13 +60,13 @@ def loading(
 
 
 def files_of(artifact: ArtifactRecord | None) -> list[dict[str, Any]]:
-    """The files of a GGUF export, as its details list them."""
+    """List the files of a GGUF export, from its details."""
     found = artifact.details.get("files") if artifact is not None else None
     return [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
 
 
 def files_section(artifact: ArtifactRecord | None) -> str:
-    """Every file with its type and size, and its figures beside its unedited counterpart's."""
+    """List every file with its type and size, and its figures beside its unedited counterpart's."""
     files = files_of(artifact)
     if not files:
         return ""
@@ -107,7 +107,7 @@ def _figure(one: Mapping[str, Any], which: str, name: str) -> str:
 
 
 def sampling_section(record: Record) -> str:
-    """The sampling that the base model's generation config asks for."""
+    """Return the sampling that the base model's generation config asks for."""
     found = record.model.sampling
     rows = [
         f"{_SAMPLING[name]}: {code(format(value, 'g'))}"
@@ -129,7 +129,7 @@ def sampling_section(record: Record) -> str:
 
 
 def credits_section(record: Record, artifact_format: str) -> str:
-    """Whose work this is, and under which licence."""
+    """Say whose work this is, and under which licence."""
     base = plain(formatting.public_source(record.model.source))
     licence = plain(record.model.license or "not stated in its files: see its own page")
     lines = [

@@ -1,4 +1,4 @@
-"""Exports of a chosen edit: written, loaded again, measured again, and put on the record."""
+"""Write exports of a chosen edit, load and measure them again, and put them on the record."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def _loadable(one: Exported, path: Path) -> Iterator[None]:
 def touched_by(
     writers: Sequence[Writer], edits: Sequence[Edit | None], searched: CoverageRecord
 ) -> CoverageRecord:
-    """What one trial's edits touch, of what the search could have edited."""
+    """List what one trial's edits change, of what the search could have edited."""
     edited, left = [], []
     for name in dict.fromkeys(writer.component for writer in writers):
         mine = [n for n, writer in enumerate(writers) if writer.component == name]
@@ -199,7 +199,7 @@ def _relative(path: Path, out: Path) -> str:
 
 
 def apart(expected: Scores, measured: Scores) -> list[str]:
-    """Where an artifact's figures stand further from the measured ones than rounding explains."""
+    """List where an artifact's figures differ from the measured ones by more than rounding explains."""
     lines = []
     for name, score in expected.items():
         other = measured.get(name)

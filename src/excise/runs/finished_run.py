@@ -1,4 +1,4 @@
-"""Jobs on what a run left behind, and on models that others edited: export, survey, evaluate."""
+"""Export, survey and reopen finished runs, and evaluate models that others edited."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def export_run(
 
 
 def _reopen(folder: Path, config: Config) -> tuple[Record, Config]:
-    """The record of a run folder, which is held, and the configuration that it was measured with.
+    """Read the record of a held run folder, and the configuration that it was measured with.
 
     Raises:
         RunStateError: settings or files are not those of the record.
@@ -110,7 +110,7 @@ def _reopen(folder: Path, config: Config) -> tuple[Record, Config]:
 def _same(
     record: Record, config: Config, scoring: Scoring, folder: Path, on_event: OnEvent
 ) -> Session:
-    """Load the model and prompts of a run, and prove that they are what was measured.
+    """Load the model and prompts of a run, and prove that they are those that were measured.
 
     Raises:
         RunStateError: model, prompts, markers, template or scorers are others.
@@ -131,7 +131,7 @@ def _default(option: str) -> Any:
 
 
 def _with_options(config: Config, options: Mapping[str, Any]) -> Config:
-    """The configuration with settings of its export section replaced."""
+    """Replace settings of the configuration's export section."""
     fields = dict(options)
     if "adapter_error" in fields:  # asked for here, it wins over a rank that the run was given
         fields = {"adapter_rank": None, **fields}
@@ -142,7 +142,7 @@ def _with_options(config: Config, options: Mapping[str, Any]) -> Config:
 def survey(
     folder: Path, on_event: OnEvent = ignore, *, trust_run: bool = False
 ) -> list[dict[str, float]]:
-    """Measure the geometry of a run's residuals by layer; its record and report get it.
+    """Measure the geometry of a run's residuals by layer; add it to the record and the report.
 
     Raises:
         RunStateError: no such run, or it has changed, or names code and is not trusted.
@@ -166,12 +166,13 @@ def survey(
 def evaluate(
     config: Config, edited: str, on_event: OnEvent = ignore
 ) -> list[tuple[str, Scores, Scores]]:
-    """Measure any edited model against its base: (part of the prompts, base's scores, edited's scores).
+    """Measure an edited model against its base: (part of the prompts, base's scores, edited's scores).
 
-    Drift is against the base's own responses; the two models are never in memory at once.
+    The KL divergence is over the base's own responses. The two models are never in memory at once.
 
     Raises:
-        ModelError: one of them cannot be loaded. ConfigError: their tokens are not the same.
+        ModelError: one of them cannot be loaded.
+        ConfigError: their tokens are not the same.
     """
     scoring, sets = scoring_of(config), load_prompt_sets(config.prompts)
     scorers = scoring.every_trial + scoring.final
@@ -215,10 +216,10 @@ def evaluate(
 
 
 def _stored_shapes(section: ModelSection) -> dict[str, Any]:
-    """What a checkpoint's configuration says of its shapes, where its files can be read at all.
+    """Read what a checkpoint's configuration says of its shapes.
 
     Raises:
-        ModelError: they cannot.
+        ModelError: its files cannot be read.
     """
     folder = resolve(section)
     if is_file(folder):  # a GGUF, which is unpacked when it is loaded

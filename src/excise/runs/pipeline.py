@@ -1,4 +1,4 @@
-"""The whole job: `run(config, out, on_event)`. Read it as the table of contents of the package."""
+"""Run the whole job: `run(config, out, on_event)`. Read it as the table of contents of the package."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def run(
     resume: bool = False,
     anyway: bool = False,
 ) -> Record:
-    """Find, edit, measure, choose, export; everything lands in the folder `out`.
+    """Find directions, search edits, choose one, measure and export it; write everything into `out`.
 
     Args:
         config: what to do.
@@ -131,7 +131,7 @@ def _measure(
     *,
     anyway: bool,
 ) -> Record:
-    """Baseline, search, choice, holdout, record, export, pages; `facts` are the record's so far."""
+    """Measure, search, choose, record and export; `facts` are the record's so far."""
     engine = session.engine("search", plan)
     panel = session.panel(engine, "search", session.scoring.every_trial)
     with clock.phase("baseline"):
@@ -163,7 +163,7 @@ def _said(session: Session, engine: Engine) -> list[str]:
 
 
 def _reopen(out: Path, config: Config) -> tuple[optuna.Study | None, Config]:
-    """The study of a run folder, which is held, and the configuration that it goes on with.
+    """Open the study of a held run folder, and the configuration that it goes on with.
 
     Raises:
         RunStateError: there is none where one must be, or settings or files are not those that its
@@ -185,7 +185,7 @@ def _reopen(out: Path, config: Config) -> tuple[optuna.Study | None, Config]:
 
 
 def _kept(out: Path) -> dict[str, Any]:
-    """What was put on the record of this run after it had ended: exports elsewhere, the geometry."""
+    """Read what was added to the record after the run had ended: exports elsewhere, the geometry."""
     try:
         known = read_record(out)
     except RunStateError:  # it is new, or was interrupted before it had one
@@ -268,9 +268,9 @@ def _sizing(session: Session) -> Sizing:
 def measurer(
     session: EditingSession, panel: Panel, learning: Callable[[], AbstractContextManager[None]]
 ) -> Measure:
-    """Parameters of a batch -> its measurements, for the search.
+    """Return a function that measures a batch of parameters, for the search.
 
-    `learning` surrounds the first batch: later candidates are expected to answer as those do.
+    `learning` surrounds the first batch: its responses become drafts for later candidates.
     """
     batches = itertools.count()
 

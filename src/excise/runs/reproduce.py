@@ -1,7 +1,7 @@
 """Rebuild an edited model from its source, prompts and parameters alone, and compare it with the record.
 
-Nothing of the run's folder goes into it but the record: directions are captured anew. What is found
-beside the record only says more of a difference.
+Of the run's folder only the record is used: directions are captured again. Other files that are found
+there only add detail to a difference.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Rebuilt:
 
 @dataclass(frozen=True)
 class Reproduction:
-    """What came of it; `left_out` are formats on the record that are not rebuilt."""
+    """Result of rebuilding; `left_out` are formats on the record that are not rebuilt."""
 
     trial: int
     rebuilt: tuple[Rebuilt, ...]
@@ -152,7 +152,7 @@ def reproduce(
 
 
 def _without_code(config: dict[str, Any]) -> dict[str, Any]:
-    """A record's configuration without leave to run code: a record may come from anyone."""
+    """Revoke a configuration's permission to run code: a record may come from anyone."""
     tree = deepcopy(config)
     for section, key in (
         ("model", "trust_remote_code"),
@@ -170,13 +170,13 @@ def _room(out: Path | None, near: Path, source: Path) -> AbstractContextManager[
 
 
 def _wanted(made: Sequence[ArtifactRecord]) -> dict[str, ArtifactRecord | None]:
-    """Format -> the artifact on the record; a whole model where there is none to compare with."""
+    """List the formats to rebuild, each with its artifact on the record; else a whole model."""
     known = {a.format: a for a in made if _rebuilds(a.format)}
     return {**known} if known else {DEFAULT: None}
 
 
 def _rebuilds(name: str) -> bool:
-    """Whether the format of this name, which a record may have from elsewhere, can be rebuilt."""
+    """Return whether the format of this name, which a record may have from elsewhere, can be rebuilt."""
     return name in FORMATS and FORMATS[name].rebuilt
 
 
@@ -219,7 +219,7 @@ def _rebuild(
 
 
 def _apart(old: Path, new: Path) -> float | None:
-    """The largest relative difference of a tensor of the two folders; None where one cannot be read."""
+    """Return the largest relative difference of a tensor of the two folders; None if one is unreadable."""
     largest = 0.0
     try:
         for file in sorted(new.glob("*.safetensors")):
@@ -235,7 +235,7 @@ def _apart(old: Path, new: Path) -> float | None:
 
 
 def _differences(record: Record, loaded: Loaded, prompts: PromptSets) -> tuple[Difference, ...]:
-    """Where software, model and prompts are not those of the record."""
+    """List where software, model and prompts are not those of the record."""
     found = []
     now = versions()
     for name in sorted(record.versions.keys() | now.keys()):

@@ -1,7 +1,7 @@
-"""What a model's responses begin with, whatever it is asked: found on tokens, from a majority.
+"""Find what a model's responses begin with, whatever the prompt: on tokens, from a majority.
 
-An empty thinking block, a channel's header, a fixed phrase: appended to every prompt, so that the
-residual is captured, and responses are measured, where they begin to differ.
+An empty thinking block, a channel's header, a fixed phrase: it is appended to every prompt, so that
+residuals are captured, and responses measured, where responses begin to differ.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _ROUNDS = 3  # a thinking block that is closed by us shows what comes after it
 
 
 def given_opening(tokenizer: Any, text: str) -> Opening:
-    """The opening that the configuration names; "" for none."""
+    """Make the opening that the configuration names; "" means none."""
     ids = tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else ()
     note = "Every response begins with prompts.response_prefix." if ids else ""
     return Opening(ids, spoken_part(tokenizer, ids), {}, note)
@@ -37,7 +37,7 @@ def find_opening(
     thinking: bool,
     shows: Callable[[str], bool],
 ) -> Opening:
-    """The longest beginning that most responses of each side share.
+    """Find the longest token prefix that most responses of each side share.
 
     Args:
         loaded: the original model.
@@ -75,7 +75,7 @@ def find_opening(
 def shared_beginning(
     responses: dict[str, list[tuple[int, ...]]], ends: frozenset[int]
 ) -> list[int]:
-    """The longest sequence that more than half of every side's responses begin with; no end token."""
+    """Return the longest token prefix of more than half of every side's responses, without end tokens."""
     found: list[int] = []
     while True:
         nexts = set()
@@ -91,7 +91,7 @@ def shared_beginning(
 
 
 def spoken_part(tokenizer: Any, ids: Sequence[int]) -> tuple[int, ...]:
-    """Those of `ids` that come after all markup; none where that is white space only."""
+    """Return those of `ids` that come after all markup; none where that is white space only."""
     added = tokenizer.added_tokens_decoder
     marks = [n for n, i in enumerate(ids) if i in added and _is_markup(added[i])]
     rest = list(ids[max(marks, default=-1) + 1 :])
@@ -107,7 +107,7 @@ def _is_markup(token: Any) -> bool:
 
 
 def _up_to_thinking(tokenizer: Any, found: list[int]) -> list[int]:
-    """`found` up to where it opens a thinking block that it does not close."""
+    """Cut `found` where it opens a thinking block that it does not close."""
     for count in range(1, len(found) + 1):
         head, rest = tokenizer.decode(found[:count]), tokenizer.decode(found[count:])
         if closing(head):
@@ -118,7 +118,7 @@ def _up_to_thinking(tokenizer: Any, found: list[int]) -> list[int]:
 def _begin(
     loaded: Loaded, prompts: dict[str, list[list[int]]], ids: list[int]
 ) -> dict[str, list[tuple[int, ...]]]:
-    """The first tokens of the original's responses to some prompts of each side."""
+    """Decode the first tokens of the original's responses to some prompts of each side."""
     rows = {side: [[*row, *ids] for row in rows[:PROMPTS]] for side, rows in prompts.items()}
     engine = Engine(loaded, (), rows, max_new_tokens=LONGEST, plan=Plan(tokens=_TOKENS))
     evidence = engine.measure([ORIGINAL], [Responses(side) for side in rows])[0]

@@ -1,4 +1,4 @@
-"""After the search: holdout figures, samples, the record, exports measured again, card and report."""
+"""Measure the chosen edit after the search: holdout figures, samples, and the record of it all."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def final_figures(session: EditingSession, engine: Engine, edits: CandidateEdits
 
 
 def _samples(session: EditingSession, engine: Engine, edits: CandidateEdits) -> list[Sample]:
-    """Respond before and after. A side that must not be shown is not even asked for."""
+    """Sample responses before and after. A side that must not be shown is not even asked for."""
     out = []
     for side, prompts in session.sets.part("search").items():
         if side not in session.config.scores.show:
@@ -122,18 +122,18 @@ def build_record(session: EditingSession, search: Search, **found: Any) -> Recor
 
 
 def versions() -> dict[str, str]:
-    """What the figures were made with."""
+    """Return the versions of the software that the figures were made with."""
     return {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
 
 
 def _shown(source: str) -> str:
-    """A prompt source by its file name or id: no path of the user's machine."""
+    """Name a prompt source by its file name or id: no path of the user's machine."""
     path = Path(source)
     return path.name if path.is_absolute() else source
 
 
 def model_record(loaded: Loaded) -> ModelRecord:
-    """The source model as a record names it."""
+    """Describe the source model for the record."""
     config = json.dumps(read_config(loaded.folder), sort_keys=True)
     return ModelRecord(
         source=public_name(loaded),
@@ -154,12 +154,12 @@ def model_record(loaded: Loaded) -> ModelRecord:
 
 
 def public_name(loaded: Loaded) -> str:
-    """The source as a record names it: a Hub id as it is, a folder in full, so neither is mistaken."""
+    """Name the source for the record: a Hub id as it is, a folder in full, so neither is mistaken."""
     return DEMO if loaded.source == DEMO else loaded.place
 
 
 def _sampling(folder: Path) -> dict[str, Any]:
-    """What the generation config says of sampling."""
+    """Read the sampling settings of the generation config."""
     config = read_generation(folder)
     names = ("do_sample", "temperature", "top_p", "top_k", "min_p", "repetition_penalty")
     found = {name: config.get(name) for name in names}

@@ -1,4 +1,4 @@
-"""The terms of a run: what its folder may say when something goes on with it later.
+"""Check what a run folder may decide when a command goes on with it.
 
 A run folder may come from others, and its config.toml may have been edited. Code that it names runs
 only where the caller trusts it, and settings that decide a run's figures must be those of its trials.
@@ -41,7 +41,7 @@ _CODE = {
 def read_terms(
     folder: Path, *, trust: bool = False, unused: Collection[str] = (), trials: int | None = None
 ) -> Config:
-    """The configuration of a run folder, for a command that goes on with it.
+    """Read the configuration of a run folder, for a command that goes on with it.
 
     Args:
         folder: the run's.
@@ -69,7 +69,7 @@ def read_terms(
 
 
 def check_terms(folder: Path, config: Config, known: Mapping[str, Any]) -> Config:
-    """`config` with what it leaves open as it was, or refused where a setting is not as it was.
+    """Return `config` with its open settings as they were; refuse a setting that has changed.
 
     Args:
         folder: the run's.
@@ -107,7 +107,7 @@ def check_terms(folder: Path, config: Config, known: Mapping[str, Any]) -> Confi
 
 
 def _flat(config: Config) -> dict[str, Any]:
-    """Every setting by its dotted key."""
+    """Flatten every setting to its dotted key."""
     flat: dict[str, Any] = {}
     level = [("", config.model_dump(mode="json"))]
     while level:

@@ -1,6 +1,6 @@
-"""A run folder: where one may be made, and what it keeps of the model.
+"""Make run folders, and read and write what they keep of the model.
 
-It keeps the directions, how responses begin, and what the method captured.
+That is the directions, how responses begin, and what the method captured.
 """
 
 from __future__ import annotations
@@ -69,10 +69,11 @@ def check_apart(out: Path, loaded: Loaded) -> None:
 
 @contextmanager
 def held_anew(out: Path) -> Iterator[None]:
-    """A new run folder, made and held; refused where others began in it meanwhile.
+    """Make a new run folder and hold it; refuse one that others began to use meanwhile.
 
     Raises:
-        OutputError, RunStateError: they did. StorageError: it cannot be made.
+        OutputError, RunStateError: they did.
+        StorageError: it cannot be made.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -84,7 +85,7 @@ def held_anew(out: Path) -> Iterator[None]:
 
 
 def hash_files(folder: Path) -> dict[str, str]:
-    """SHA-256 of each of these files that a run folder has, by name."""
+    """Hash each of these files that a run folder has: name -> SHA-256."""
     found = {}
     for name in (DIRECTIONS, CAPTURED):
         if is_file(folder / name):
@@ -94,7 +95,7 @@ def hash_files(folder: Path) -> dict[str, str]:
 
 
 def check_files(folder: Path, known: Mapping[str, str]) -> None:
-    """Refuse to go on from other files than those that the trials were measured with.
+    """Refuse files other than those that the trials were measured with.
 
     Raises:
         RunStateError: one is gone, new, or not as it was.
@@ -142,7 +143,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
 
 
 def read_tensors(path: Path, layout: str) -> dict[str, Tensor] | None:
-    """The tensors of a file; None when there is none to trust.
+    """Read the tensors of a file; None when there is none to trust.
 
     Raises:
         RunStateError: they were saved in another layout than this one.
@@ -161,7 +162,7 @@ def read_tensors(path: Path, layout: str) -> dict[str, Tensor] | None:
 
 
 def read_directions(path: Path) -> tuple[Directions, Separation] | None:
-    """The directions of a run; None when there are none to trust."""
+    """Read the directions of a run; None when there are none to trust."""
     try:
         with safe_open(path, framework="pt") as file:
             projected = (file.metadata() or {}).get("projected") == "true"
@@ -176,7 +177,7 @@ def read_directions(path: Path) -> tuple[Directions, Separation] | None:
 
 
 def read_opening(path: Path) -> Opening | None:
-    """What `save_directions` was given; None where there is nothing to trust."""
+    """Read the opening that `save_directions` was given; None where there is nothing to trust."""
     try:
         with safe_open(path, framework="pt") as file:
             return Opening.from_dict(json.loads((file.metadata() or {})["opening"]))
