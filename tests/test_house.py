@@ -331,3 +331,21 @@ def test_the_questions_of_a_newcomer_are_answered_where_the_page_says():
     assert len({question for question, _, _ in rows}) == 36
     for question, file, mark in rows:
         assert mark in (SOURCE / file).read_text(encoding="utf-8"), question
+
+
+def test_links_between_pages_lead_somewhere():
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+    heads = {
+        page: {
+            re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-")
+            for head in re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), flags=re.M)
+        }
+        for page in pages
+    }
+    for page in pages:
+        links = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
+        for link in (one for one in links if "://" not in one):
+            path, _, anchor = link.partition("#")
+            target = (page.parent / path).resolve() if path else page
+            assert target.exists(), f"{page.name}: {link}"
+            assert not anchor or anchor in heads[target], f"{page.name}: {link}"
