@@ -411,8 +411,8 @@ def test_file_names_are_one_word_of_a_shell_line(finished: Path) -> None:
     )
     record = read_record(finished / "run")
     for form in ("gguf", "gguf-adapter"):
-        shown = card_loading.loading(record, form, artifact, None)
-        for line in re.findall(r"```sh\n(.*?)\n```", shown, re.DOTALL)[0].splitlines():
+        shown = card_loading.usages(record, form, artifact, None)
+        for line in next(way.code for way in shown if way.language == "sh").splitlines():
             assert f"./{name}" in shlex.split(line)
     assert patched_name(Path("a b;\nc.gguf")) == "edited-a-b-c.gguf"
     assert patched_name(Path("0123abcd")) == "edited-0123abcd.gguf"

@@ -18,13 +18,7 @@ from excise.events import Notice, OnEvent
 from excise.formats import DEFAULT, FORMATS
 from excise.record import ArtifactRecord, Record, TrialRecord
 from excise.report import formatting, views
-from excise.report.card_loading import (
-    credits_section,
-    files_of,
-    files_section,
-    loading,
-    sampling_section,
-)
+from excise.report.card_loading import files_of, usages
 from excise.report.markdown import Markdown, environment, plain
 from excise.report.rerun_command import command, withheld
 
@@ -115,7 +109,7 @@ def _of_the_run(record: Record) -> dict[str, Any]:
         "formatting_notes": views.formatting_notes(record),
         "max_new_tokens": views.setting(record, "scores", "max_new_tokens"),
         "thresholds": formatting.thresholds(),
-        "sampling": Markdown(sampling_section(record)),
+        "sampling": {k: v for k, v in record.model.sampling.items() if k != "do_sample"},
         "command": command(record),
         "withheld": withheld(record),
     }
@@ -155,11 +149,10 @@ def _of_the_export(
         if artifact is not None
         else [],
         "export_details": {k: v for k, v in found.items() if isinstance(v, str | int | float)},
-        "files": Markdown(files_section(artifact)),
-        "files_measured": any("edited" in one for one in files),
-        "projector": any(one.get("part") == "projector" for one in files),
-        "loading": Markdown(loading(record, artifact_format, artifact, repo)),
-        "credits": Markdown(credits_section(record, artifact_format)),
+        "files": files,
+        "files_measured": any(one.edited is not None for one in files),
+        "projector": any(one.part == "projector" for one in files),
+        "usages": usages(record, artifact_format, artifact, repo),
     }
 
 

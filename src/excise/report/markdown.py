@@ -7,7 +7,7 @@ module return is Markdown already; no filter of Jinja makes text so, `safe` incl
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -45,18 +45,6 @@ def fence(text: str, language: str = "") -> Markdown:
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     ticks = "`" * max(3, longest + 1)
     return Markdown(f"{ticks}{language}\n{text}\n{ticks}")
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]], align: str = "") -> str:
-    """Return a table of Markdown cells; `align` holds an l or r for each column."""
-    rule = ["---:" if side == "r" else ":---" for side in align or "l" * len(head)]
-    lines = [head, rule, *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def bullets(items: Iterable[str]) -> str:
-    """Return a list of Markdown items."""
-    return "\n".join(f"- {item}" for item in items)
 
 
 def environment(**functions: Callable[..., Any]) -> Environment:
