@@ -249,8 +249,8 @@ def test_behaviours_load_and_come_back_from_toml(name, tmp_path):
     assert round_trip(config, tmp_path) == config
 
 
-def test_there_are_the_two_behaviours_of_the_contract():
-    assert {"demo", "refusal"} <= set(behaviours())
+def test_there_are_the_behaviours_of_the_contract():
+    assert {"demo", "disclaimers", "refusal"} <= set(behaviours())
 
 
 def test_every_section_comes_back_from_toml(tmp_path):
@@ -368,7 +368,7 @@ def test_a_behaviour_of_ones_own_is_named_after_its_file_unless_it_says_otherwis
 def test_an_unknown_behaviour_names_those_there_are(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "behaviour.txt", "")
-    with pytest.raises(ConfigError, match="demo, refusal"):
+    with pytest.raises(ConfigError, match="demo, disclaimers, refusal"):
         read_behaviour(name)
 
 

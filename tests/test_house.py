@@ -55,6 +55,7 @@ INTEGRATION = {
     "engine/test_large_vocab": "memory of the whole engine where V is large",
     "gguf/test_gguf_run": "GGUF files from a run to a chat",
     "runs/test_family_runs": "whole runs on several architectures",
+    "prompts/test_disclaimers": "the prompt sets for a real model, as files and as their script",
     "cli/test_bad_input": "one line and exit code 2, whatever is wrong",
 }
 
@@ -315,14 +316,21 @@ def test_every_dependency_has_its_reason():
         assert f"| {name} |" in text, name
 
 
-def test_behaviours_hold_no_prompts_but_the_demos_own():
+# Of this project's own making, and benign: every other behaviour names its prompt sets by id.
+OWN_PROMPTS = {"demo", "disclaimers"}
+
+
+def test_behaviours_hold_no_prompts_but_the_projects_own():
     from excise.config import behaviours, read_behaviour
 
     for name in behaviours():
         tree = read_behaviour(name)
         for role, value in tree["prompts"].items():
-            if isinstance(value, dict) and name != "demo":
-                assert not Path(value["source"]).exists(), role
+            if isinstance(value, dict):
+                source = Path(value["source"])
+                assert source.exists() == (name in OWN_PROMPTS), role
+                own = ROOT / "src" / "excise" / "data" / name
+                assert not source.exists() or source.resolve().is_relative_to(own), role
 
 
 def test_the_questions_of_a_newcomer_are_answered_where_the_page_says():

@@ -175,7 +175,7 @@ def _report(sub: argparse.ArgumentParser) -> None:
 
 def _job(sub: argparse.ArgumentParser, *, search: bool = True) -> None:
     edit = sub.add_argument_group("the edit")
-    text = "built-in behaviour (demo, refusal) or a TOML file of your own"
+    text = "built-in behaviour (demo, disclaimers, refusal) or a TOML file of your own"
     edit.add_argument("--behaviour", metavar="NAME|FILE.toml", help=text)
     edit.add_argument("--method", choices=METHODS, help="how weights are edited (default: ridge)")
     text = "strengthen the behaviour instead of removing it"
