@@ -25,7 +25,7 @@ from excise.methods.directional import DirectionalMethod
 from excise.methods.profiles import Candidate, Profile
 from excise.methods.registry import settle
 from excise.model.anatomy import describe
-from excise.prompts.chat_template import Dressing
+from excise.prompts.chat_template import ChatFormat
 from excise.prompts.measured_sets import MeasuredSet, MeasuredSets
 from excise.prompts.sets import Prompt
 from excise.runs.session import Session
@@ -134,7 +134,7 @@ def session(
     """A session on a small model; `rows` are token ids of the prompts by role."""
     sets = {role: measured_set(role, ids) for role, ids in (rows or {}).items()}
     settled = settle(validate(sections), model)
-    measured = MeasuredSets(sets, Dressing(None, ""))
+    measured = MeasuredSets(sets, ChatFormat(None, ""))
     return Session(settled, model, measured, Scoring(Markers(())), events.ignore)
 
 

@@ -97,8 +97,8 @@ def test_files_that_may_not_be_read_are_said_to_be_so(tmp_path: Path, monkeypatc
 
 def test_half_a_character_is_replaced():
     for text in ("whole ä \U0001f600", "half \ud800", "\udcff half", "\ude00\ud83d"):
-        assert reading.is_whole(reading.whole_text(text))
-        assert reading.whole_text(text) == "".join(
-            c if reading.is_whole(c) else "\ufffd" for c in text
+        assert reading.is_unicode(reading.replace_surrogates(text))
+        assert reading.replace_surrogates(text) == "".join(
+            c if reading.is_unicode(c) else "\ufffd" for c in text
         )
-    assert reading.whole_text("\ud83d\ude00") == "\U0001f600"  # both halves are one
+    assert reading.replace_surrogates("\ud83d\ude00") == "\U0001f600"  # both halves are one

@@ -157,7 +157,7 @@ class Child:
         self.late = True
         _kill(self.process)
 
-    def complaints(self) -> str:
+    def stderr_tail(self) -> str:
         """Return the end of its standard error."""
         if self._hung:
             return f"error: it did nothing for {_PATIENCE:g} seconds, and was ended"
@@ -182,7 +182,7 @@ def run(command: Sequence[str], what: str, code: Sequence[Path] = ()) -> tuple[i
     """
     child = Child(command, what, code=code)
     try:
-        return child.wait(), child.complaints()
+        return child.wait(), child.stderr_tail()
     finally:
         child.stop()
 

@@ -18,7 +18,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from excise.errors import ConfigError
 from excise.formats import DEFAULT, FORMATS
-from excise.reading import DEEPEST, check_depth, is_file, is_whole, read_toml
+from excise.reading import DEEPEST, check_depth, is_file, is_unicode, read_toml
 from excise.trees import merge, nest, parse_value, resolve_paths, walk_texts
 
 RowNorms = Literal["none", "pre", "full"]
@@ -285,7 +285,7 @@ def validate(tree: dict[str, Any]) -> Config:
         ConfigError: as `load_config`, in one line that names the keys.
     """
     check_depth(tree, "the configuration", ConfigError)
-    broken = next((key for key, text in walk_texts(tree) if not is_whole(text)), None)
+    broken = next((key for key, text in walk_texts(tree) if not is_unicode(text)), None)
     if broken is not None:
         raise ConfigError(
             f"configuration key {_short(broken)}: holds bytes that are not UTF-8 text"

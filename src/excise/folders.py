@@ -13,7 +13,7 @@ import stat
 from pathlib import Path
 
 from excise.errors import ExciseError
-from excise.reading import is_whole
+from excise.reading import is_unicode
 
 _MOST = 100_000  # files; a folder with more is not a model's
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -102,5 +102,5 @@ def _check_file(file: Path, error: type[ExciseError]) -> None:
         raise error(f"{file} is a pipe, socket or device, not a file: remove it")
     if not os.access(file, os.R_OK):
         raise error(f"{file} cannot be read: permission denied")
-    if not is_whole(file.name):
+    if not is_unicode(file.name):
         raise error(f"{str(file)!a} has a name that is not UTF-8: rename it")

@@ -128,7 +128,7 @@ def parse_json(
         raise error(f"{where} is not valid JSON: {problem}") from None
     check_depth(data, where, error)
     escaped = "\\ud" if isinstance(text, str) else b"\\ud"
-    if escaped in text.lower() and not is_whole(json.dumps(data, ensure_ascii=False)):  # type: ignore[operator]
+    if escaped in text.lower() and not is_unicode(json.dumps(data, ensure_ascii=False)):  # type: ignore[operator]
         raise error(f"{where} holds half of a character (a lone surrogate): remove it")
     return data
 
@@ -183,7 +183,7 @@ def check_depth(data: Any, where: str, error: type[InputError]) -> None:
     raise error(_too_deep(where))
 
 
-def is_whole(text: str) -> bool:
+def is_unicode(text: str) -> bool:
     """Return whether a text is valid Unicode: without lone surrogates, which no file can hold."""
     try:
         text.encode("utf-8")
@@ -200,7 +200,7 @@ def full_path(path: Path) -> Path:
     return path.parent.resolve() / path.name if is_file(path) else path.resolve()
 
 
-def whole_text(text: str) -> str:
+def replace_surrogates(text: str) -> str:
     """Replace each lone surrogate by the replacement character."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 

@@ -21,7 +21,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from excise.checkpoints.dequantise import fp8, mxfp4
 from excise.checkpoints.loading import load
 from excise.checkpoints.quantisation import find_scheme
-from excise.checkpoints.safetensors_headers import Stored
+from excise.checkpoints.safetensors_headers import StoredTensor
 from excise.cli import main as cli
 from excise.config import ModelSection
 from excise.errors import ModelError
@@ -169,7 +169,7 @@ def test_methods_that_cannot_be_unpacked(settings, words):
         {"quantization_config": settings},
         {"text_config": {"quantization_config": settings}},
     ):
-        weight = Stored(Path("x"), "a.qweight", "I32", (4, 4), 0, 64)
+        weight = StoredTensor(Path("x"), "a.qweight", "I32", (4, 4), 0, 64)
         with pytest.raises(ModelError) as error:
             find_scheme(config, [weight], "owner/name")
         assert words in str(error.value)

@@ -11,7 +11,7 @@ from templates import GEMMA, GPT_OSS, PARTS, QWEN3, QWEN3_THINKING, R1
 
 from excise.config import PromptSection
 from excise.errors import ModelError
-from excise.prompts.chat_template import after_markup, closing, dress
+from excise.prompts.chat_template import after_thinking, choose_format, close_thinking
 from excise.prompts.template_rendering import Renderer
 from excise.prompts.template_sources import read_template
 
@@ -24,26 +24,26 @@ def renderer():
 
 @pytest.fixture(scope="module")
 def put(renderer):
-    """Renders a prompt with a tokenizer that has a template; gives the dressing as well."""
+    """Renders a prompt with a tokenizer that has a template; gives the chat_format as well."""
 
     def render(template, text="orb", **section):
         tokenizer = builders.tokenizer()
         tokenizer.chat_template = template
-        dressing = dress(tokenizer, PromptSection(**section), renderer)
-        return dressing.render(renderer, [text])[0], dressing
+        chat_format = choose_format(tokenizer, PromptSection(**section), renderer)
+        return chat_format.render(renderer, [text])[0], chat_format
 
     return render
 
 
 def test_qwen3_thinking_is_switched_off_by_the_templates_own_variable(put):
-    text, dressing = put(QWEN3)
+    text, chat_format = put(QWEN3)
     assert text == "<|im_start|>user\norb<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
-    assert dressing.variables == {"enable_thinking": False}
-    assert dressing.header == ""
-    assert "enable_thinking=false" in dressing.notes[0]
-    text, dressing = put(QWEN3, thinking=True)
+    assert chat_format.variables == {"enable_thinking": False}
+    assert chat_format.header == ""
+    assert "enable_thinking=false" in chat_format.notes[0]
+    text, chat_format = put(QWEN3, thinking=True)
     assert text.endswith("<|im_start|>assistant\n")
-    assert dressing.variables == {"enable_thinking": True}
+    assert chat_format.variables == {"enable_thinking": True}
 
 
 @pytest.mark.parametrize(
@@ -68,28 +68,28 @@ def test_which_variables_are_switches(put, line, variables):
 
 
 def test_a_template_that_opens_a_thinking_block_has_it_closed(put):
-    text, dressing = put(R1)
+    text, chat_format = put(R1)
     assert text == "<bos><|User|>orb<|Assistant|><think>\n\n</think>\n\n"
-    assert dressing.header == "\n</think>\n\n"
-    assert "</think>" in dressing.notes[0]
-    text, dressing = put(R1, thinking=True)
+    assert chat_format.header == "\n</think>\n\n"
+    assert "</think>" in chat_format.notes[0]
+    text, chat_format = put(R1, thinking=True)
     assert text.endswith("<|Assistant|><think>\n")
-    assert (dressing.header, dressing.notes) == ("", ())
+    assert (chat_format.header, chat_format.notes) == ("", ())
 
 
 def test_a_template_that_shows_how_its_block_is_closed_is_followed(put):
-    text, dressing = put(QWEN3_THINKING)
+    text, chat_format = put(QWEN3_THINKING)
     assert text.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
-    assert dressing.header == "\n</think>\n\n"
+    assert chat_format.header == "\n</think>\n\n"
 
 
 def test_channels_begin_in_the_final_one_and_the_clock_stands_still(put):
-    text, dressing = put(GPT_OSS, date="2024-02-29")
+    text, chat_format = put(GPT_OSS, date="2024-02-29")
     assert text.endswith("<|end|><|start|>assistant<|channel|>final<|message|>")
     assert text.startswith("<|start|>system<|message|>Current date: 2024-02-29\nReasoning: medium")
-    assert dressing.header == "<|channel|>final<|message|>"
-    assert dressing.variables == {}  # no effort of its switches thinking off
-    assert any("2024-02-29" in note for note in dressing.notes)
+    assert chat_format.header == "<|channel|>final<|message|>"
+    assert chat_format.variables == {}  # no effort of its switches thinking off
+    assert any("2024-02-29" in note for note in chat_format.notes)
     today = put(GPT_OSS.replace('strftime_now("%Y-%m-%d")', '"%d" + strftime_now("%d %B %Y")'))[0]
     assert "Current date: %d01 January 2025" in today
     assert put(GPT_OSS, thinking=True)[0].endswith("<|start|>assistant")
@@ -97,13 +97,13 @@ def test_channels_begin_in_the_final_one_and_the_clock_stands_still(put):
 
 def test_a_template_that_refuses_a_system_role_gets_it_in_the_users_turn(put):
     assert put(GEMMA)[0] == "<bos><start_of_turn>user\norb<end_of_turn>\n<start_of_turn>model\n"
-    text, dressing = put(GEMMA, system="be brief")
+    text, chat_format = put(GEMMA, system="be brief")
     assert text == (
         "<bos><start_of_turn>user\nbe brief\n\norb<end_of_turn>\n<start_of_turn>model\n"
     )
-    assert dressing.folded
-    assert "no system turn" in dressing.notes[0]
-    assert "be brief" not in str(dressing.as_dict())
+    assert chat_format.folded
+    assert "no system turn" in chat_format.notes[0]
+    assert "be brief" not in str(chat_format.as_dict())
 
 
 def test_a_template_that_drops_a_system_role_in_silence_gets_it_in_the_users_turn(put):
@@ -112,9 +112,9 @@ def test_a_template_that_drops_a_system_role_in_silence_gets_it_in_the_users_tur
 
 
 def test_a_template_that_wants_parts_gets_them(put):
-    text, dressing = put(PARTS, system="be brief")
+    text, chat_format = put(PARTS, system="be brief")
     assert text == "<system>be brief<user>orb<assistant>"
-    assert dressing.listed
+    assert chat_format.listed
 
 
 NEEDS_SYSTEM = (
@@ -174,11 +174,11 @@ def test_a_template_from_a_file_and_from_other_models(renderer, tmp_path):
     tokenizer = builders.tokenizer()
     file = tmp_path / "gemma.jinja"
     file.write_text(GEMMA)
-    dressing = dress(tokenizer, PromptSection(chat_template=str(file)), renderer)
-    assert dressing.render(renderer, ["orb"])[0].startswith("<bos><start_of_turn>user")
-    assert dressing.origin == "chat template gemma.jinja"
-    assert "gemma.jinja" in dressing.notes[0]
-    assert str(tmp_path) not in str(dressing.as_dict())
+    chat_format = choose_format(tokenizer, PromptSection(chat_template=str(file)), renderer)
+    assert chat_format.render(renderer, ["orb"])[0].startswith("<bos><start_of_turn>user")
+    assert chat_format.origin == "chat template gemma.jinja"
+    assert "gemma.jinja" in chat_format.notes[0]
+    assert str(tmp_path) not in str(chat_format.as_dict())
     for name in ("whole", "bare"):
         folder = tmp_path / name
         tokenizer.chat_template = R1
@@ -194,20 +194,20 @@ def test_a_models_own_template_is_read_however_it_is_kept(renderer, tmp_path):
     bare, section = builders.tokenizer(), PromptSection()
     bare.chat_template = None
     (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": R1}))
-    dressing = dress(bare, section, renderer, tmp_path)
-    assert dressing.template == R1
-    assert dressing.origin == "the model's chat_template.json"
+    chat_format = choose_format(bare, section, renderer, tmp_path)
+    assert chat_format.template == R1
+    assert chat_format.origin == "the model's chat_template.json"
     for kept in ("\ufeff" + R1, json.dumps({"chat_template": R1})):
         tokenizer = builders.tokenizer()
         tokenizer.chat_template = kept
-        (text,) = dress(tokenizer, section, renderer, tmp_path).render(renderer, ["orb"])
+        (text,) = choose_format(tokenizer, section, renderer, tmp_path).render(renderer, ["orb"])
         assert text == "<bos><|User|>orb<|Assistant|><think>\n\n</think>\n\n"
 
 
 def test_a_base_model_can_be_given_a_template(renderer):
     base = builders.tokenizer()
     base.chat_template = None
-    plain = dress(base, PromptSection(), renderer)
+    plain = choose_format(base, PromptSection(), renderer)
     assert plain.render(renderer, ["orb"]) == ["Question: orb\nAnswer:"]
     assert "plain format" in plain.notes[0]
 
@@ -234,11 +234,11 @@ def test_a_template_that_is_not_there(tmp_path):
 def test_several_named_templates(renderer):
     tokenizer = builders.tokenizer()
     tokenizer.chat_template = {"default": builders.TEMPLATE, "tool_use": "tools"}
-    dressing = dress(tokenizer, PromptSection(), renderer)
-    assert dressing.render(renderer, ["orb"]) == ["<|user|>orb<|assistant|>"]
+    chat_format = choose_format(tokenizer, PromptSection(), renderer)
+    assert chat_format.render(renderer, ["orb"]) == ["<|user|>orb<|assistant|>"]
     tokenizer.chat_template = {"rag": builders.TEMPLATE}
     with pytest.raises(ModelError, match="multiple chat templates"):
-        dress(tokenizer, PromptSection(), renderer)
+        choose_format(tokenizer, PromptSection(), renderer)
 
 
 @pytest.mark.parametrize(
@@ -255,12 +255,12 @@ def test_several_named_templates(renderer):
     ],
 )
 def test_closing_a_block(text, rest):
-    assert closing(text) == rest
+    assert close_thinking(text) == rest
 
 
 def test_what_comes_after_markup():
-    assert after_markup("<think>\n\n</think>\n\nSure") == "\n\nSure"
-    assert after_markup("Sure") == "Sure"
+    assert after_thinking("<think>\n\n</think>\n\nSure") == "\n\nSure"
+    assert after_thinking("Sure") == "Sure"
 
 
 def test_the_date_is_a_date():

@@ -70,7 +70,7 @@ def test_many_conversations_at_once(renderer):
         ("{{ namespace(__class__=1) }}", "no name such as"),
         ("{% set n = namespace() %}{% set n._x = 1 %}", "no name such as"),
         ("{{ dict.mro() }}", "no attribute"),
-        ("{{ strftime_now('%Y') }}", "undefined"),  # dressing gives it one that stands still
+        ("{{ strftime_now('%Y') }}", "undefined"),  # chat_format gives it one that stands still
     ],
 )
 def test_what_a_template_fails_with_is_one_line(renderer, template, words):

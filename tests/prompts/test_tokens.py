@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from excise.config import Config, PromptSection
 from excise.errors import ModelError, PromptError
-from excise.prompts.chat_template import PLAIN_FORMAT, dress
+from excise.prompts.chat_template import PLAIN_FORMAT, choose_format
 from excise.prompts.measured_sets import tokenise
 from excise.prompts.sets import Prompt, PromptSet, PromptSets
 from excise.prompts.template_rendering import Renderer
@@ -62,7 +62,7 @@ def add_bos(tokenizer):
 def ids_of(tokenizer, *texts, **section):
     prompts = PromptSet("target", "p.txt", tuple(Prompt(text) for text in texts))
     given = PromptSection(**section)
-    return encode(tokenizer, prompts, given, dress(tokenizer, given, RENDERER), RENDERER)
+    return encode(tokenizer, prompts, given, choose_format(tokenizer, given, RENDERER), RENDERER)
 
 
 def spoken(tokenizer, ids):
@@ -164,7 +164,7 @@ def test_a_template_that_ends_a_turn_with_a_token_that_nobody_names_is_told_of(e
     loaded = builders.loaded("llama")
     loaded.tokenizer.add_special_tokens({"additional_special_tokens": ["<|system|>"]})
     loaded.tokenizer.chat_template = CLOSED.replace("END", end)
-    notes = " ".join(tokenise(loaded, TWO, Config()).dressing.notes)
+    notes = " ".join(tokenise(loaded, TWO, Config()).chat_format.notes)
     assert said in notes
     assert ("closes a response" in notes) == bool(said)
 

@@ -10,7 +10,7 @@ from excise import events
 from excise.checkpoints.loading import load
 from excise.config import load_config
 from excise.methods.registry import settle
-from excise.prompts.chat_template import Dressing
+from excise.prompts.chat_template import ChatFormat
 from excise.prompts.measured_sets import MeasuredSet, MeasuredSets
 from excise.prompts.sets import Prompt
 from excise.runs.session import Session
@@ -38,7 +38,7 @@ def found(tiny: Path):
         prompts = {role: (Prompt(text + role, answer),) for role in roles}
         sets = {role: MeasuredSet(role, "x", some, [[]]) for role, some in prompts.items()}
         measured, scoring = (
-            MeasuredSets(sets, Dressing(None, template)),
+            MeasuredSets(sets, ChatFormat(None, template)),
             Scoring(Markers((phrase,))),
         )
         session = Session(settle(config, loaded), loaded, measured, scoring, events.ignore)

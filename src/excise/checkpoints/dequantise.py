@@ -33,7 +33,7 @@ from excise.checkpoints.quantisation import (
     is_pair,
     scale_layout,
 )
-from excise.checkpoints.safetensors_headers import BITS, FP8, Stored
+from excise.checkpoints.safetensors_headers import BITS, FP8, StoredTensor
 from excise.errors import ModelError, StorageError
 from excise.files import Claim, temporary
 from excise.folders import list_files
@@ -105,11 +105,11 @@ class _Tensors:
         self.by_name = {tensor.name: tensor for tensor in read_tensors(files)}
         self.names = set(self.by_name)
 
-    def of_file(self, file: Path) -> list[Stored]:
+    def of_file(self, file: Path) -> list[StoredTensor]:
         """List the tensors of one file, sorted by name."""
         return sorted((t for t in self.by_name.values() if t.file == file), key=lambda t: t.name)
 
-    def get(self, name: str) -> Stored:
+    def get(self, name: str) -> StoredTensor:
         """Return where a tensor is stored.
 
         Raises:
@@ -150,7 +150,7 @@ def _plan(found: _Tensors, file: Path, block: tuple[int, int] | None) -> Iterato
             yield name, shape, tensor.dtype, partial(_as_stored, tensor)
 
 
-def _as_stored(tensor: Stored) -> Tensor:
+def _as_stored(tensor: StoredTensor) -> Tensor:
     return torch.frombuffer(tensor.read_bytes(), dtype=torch.uint8) if tensor.elements else _EMPTY
 
 

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from excise.checkpoints.writer_proof import (
     TOLERANCE,
     LayerRun,
-    Seen,
+    LayerTrace,
     flat,
     layer_runs,
-    outputs_of,
     probe_tokens,
     prove,
     run_backbone,
+    trace_modules,
     unexplained,
 )
 from excise.errors import UnknownArchitecture, first_line
@@ -163,7 +163,7 @@ def _find_writers(
     """Return one layer's writers: every candidate without which the layer's output is not explained."""
     candidates = {name: m for name, m in layer.named_modules() if _could_write(m, width)}
     norms = {n: m for n, m in layer.named_modules() if _is_norm(m, width)}
-    seen = outputs_of(run, [*candidates.values(), *norms.values()])
+    seen = trace_modules(run, [*candidates.values(), *norms.values()])
     columns, gains = {}, {}
     for name, module in candidates.items():
         y = seen.outputs.get(id(module))
@@ -196,7 +196,7 @@ def _is_norm(module: Any, width: int) -> bool:
     return isinstance(weight, nn.Parameter) and tuple(weight.shape) == (width,)
 
 
-def _chained_gain(seen: Seen, norms: list[nn.Module], y: Tensor) -> Tensor | None:
+def _chained_gain(seen: LayerTrace, norms: list[nn.Module], y: Tensor) -> Tensor | None:
     """Multiply the gains of the norms that take just this output, one after the other."""
     gain: Tensor | None = None
     while True:

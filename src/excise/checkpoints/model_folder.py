@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from excise.checkpoints.safetensors_headers import Stored, is_pointer, read_header
+from excise.checkpoints.safetensors_headers import StoredTensor, is_pointer, read_header
 from excise.errors import ExciseError, ModelError, first_line
 from excise.folders import check_inside, list_files
 from excise.reading import check_regular, is_file, read_json
@@ -211,7 +211,7 @@ _COUNTS = re.compile(r"(^|_)(layers?|depths?|blocks?|experts|labels)$")
 _FEW = 1000  # so many are made in seconds, whatever the weights hold
 
 
-def _check_sizes(folder: Path, config: dict[str, Any], tensors: Sequence[Stored]) -> None:
+def _check_sizes(folder: Path, config: dict[str, Any], tensors: Sequence[StoredTensor]) -> None:
     """Refuse module counts far beyond the weights: a class would build modules for hours."""
     fused = [tensor.shape[0] for tensor in tensors if len(tensor.shape) > 2]
     most = max(_FEW, len(tensors), *fused)
@@ -272,13 +272,13 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def read_tensors(files: Sequence[Path]) -> list[Stored]:
+def read_tensors(files: Sequence[Path]) -> list[StoredTensor]:
     """Read the headers of a checkpoint's weight files.
 
     Raises:
         ModelError: a tensor is stored in two of them, or a header is not whole.
     """
-    found: dict[str, Stored] = {}
+    found: dict[str, StoredTensor] = {}
     for file in files:
         for tensor in read_header(file):
             other = found.setdefault(tensor.name, tensor)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from excise.checkpoints.safetensors_headers import FP8, Stored
+from excise.checkpoints.safetensors_headers import FP8, StoredTensor
 from excise.errors import ModelError
 
 # Suffixes of the scales of an FP8 weight; both are multiplied, whatever the name says.
@@ -42,7 +42,7 @@ class Scheme:
     block: tuple[int, int] | None = None
 
 
-def find_scheme(config: dict[str, Any], tensors: Sequence[Stored], source: str) -> Scheme:
+def find_scheme(config: dict[str, Any], tensors: Sequence[StoredTensor], source: str) -> Scheme:
     """Find a checkpoint's quantisation scheme from its tensors.
 
     Raises:
@@ -77,7 +77,7 @@ def _inner(config: dict[str, Any]) -> dict[str, Any]:
     return inner if isinstance(inner, dict) else {}
 
 
-def _is_unknown(tensor: Stored, names: set[str], claimed: bool) -> bool:
+def _is_unknown(tensor: StoredTensor, names: set[str], claimed: bool) -> bool:
     """Return whether a tensor is quantised in a way that is not known here."""
     if _UNKNOWN.search(tensor.name) or tensor.dtype in ("F4", "F6_E2M3", "F6_E3M2"):
         return True
@@ -93,7 +93,7 @@ def is_pair(name: str, names: set[str]) -> bool:
 
 
 def _not_unpacked(
-    claim: str | None, settings: dict[str, Any], source: str, tensor: Stored | None
+    claim: str | None, settings: dict[str, Any], source: str, tensor: StoredTensor | None
 ) -> str:
     if claim == "bitsandbytes":
         return (
@@ -136,7 +136,7 @@ def scale_layout(
     return None
 
 
-def check_scale(tensor: Stored, scale: Stored, block: tuple[int, int] | None) -> None:
+def check_scale(tensor: StoredTensor, scale: StoredTensor, block: tuple[int, int] | None) -> None:
     """Refuse a tensor that cannot be the scales of an FP8 tensor.
 
     Raises:
@@ -147,7 +147,7 @@ def check_scale(tensor: Stored, scale: Stored, block: tuple[int, int] | None) ->
     raise _damaged(scale, tensor, f" in blocks of {list(block)}" if block else "")
 
 
-def check_mxfp4(blocks: Stored, scales: Stored) -> None:
+def check_mxfp4(blocks: StoredTensor, scales: StoredTensor) -> None:
     """Refuse two tensors that cannot be values and scales of MXFP4.
 
     Raises:
@@ -158,7 +158,7 @@ def check_mxfp4(blocks: Stored, scales: Stored) -> None:
         raise _damaged(scales, blocks, "")
 
 
-def _damaged(scale: Stored, tensor: Stored, more: str) -> ModelError:
+def _damaged(scale: StoredTensor, tensor: StoredTensor, more: str) -> ModelError:
     return ModelError(
         f"{scale.name} {list(scale.shape)} ({scale.dtype}) does not scale {tensor.name} "
         f"{list(tensor.shape)} ({tensor.dtype}){more}: the checkpoint is damaged"

@@ -29,7 +29,7 @@ _POINTER = b"version https://git-lfs"
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """One tensor of a file: its dtype as the header writes it, its shape, and the range of its bytes."""
 
     file: Path
@@ -72,7 +72,7 @@ def is_pointer(file: Path) -> bool:
         return stream.read(len(_POINTER)) == _POINTER
 
 
-def read_header(file: Path) -> list[Stored]:
+def read_header(file: Path) -> list[StoredTensor]:
     """List the tensors of a safetensors file, in the order of its header.
 
     Raises:
@@ -99,12 +99,12 @@ def read_header(file: Path) -> list[Stored]:
         raise _corrupt(file, str(problem)) from None
 
 
-def count_elements(tensors: Sequence[Stored]) -> int:
+def count_elements(tensors: Sequence[StoredTensor]) -> int:
     """Count the elements of all these tensors."""
     return sum(tensor.elements for tensor in tensors)
 
 
-def _parse(file: Path, text: bytes, size: int) -> list[Stored]:
+def _parse(file: Path, text: bytes, size: int) -> list[StoredTensor]:
     header = parse_json(text, "its header", _BadHeader, pairs=_unique_keys)
     if not isinstance(header, dict):
         raise _BadHeader("its header is not a JSON object")
@@ -121,7 +121,7 @@ def _parse(file: Path, text: bytes, size: int) -> list[Stored]:
     return found
 
 
-def _stored(file: Path, name: str, entry: Any, begin: int) -> Stored:
+def _stored(file: Path, name: str, entry: Any, begin: int) -> StoredTensor:
     if len(name) > _NAME or not name.isprintable():
         raise _BadHeader(f"a tensor is named {name[:40]!a}")
     if not isinstance(entry, dict):
@@ -135,7 +135,7 @@ def _stored(file: Path, name: str, entry: Any, begin: int) -> Stored:
     start, stop = offsets
     if math.prod(shape) * BITS[dtype] != 8 * (stop - start):
         raise _BadHeader(f"the shape of tensor {name} does not fit its bytes")
-    return Stored(file, name, dtype, shape, begin + start, begin + stop)
+    return StoredTensor(file, name, dtype, shape, begin + start, begin + stop)
 
 
 def _counts(values: Any) -> tuple[int, ...] | None:

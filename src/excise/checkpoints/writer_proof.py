@@ -132,7 +132,7 @@ def coverage_error(
     """
     modules = {id(writer.module): writer for writer in writers}
     names = {key: writer.component for key, writer in modules.items()}
-    found = outputs_of(run, [*(w.module for w in modules.values()), *passes])
+    found = trace_modules(run, [*(w.module for w in modules.values()), *passes])
     columns = {
         names.get(key, f"pass {key}"): flat(y)
         * (1.0 if key not in modules else _gain(modules[key]))
@@ -149,7 +149,7 @@ def coverage_error(
 
 
 @dataclass(frozen=True)
-class Seen:
+class LayerTrace:
     """Inputs and outputs of a layer's modules, by the id of the model's module, and the layer's output."""
 
     outputs: dict[int, Tensor]
@@ -157,7 +157,7 @@ class Seen:
     result: Tensor
 
 
-def outputs_of(run: LayerRun, modules: Sequence[nn.Module]) -> Seen:
+def trace_modules(run: LayerRun, modules: Sequence[nn.Module]) -> LayerTrace:
     """Run the layer; keep the inputs and outputs of these modules."""
     outputs: dict[int, Tensor] = {}
     inputs: dict[int, Tensor] = {}
@@ -175,7 +175,7 @@ def outputs_of(run: LayerRun, modules: Sequence[nn.Module]) -> Seen:
     finally:
         for one in hooks:
             one.remove()
-    return Seen(outputs, inputs, result[0] if isinstance(result, tuple) else result)
+    return LayerTrace(outputs, inputs, result[0] if isinstance(result, tuple) else result)
 
 
 def unexplained(given: Tensor, columns: dict[str, Tensor], result: Tensor) -> float:
@@ -197,7 +197,7 @@ def unexplained(given: Tensor, columns: dict[str, Tensor], result: Tensor) -> fl
 def _responds(run: LayerRun, writer: Writer) -> bool:
     """Return whether a random edit of the matrix changes the module's output exactly as predicted."""
     twin: Any = run.twin(writer.module)
-    before = outputs_of(run, [writer.module])
+    before = trace_modules(run, [writer.module])
     key = id(writer.module)
     if key not in before.outputs:
         return False
@@ -219,7 +219,7 @@ def _responds(run: LayerRun, writer: Writer) -> bool:
             expected = _predicted_experts(run, twin, edit)
             for expert in range(twin.down_proj.shape[0]):
                 _write(replace(writer, expert=expert), twin, edit, bias=False)
-    after = outputs_of(run, [writer.module]).outputs[key]
+    after = trace_modules(run, [writer.module]).outputs[key]
     return bool((after - expected).norm() <= TOLERANCE * expected.norm())
 
 

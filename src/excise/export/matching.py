@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from excise.checkpoints.model_folder import read_tensors, weight_files
-from excise.checkpoints.safetensors_headers import Stored
+from excise.checkpoints.safetensors_headers import StoredTensor
 from excise.errors import ExportError, ModelError
 from excise.model.anatomy import Writer
 from excise.model.overrides import threads
@@ -151,7 +151,7 @@ def list_tensors(source: Path) -> list[TensorPlace]:
     return [_place(source, tensor) for tensor in read_tensors(weight_files(source))]
 
 
-def _place(source: Path, tensor: Stored) -> TensorPlace:
+def _place(source: Path, tensor: StoredTensor) -> TensorPlace:
     file = tensor.file.relative_to(source)
     return TensorPlace(file, tensor.name, tensor.dtype, tensor.shape, tensor.start, tensor.stop)
 

@@ -133,7 +133,7 @@ class GgufModel:
     def _stopped(self) -> ExportError:
         """Explain why the process ended, from its standard error."""
         code = self._child.wait()
-        reasons = _REASON.findall(self._child.complaints())
+        reasons = _REASON.findall(self._child.stderr_tail())
         self._child.stop()
         reason = reasons[-1].strip()[:200] if reasons else f"exit code {code}"
         return ExportError(f"llama.cpp cannot run {self._path} ({reason})")

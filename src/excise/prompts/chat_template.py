@@ -46,7 +46,7 @@ _SYSTEM = "Answer in one sentence."
 
 
 @dataclass(frozen=True)
-class Dressing:
+class ChatFormat:
     """Everything that stands around a prompt's text.
 
     Attributes:
@@ -128,9 +128,9 @@ class Dressing:
         }
 
 
-def dress(
+def choose_format(
     tokenizer: Any, section: PromptSection, renderer: Renderer, folder: Path | None = None
-) -> Dressing:
+) -> ChatFormat:
     """Decide how prompts are put to the model of this tokenizer.
 
     Args:
@@ -146,32 +146,32 @@ def dress(
     found = own_template(tokenizer, folder) if given is None else read_template(given)
     if found is None:
         note = "No chat template: prompts are put in the plain format that the README shows."
-        return Dressing(None, "plain format", section.system, notes=(note,))
+        return ChatFormat(None, "plain format", section.system, notes=(note,))
     text, origin = found
     notes = [] if given is None else [f"Prompts are put with the {origin}."]
     facts = renderer.analyse(text, origin, _EFFORT)
     held = _freeze_clock(facts, section.date)
     variables, said = _switches(facts, section.thinking)
     tokens = special_tokens(tokenizer)
-    plain = Dressing(held + text, origin, variables=variables, tokens=tokens)
-    dressing = _with_system(plain, renderer, section.system)
-    header = "" if section.thinking else _header(dressing, renderer)
+    plain = ChatFormat(held + text, origin, variables=variables, tokens=tokens)
+    chat_format = _with_system(plain, renderer, section.system)
+    header = "" if section.thinking else _header(chat_format, renderer)
     notes += said
     if held:
         notes.append(f"The template writes the date: it is held at {section.date} (prompts.date).")
-    if dressing.folded:
+    if chat_format.folded:
         notes.append("The template takes no system turn: the system prompt opens the user's turn.")
     if header:
         notes.append(f"Every prompt is led up to the answer, past its thinking: {header!r}.")
-    return replace(dressing, header=header, notes=tuple(notes))
+    return replace(chat_format, header=header, notes=tuple(notes))
 
 
-def after_answer(dressing: Dressing, renderer: Renderer) -> str:
+def after_answer(chat_format: ChatFormat, renderer: Renderer) -> str:
     """Return what the template writes after a response; "" where it cannot render one."""
-    if dressing.template is None:
+    if chat_format.template is None:
         return ""
     try:
-        (answered,) = dressing.turns(renderer, [_QUESTION], _ANSWER)
+        (answered,) = chat_format.turns(renderer, [_QUESTION], _ANSWER)
     except TemplateRefusal:
         return ""
     _, found, after = answered.rpartition(_ANSWER)
@@ -188,7 +188,7 @@ def holds_text(text: str, rendered: str) -> bool:
     return any("".join(form.split()) in "".join(whole.split()) for form, whole in forms)
 
 
-def closing(text: str) -> str:
+def close_thinking(text: str) -> str:
     """Close the thinking block that `text` has opened and left empty; "" where there is none."""
     for opened, inside, closed in _BLOCKS:
         _, tag, rest = text.rpartition(opened)
@@ -197,7 +197,7 @@ def closing(text: str) -> str:
     return ""
 
 
-def after_markup(text: str) -> str:
+def after_thinking(text: str) -> str:
     """Return the part of a response's beginning that stands after any thinking block."""
     for _, _, closed in _BLOCKS:
         text = text.rpartition(closed.strip())[2]
@@ -251,7 +251,7 @@ def _switches(facts: TemplateFacts, thinking: bool) -> tuple[dict[str, Any], lis
     return values, [f"Thinking is switched {'on' if thinking else 'off'} in the template: {said}."]
 
 
-def _with_system(plain: Dressing, renderer: Renderer, system: str | None) -> Dressing:
+def _with_system(plain: ChatFormat, renderer: Renderer, system: str | None) -> ChatFormat:
     """Choose the form of messages that the template renders whole.
 
     Raises:
@@ -272,8 +272,8 @@ def _with_system(plain: Dressing, renderer: Renderer, system: str | None) -> Dre
 
 
 def _form(
-    plain: Dressing, renderer: Renderer, system: str | None
-) -> tuple[Dressing | None, TemplateRefusal | None]:
+    plain: ChatFormat, renderer: Renderer, system: str | None
+) -> tuple[ChatFormat | None, TemplateRefusal | None]:
     """Return the first form of messages that is rendered whole, else the first refusal."""
     folds = (False,) if system is None else (False, True)
     forms = [replace(plain, system=system, folded=folded) for folded in folds]
@@ -292,19 +292,19 @@ def _form(
     return None, first
 
 
-def _header(dressing: Dressing, renderer: Renderer) -> str:
+def _header(chat_format: ChatFormat, renderer: Renderer) -> str:
     """Return what stands between the generation prompt and an answer, where it is more than white space.
 
     The template itself shows it: in a conversation that has been answered (gpt-oss names the final
     channel there), or by leaving a thinking block open.
     """
-    (prompt,) = dressing.turns(renderer, [_QUESTION])
+    (prompt,) = chat_format.turns(renderer, [_QUESTION])
     try:
-        (answered,) = dressing.turns(renderer, [_QUESTION], _ANSWER)
+        (answered,) = chat_format.turns(renderer, [_QUESTION], _ANSWER)
     except TemplateRefusal:
         answered = ""
     if answered.startswith(prompt):
         header, found, _ = answered[len(prompt) :].partition(_ANSWER)
         if found and header.strip():
             return header
-    return closing(prompt)
+    return close_thinking(prompt)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from excise.checkpoints.loading import Loaded
 from excise.config import Config
 from excise.errors import PromptError
-from excise.prompts.chat_template import Dressing, after_answer, dress
+from excise.prompts.chat_template import ChatFormat, after_answer, choose_format
 from excise.prompts.sets import PromptSet, PromptSets
 from excise.prompts.template_rendering import Renderer
 from excise.prompts.tokens import check_known, encode, end_tokens, unnamed_end, vocabulary
@@ -60,7 +60,7 @@ class MeasuredSets(Mapping[str, MeasuredSet]):
     """All prompt sets of a run by their roles, and how prompts are put to the model."""
 
     sets: dict[str, MeasuredSet]
-    dressing: Dressing
+    chat_format: ChatFormat
     opening: Opening = field(default_factory=Opening)
 
     def __getitem__(self, role: str) -> MeasuredSet:
@@ -86,12 +86,12 @@ class MeasuredSets(Mapping[str, MeasuredSet]):
 
     def as_dict(self) -> dict[str, Any]:
         """Return how prompts are put to the model, JSON-ready, for the study and the record."""
-        return {**self.dressing.as_dict(), "opening": self.opening.as_dict()}
+        return {**self.chat_format.as_dict(), "opening": self.opening.as_dict()}
 
     @property
     def notes(self) -> list[str]:
         """Sentences on how prompts are put to the model."""
-        return [note for note in (*self.dressing.notes, self.opening.note) if note]
+        return [note for note in (*self.chat_format.notes, self.opening.note) if note]
 
 
 def tokenise(loaded: Loaded, sets: PromptSets, config: Config) -> MeasuredSets:
@@ -104,18 +104,18 @@ def tokenise(loaded: Loaded, sets: PromptSets, config: Config) -> MeasuredSets:
     section = config.prompts
     ends, tokenizer = end_tokens(loaded.model, loaded.tokenizer), loaded.tokenizer
     with Renderer() as renderer:
-        dressing = dress(tokenizer, section, renderer, loaded.folder)
-        note = unnamed_end(tokenizer, after_answer(dressing, renderer), ends)
+        chat_format = choose_format(tokenizer, section, renderer, loaded.folder)
+        note = unnamed_end(tokenizer, after_answer(chat_format, renderer), ends)
         ids = {
-            s.role: encode(tokenizer, s, section, dressing, renderer) if len(s) else []
+            s.role: encode(tokenizer, s, section, chat_format, renderer) if len(s) else []
             for s in sets.all()
         }
     for rows in ids.values():
         check_known(tokenizer, rows, vocabulary(loaded.model))
     _check_positions(loaded, ids, config)
-    notes = (*dressing.notes, *filter(None, (note,)))
+    notes = (*chat_format.notes, *filter(None, (note,)))
     measured = {s.role: MeasuredSet(**vars(s), ids=ids[s.role]) for s in sets.all()}
-    return MeasuredSets(measured, replace(dressing, notes=notes))
+    return MeasuredSets(measured, replace(chat_format, notes=notes))
 
 
 def _check_positions(loaded: Loaded, ids: dict[str, list[list[int]]], config: Config) -> None:

@@ -16,7 +16,7 @@ from typing import Any, TextIO
 from excise.children import Child, python
 from excise.config import PromptSource
 from excise.errors import PromptError, first_line
-from excise.reading import check_regular, is_file, is_whole, parse_json
+from excise.reading import check_regular, is_file, is_unicode, parse_json
 
 SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet")
 LONGEST = 1 << 17  # characters of one text: what Python's csv module allows
@@ -101,7 +101,7 @@ def _lines(path: Path) -> Iterator[Row]:
                 where = f"prompt file {path}, line {number}"
                 if len(line) > _LONGEST_LINE:
                     raise PromptError(f"{where}: it has more than {_LONGEST_LINE:,} characters")
-                if not is_whole(line):
+                if not is_unicode(line):
                     raise PromptError(f"{where}: it is not UTF-8 text")
                 yield where, {"": line}
     except OSError as error:
@@ -180,7 +180,7 @@ def _parquet_rows(path: Path, source: PromptSource) -> Iterator[Row]:
 def _answer(child: Child, what: str) -> dict[str, Any]:
     line = child.line(_SECONDS, _LONGEST_ANSWER)
     if not line.endswith(b"\n"):
-        reason = (child.complaints().split("\n") if not child.late else [])[-2:]
+        reason = (child.stderr_tail().split("\n") if not child.late else [])[-2:]
         said = " ".join(reason).strip() or f"nothing of it could be read in {_SECONDS:g} seconds"
         raise PromptError(f"{what} is not a readable parquet file: {said:.200}")
     answer = dict(json.loads(line))

@@ -14,7 +14,7 @@ from typing import Any
 from excise.config import PromptSection, PromptSource
 from excise.errors import PromptError
 from excise.prompts.prompt_files import LONGEST, read_rows
-from excise.reading import is_whole
+from excise.reading import is_unicode
 
 _MOST = 100_000  # prompts of one set
 _LARGEST = 1 << 28  # characters of one set
@@ -184,7 +184,7 @@ def _text(value: Any, column: str, where: str) -> str | None:
         raise PromptError(
             f"{where}: a text of {len(text):,} characters, where at most {LONGEST:,} are read"
         )
-    if not is_whole(text):
+    if not is_unicode(text):
         raise PromptError(
             f"{where}: column {column!r:.60} holds half of a character (a lone surrogate): remove it"
         )

@@ -15,7 +15,7 @@ from typing import Any
 
 from excise.children import Child, python
 from excise.errors import ModelError
-from excise.reading import is_whole
+from excise.reading import is_unicode
 
 Chat = list[dict[str, Any]]
 
@@ -90,7 +90,7 @@ class Renderer:
         """
         asked = {"template": template, "chats": list(chats), "variables": variables}
         texts = self._ask({**asked, "prompt": prompt}, what, _EACH * len(chats))
-        if not all(map(is_whole, texts)):
+        if not all(map(is_unicode, texts)):
             raise ModelError(f"{what} writes half of a character (a lone surrogate)")
         return list(map(str, texts))
 
@@ -132,7 +132,7 @@ class Renderer:
 
     def _ended(self, what: str) -> ModelError:
         assert self._child is not None
-        said = self._child.complaints().strip().splitlines() or ["it said nothing"]
+        said = self._child.stderr_tail().strip().splitlines() or ["it said nothing"]
         self._stop()
         return ModelError(f"{what} ends the process that it is rendered in: {said[-1]:.200}")
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from excise.errors import ModelError, first_line
 from excise.folders import check_inside
-from excise.reading import is_file, is_folder, is_whole, parse_json, read_text
+from excise.reading import is_file, is_folder, is_unicode, parse_json, read_text
 
 LARGEST = 1 << 20  # characters of a template
 _TEMPLATE, _CONFIG, _OLD = "chat_template.jinja", "tokenizer_config.json", "chat_template.json"
@@ -114,8 +114,10 @@ def _unpack(value: Any, what: str) -> str:
         value = value["default"]
     if not isinstance(value, str):
         raise ModelError(f"{what} is {type(value).__name__}, not text: {value!r:.60}")
-    if len(value) > LARGEST or not is_whole(value):
-        fault = f"has {len(value):,} characters" if is_whole(value) else "holds half of a character"
+    if len(value) > LARGEST or not is_unicode(value):
+        fault = (
+            f"has {len(value):,} characters" if is_unicode(value) else "holds half of a character"
+        )
         raise ModelError(f"{what} {fault}: it cannot be meant")
     return value
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from excise.config import PromptSection
 from excise.errors import ModelError, PromptError
-from excise.prompts.chat_template import Dressing
+from excise.prompts.chat_template import ChatFormat
 from excise.prompts.sets import PromptSet
 from excise.prompts.template_rendering import Renderer
 
@@ -63,7 +63,7 @@ def encode(
     tokenizer: Any,
     prompts: PromptSet,
     section: PromptSection,
-    dressing: Dressing,
+    chat_format: ChatFormat,
     renderer: Renderer,
 ) -> list[list[int]]:
     """Tokenise every prompt as the model expects it, up to where its answer begins.
@@ -73,9 +73,9 @@ def encode(
         PromptError: a prompt has no tokens.
     """
     texts = [f"{section.prefix}{prompt.text}{section.suffix}" for prompt in prompts.prompts]
-    rendered = dressing.render(renderer, texts)
+    rendered = chat_format.render(renderer, texts)
     # The template writes its own <bos>; adding another would change every position.
-    special = dressing.template is None
+    special = chat_format.template is None
     ids = tokenizer(rendered, add_special_tokens=special)["input_ids"]
     if special:
         ids = [_unended(tokenizer, text, row) for text, row in zip(rendered, ids, strict=True)]

@@ -19,7 +19,7 @@ from excise.files import check_destination
 from excise.formats import DEFAULT, FORMATS, OPTIONS
 from excise.prompts.measured_sets import Part, tokenise
 from excise.prompts.sets import PromptSet, load_prompt_sets
-from excise.reading import is_file, is_whole
+from excise.reading import is_file, is_unicode
 from excise.record import ArtifactRecord, Record, Scores
 from excise.report.pages import write_pages
 from excise.report.stored_record import FILE as RECORD
@@ -68,7 +68,7 @@ def export_run(
     """
     read_record(folder)  # where there is none, this is no run: not even a lock is left there
     check_destination(to)
-    if not is_whole(str(to)):
+    if not is_unicode(str(to)):
         raise OutputError(f"{str(to)!r} is not UTF-8 text: give --to another name")
     if to.exists():
         raise OutputError(f"{to} exists: give --to a new folder")

@@ -14,7 +14,7 @@ from excise.checkpoints.loading import Loaded
 from excise.engine.engine import Engine, Plan
 from excise.engine.requests import Responses
 from excise.engine.stacking import ORIGINAL
-from excise.prompts.chat_template import after_markup, closing
+from excise.prompts.chat_template import after_thinking, close_thinking
 from excise.prompts.measured_sets import LONGEST, Opening
 from excise.prompts.tokens import end_tokens
 
@@ -62,7 +62,7 @@ def find_opening(
         for side, share in _shares(responses, found).items():
             shares[side] = min(share, shares.get(side, 1.0))
         ids += found
-        rest = "" if thinking else closing(tokenizer.decode(ids))
+        rest = "" if thinking else close_thinking(tokenizer.decode(ids))
         if not rest:
             break
         closed = True
@@ -95,7 +95,7 @@ def spoken_part(tokenizer: Any, ids: Sequence[int]) -> tuple[int, ...]:
     added = tokenizer.added_tokens_decoder
     marks = [n for n, i in enumerate(ids) if i in added and _is_markup(added[i])]
     rest = list(ids[max(marks, default=-1) + 1 :])
-    spoken = after_markup(tokenizer.decode(rest)).strip()
+    spoken = after_thinking(tokenizer.decode(rest)).strip()
     while rest and len(tokenizer.decode(rest).strip()) > len(spoken):
         rest = rest[1:]  # a thinking tag that is spelt with ordinary tokens
     return tuple(rest) if spoken else ()
@@ -110,8 +110,8 @@ def _up_to_thinking(tokenizer: Any, found: list[int]) -> list[int]:
     """Cut `found` where it opens a thinking block that it does not close."""
     for count in range(1, len(found) + 1):
         head, rest = tokenizer.decode(found[:count]), tokenizer.decode(found[count:])
-        if closing(head):
-            return found if after_markup(rest) != rest else found[:count]
+        if close_thinking(head):
+            return found if after_thinking(rest) != rest else found[:count]
     return found
 
 

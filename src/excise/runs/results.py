@@ -16,7 +16,7 @@ from excise.engine.engine import Engine
 from excise.engine.requests import Responses
 from excise.engine.stacking import ORIGINAL, CandidateEdits
 from excise.folders import commit_of
-from excise.reading import whole_text
+from excise.reading import replace_surrogates
 from excise.record import CoverageRecord, ModelRecord, PromptRecord, Record, Sample
 from excise.runs.session import EditingSession
 from excise.runs.study_identity import digests, fingerprint
@@ -63,7 +63,7 @@ def _samples(session: EditingSession, engine: Engine, edits: CandidateEdits) -> 
         before, after = engine.measure([ORIGINAL, edits], request, {side: count})
         pairs = zip(before.responses[side], after.responses[side], strict=True)
         for prompt, both in zip(prompts.prompts, pairs, strict=False):  # of the first few prompts
-            texts = [whole_text(one.text) for one in both]
+            texts = [replace_surrogates(one.text) for one in both]
             out.append(
                 Sample.model_validate(
                     {

@@ -21,7 +21,7 @@ from excise.checkpoints.loading import Loaded
 from excise.errors import OutputError, RunStateError, StorageError
 from excise.files import check_writable, replacing
 from excise.prompts.measured_sets import Opening
-from excise.reading import is_file, is_folder, is_whole
+from excise.reading import is_file, is_folder, is_unicode
 from excise.record import Separation
 from excise.runs.resume_terms import CONFIG
 from excise.search import journal
@@ -37,7 +37,7 @@ def check_output(out: Path, resume: bool) -> None:
     Raises:
         OutputError: it is a file, or a folder with another run or other files.
     """
-    if not is_whole(str(out)):
+    if not is_unicode(str(out)):
         raise OutputError(f"{str(out)!r} is not UTF-8 text: give --out another name")
     if resume:
         if not is_folder(out):
