@@ -1,6 +1,6 @@
 """`docs/front.svg`, the picture at the head of the README: the trials and the front of a run's record.
 
-    python bench/front_picture.py runs/demo/record.json
+python bench/front_picture.py runs/demo/record.json
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ text { font: 13px system-ui, sans-serif; fill: #57606a } .grid { stroke: #8c959f
 .trial { fill: #8c959f; fill-opacity: .55 } .front { fill: none; stroke: #e0762f; stroke-width: 2 }
 .point { fill: #e0762f } .chosen { fill: none; stroke: #cf222e; stroke-width: 2.5 }
 .said { fill: #cf222e; font-weight: 600 }
-@media (prefers-color-scheme: dark) { text { fill: #9da7b1 } .said { fill: #ff7b72 } .chosen { stroke: #ff7b72 } }
+@media (prefers-color-scheme: dark) {
+  text { fill: #9da7b1 } .said { fill: #ff7b72 } .chosen { stroke: #ff7b72 }
+}
 """
 
 
@@ -48,7 +50,9 @@ def picture(record: dict[str, Any]) -> str:
     parts += [f"<title>{_title(record)}</title>", f"<style>{STYLE}</style>"]
     for rate in (0.0, 0.25, 0.5, 0.75, 1.0):
         (x, y), (right, _) = place(10.0 ** ends[0], rate), place(10.0 ** ends[1], rate)
-        parts.append(f'<line class="grid" x1="{x:.0f}" y1="{y:.1f}" x2="{right:.0f}" y2="{y:.1f}"/>')
+        parts.append(
+            f'<line class="grid" x1="{x:.0f}" y1="{y:.1f}" x2="{right:.0f}" y2="{y:.1f}"/>'
+        )
         parts.append(f'<text x="{x - 8:.0f}" y="{y + 4:.1f}" text-anchor="end">{rate:.0%}</text>')
     for power in range(ends[0], ends[1] + 1):
         x, y = place(10.0**power, 0.0)
