@@ -1,7 +1,7 @@
-"""Search spaces as Optuna sees them: the ranges of the parameters that `profiles` reads. Pure.
+"""Search spaces as Optuna sees them: the ranges of the parameters that `profiles` reads. Pure maths.
 
-The directional one in ranges known to be good, with N = L - 1, and the profile of methods that
-edit every component alike.
+The directional space, in ranges known to be good with N = L - 1, and the profile of methods that edit
+every component alike.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _SCOPES = ("global", "per layer")
 
 
 def distributions(components: tuple[str, ...], layers: int) -> dict[str, BaseDistribution]:
-    """The space of a model with these edited components and L layers."""
+    """Return the search space of a model with these edited components and L layers."""
     n = layers - 1
     space: dict[str, BaseDistribution] = {
         "direction_scope": CategoricalDistribution(_SCOPES),
@@ -37,9 +37,9 @@ def distributions(components: tuple[str, ...], layers: int) -> dict[str, BaseDis
 
 
 def followers(components: Sequence[str]) -> tuple[str, ...]:
-    """Return the components that go a share of the way of attention, or of what stands in its place.
+    """List the components that take a share of the edit of attention, or of what replaces attention.
 
-    None where nothing stands there: then all go the whole way.
+    Empty where no component is of that kind: then all take the whole edit.
     """
     if not any(name in _MAX_WEIGHT for name in components):
         return ()
@@ -47,7 +47,7 @@ def followers(components: Sequence[str]) -> tuple[str, ...]:
 
 
 def hill(layers: int) -> dict[str, BaseDistribution]:
-    """Return the space of one profile over L layers: where it peaks, and how it falls."""
+    """Return the space of one profile over L layers: its peak and its fall, named as in `distributions`."""
     n = layers - 1
     return {
         "max_weight_position": FloatDistribution(0.3 * n, n),

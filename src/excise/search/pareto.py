@@ -31,13 +31,13 @@ class Point:
 
 
 def beats(a: Point, b: Point, objectives: Sequence[Objective]) -> bool:
-    """Whether `a` is nowhere worse than `b` and somewhere better."""
+    """Return whether `a` dominates `b`: nowhere worse and somewhere better."""
     differences = [o.sign * (y - x) for o, x, y in zip(objectives, a.values, b.values, strict=True)]
     return min(differences) >= 0 and max(differences) > 0
 
 
 def pareto(points: Sequence[Point], objectives: Sequence[Objective]) -> list[Point]:
-    """The points that no other beats, best first by the first objective; of equal ones the earliest."""
+    """Return the points that no other dominates, best first by the first objective; of equals the first."""
     kept: list[Point] = []
     seen: set[tuple[float, ...]] = set()
     for point in sorted(points, key=lambda p: p.number):
@@ -50,11 +50,10 @@ def pareto(points: Sequence[Point], objectives: Sequence[Objective]) -> list[Poi
 
 
 def choose(rule: str, front: Sequence[Point], objectives: Sequence[Objective]) -> Point | None:
-    """The point that `rule` picks: `knee`, or the best under a limit (`drift<=X`, `rate<=X`).
+    """Choose the point of a rule: `knee`, or the best under a limit (`drift<=X`, `rate<=X`).
 
-    The limit of an objective that is maximised is a least value: `rate>=X`.
-
-    Under a limit on one objective the best of the others wins; None when no point keeps the limit.
+    The limit of an objective that is maximised is a least value: `rate>=X`. Under a limit on one
+    objective the best of the others wins; None when no point keeps the limit.
 
     Raises:
         ConfigError: the rule does not parse or names no objective.
@@ -80,7 +79,7 @@ def choose(rule: str, front: Sequence[Point], objectives: Sequence[Objective]) -
 
 
 def parse_rule(rule: str, objectives: Sequence[Objective]) -> tuple[int, float] | None:
-    """(position of the objective, limit), or None for the knee.
+    """Parse a rule to (position of the objective, limit), or None for the knee.
 
     Raises:
         ConfigError: the rule does not parse or names no objective.
@@ -110,11 +109,11 @@ def parse_rule(rule: str, objectives: Sequence[Objective]) -> tuple[int, float] 
 
 
 def knee(front: Sequence[Point], objectives: Sequence[Objective]) -> Point:
-    """Where the front stops paying: least sum of the objectives, each divided by its worth.
+    """Find the knee of the front: the least sum of the objectives, each divided by its worth.
 
     Worth says how much of an objective weighs as much as a whole unit of behaviour rate (drift: 0.5
-    nats per token), so a front of harmless edits is not cut in the middle for being long. An
-    objective without a worth is divided by its range over the front.
+    nats per token), so a long front of harmless edits is not cut in the middle. An objective without a
+    worth is divided by its range over the front.
     """
     scales = []
     for i, objective in enumerate(objectives):
@@ -129,7 +128,7 @@ def knee(front: Sequence[Point], objectives: Sequence[Objective]) -> Point:
 
 
 def hypervolume(front: Sequence[tuple[float, float]], reference: tuple[float, float]) -> float:
-    """Area that a two-objective front (both minimised) covers up to `reference`."""
+    """Compute the area that a two-objective front (both minimised) dominates up to `reference`."""
     area, right = 0.0, reference[0]
     for x, y in sorted(front, reverse=True):
         if x < right and y < reference[1]:

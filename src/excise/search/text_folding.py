@@ -1,4 +1,4 @@
-"""One form for texts that are compared: markers, answers and responses. Knows characters only."""
+"""Normalise texts that are compared: markers, answers and responses. Knows characters only."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _UNKNOWN = "\ufffd"  # what bytes of a character whose other bytes are still to 
 
 
 def fold(text: str) -> str:
-    """Letter case, forms of one character, typographic quotes, emphasis and white space made alike.
+    """Fold letter case, compatibility forms, typographic quotes, emphasis and white space.
 
-    What Unicode calls ignorable is left out. Folding twice is folding once.
+    What Unicode calls ignorable is left out. Folding is idempotent.
     """
     folded = _fold(text)
     # What has been left out may bring together a letter and its accent.
@@ -45,7 +45,7 @@ def _fold(text: str) -> str:
 
 
 def settled(text: str) -> str:
-    """The part of a growing text whose folded form begins that of all that the text can become.
+    """Return the part of a growing text whose folded form no longer changes as the text grows.
 
     Not its end: an accent may follow, and make another letter of the last one.
     """
@@ -56,7 +56,7 @@ def settled(text: str) -> str:
 
 
 def _begins_anew(character: str) -> bool:
-    """Whether nothing after this character can change what stands before it."""
+    """Return whether nothing after this character can change what stands before it."""
     folded = unicodedata.normalize("NFD", fold(character))
     if not folded or folded[0] == _UNKNOWN or _JAMO.match(folded):
         return False
