@@ -14,8 +14,8 @@ import pytest
 
 from excise import files
 from excise.errors import OutputError, StorageError
+from excise.run_lock import hold
 from excise.runs import run_folder
-from excise.search import journal
 
 _HOLDER = """
 import sys
@@ -61,7 +61,7 @@ def test_what_a_living_process_works_on_stays(tmp_path: Path) -> None:
         with files.staged(tmp_path / "model", 0) as mine:
             assert mine not in folders
         journal_folder = tmp_path
-        with journal.hold(journal_folder):
+        with hold(journal_folder):
             pass
         assert (folders[0] / "half").read_text() == "half"
         assert folders[1].is_dir()
@@ -104,7 +104,7 @@ def test_a_held_folder_is_tidied(tmp_path: Path) -> None:
     (tmp_path / "model" / ".README.md.excise-new").write_text("#")
     (tmp_path / ".adapter.excise-old" / "weights").write_bytes(b"0")
     (tmp_path / ".mine").write_text("kept")
-    with journal.hold(tmp_path):
+    with hold(tmp_path):
         found = sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*"))
     assert found == [".lock", ".mine", "adapter", "adapter/weights", "model"]
 

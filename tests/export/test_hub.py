@@ -20,7 +20,7 @@ from huggingface_hub import ModelCard
 
 from excise.cli.main import main
 from excise.report.stored_record import read_record, write_record
-from excise.search import journal
+from excise.run_lock import hold
 
 REPO = "someone/velm-edited"
 
@@ -157,7 +157,7 @@ def test_a_record_sends_nothing_from_elsewhere(hub: Hub, run: Path) -> None:
 
 
 def test_a_run_that_is_worked_on_is_not_pushed_and_gets_no_pages(hub: Hub, run: Path) -> None:
-    with journal.hold(run):
+    with hold(run):
         done = push(hub, run)
         assert done.returncode == 2
         assert "in use by another process" in done.stderr

@@ -12,6 +12,7 @@ from excise.errors import RunStateError
 from excise.events import ignore
 from excise.methods.profiles import from_params
 from excise.record import ScoreRecord
+from excise.run_lock import hold
 from excise.search import journal
 from excise.search.loop import Measured, batches, importance
 
@@ -191,7 +192,7 @@ def test_a_journal_that_is_not_one_is_refused(tmp_path):
 def test_two_processes_cannot_hold_one_run(tmp_path):
     from filelock import FileLock
 
-    with journal.hold(tmp_path):
+    with hold(tmp_path):
         other = FileLock(tmp_path / ".lock", is_singleton=False)
         with pytest.raises(TimeoutError):
             other.acquire(timeout=0)

@@ -21,7 +21,7 @@ from excise.record import ArtifactRecord, Record
 from excise.report.card import model_card
 from excise.report.formatting import hub_id
 from excise.report.stored_record import read_record
-from excise.search import journal
+from excise.run_lock import hold
 
 _REFUSED = (401, 403)
 
@@ -66,7 +66,7 @@ def push(
     if hub_id(repo) is None:
         raise InputError(f"{repo!r} is not a repository id: write it as OWNER/NAME")
     read_record(folder)  # where there is none, this is no run: not even a lock is left there
-    with journal.hold(folder):
+    with hold(folder):
         record = read_record(folder)
         path, artifact = _artifact(record, folder, format_name, trial, place)
         card = model_card(

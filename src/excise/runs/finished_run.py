@@ -24,6 +24,7 @@ from excise.record import ArtifactRecord, Record, Scores
 from excise.report.pages import write_pages
 from excise.report.stored_record import FILE as RECORD
 from excise.report.stored_record import read_record, write_record
+from excise.run_lock import hold
 from excise.runs import setup
 from excise.runs.artifacts import check_exports, export
 from excise.runs.resume_terms import check_terms, read_terms
@@ -80,7 +81,7 @@ def export_run(
     config = _with_options(config, {**dropped, **given})
     exporters(config.export, [format_name])
     scoring = scoring_of(config)
-    with journal.hold(folder):
+    with hold(folder):
         record, config = _reopen(folder, config)  # as others left it, who held it until now
         number = trial if trial is not None else _selected(record, select, scoring.goals())
         chosen = record.trial(number)
@@ -152,7 +153,7 @@ def survey(
     unused = ("export.llama_cpp", "scores.files")  # nothing is exported or scored here
     config = read_terms(folder, trust=trust_run, unused=unused)
     scoring = Scoring(read_markers(config.scores.markers, config.scores.markers_file))
-    with journal.hold(folder):
+    with hold(folder):
         record, config = _reopen(folder, config)
         session = _same(record, config, scoring, folder, on_event)
         target, contrast = (setup.residuals(session, side) for side in ("target", "contrast"))

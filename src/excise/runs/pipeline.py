@@ -30,6 +30,7 @@ from excise.record import Record, Separation, TrialRecord
 from excise.report.pages import write_pages
 from excise.report.stored_record import FILE as RECORD
 from excise.report.stored_record import read_record, write_record
+from excise.run_lock import hold
 from excise.runs import setup
 from excise.runs.artifacts import check_exports, export_chosen
 from excise.runs.baseline import SHOWN, check_baseline
@@ -103,7 +104,7 @@ def run(
     with ExitStack() as held:
         known = None
         if resume:
-            held.enter_context(journal.hold(out))
+            held.enter_context(hold(out))
             known, config = _reopen(out, config)
         bare = _load(config, scoring, clock)
         source = model_record(bare.loaded)

@@ -23,6 +23,7 @@ from excise.files import check_writable, replacing
 from excise.prompts.measured_sets import Opening
 from excise.reading import is_file, is_folder, is_unicode
 from excise.record import Separation
+from excise.run_lock import LOCK, hold
 from excise.runs.resume_terms import CONFIG
 from excise.search import journal
 
@@ -49,7 +50,7 @@ def check_output(out: Path, resume: bool) -> None:
             f"{out} already holds a run: go on with `excise resume {out}`, or choose a new --out"
         )
     # A run that was killed as it began leaves its lock alone.
-    if out.is_dir() and any(path.name != journal.LOCK for path in out.iterdir()):
+    if out.is_dir() and any(path.name != LOCK for path in out.iterdir()):
         raise OutputError(f"{out} is not empty: give --out a new folder")
 
 
@@ -79,7 +80,7 @@ def held_anew(out: Path) -> Iterator[None]:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StorageError(f"cannot make the folder {out}: {error.strerror}") from None
-    with journal.hold(out):
+    with hold(out):
         check_output(out, resume=False)
         yield
 

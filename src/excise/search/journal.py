@@ -25,8 +25,6 @@ from optuna.storages.journal._file import BaseJournalFileLock
 
 from excise.errors import ExciseError, RunStateError, StorageError
 from excise.reading import check_regular, parse_json
-from excise.run_lock import LOCK as LOCK
-from excise.run_lock import hold as hold
 
 Goal = Literal["minimize", "maximize"]
 
