@@ -8,10 +8,10 @@ from __future__ import annotations
 import gc
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -66,27 +66,21 @@ class EditedModel:
     edits: Mapping[str, Edit]
 
 
-class Measurement(Protocol):
-    """What exports are measured by: the search's prompts and scorers, beside its original model."""
+@dataclass(frozen=True)
+class Measurement:
+    """What exports are measured by: the search's prompts and scorers, beside its original model.
 
-    @property
-    def loaded(self) -> Loaded:
-        """The model that was searched."""
-        ...
+    Attributes:
+        loaded: the model that was searched.
+        source: the settings that it was loaded with.
+        engine: the one that it was searched with.
+        scores: gives what every scorer says of an engine's model, with no edit on top.
+    """
 
-    @property
-    def source(self) -> ModelSection:
-        """The settings that it was loaded with."""
-        ...
-
-    @property
-    def engine(self) -> Engine:
-        """The engine that it was searched with."""
-        ...
-
-    def scores(self, engine: Measures) -> Scores:
-        """Return what every scorer says of the model of `engine`, with no edit on top."""
-        ...
+    loaded: Loaded
+    source: ModelSection
+    engine: Engine
+    scores: Callable[[Measures], Scores]
 
 
 class Exporter(ABC):

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
-from excise.checkpoints.loading import Loaded
-from excise.config import ModelSection
 from excise.engine.engine import Engine
 from excise.engine.stacking import ORIGINAL
 from excise.errors import ExportError, ModelError, first_line, is_out_of_memory
 from excise.events import Notice
-from excise.export.exporter import EditedModel, Exported, exporters
+from excise.export.exporter import EditedModel, Exported, Measurement, exporters
 from excise.files import CARD, add_files, check_destination, claimed, publish, writing
 from excise.formats import FORMATS
 from excise.methods.registry import edited_writers
@@ -28,29 +25,6 @@ from excise.search.evaluation import Measures
 # An artifact further from the measurement than this is worth a word, whatever rounding explains.
 _RATE_APART = 0.05
 _DRIFT_APART = 0.2
-
-
-@dataclass(frozen=True)
-class Checker:
-    """What exports are measured by: the search's prompts and scorers, beside its original model."""
-
-    session: Session
-    engine: Engine
-
-    @property
-    def loaded(self) -> Loaded:
-        """The model that was searched."""
-        return self.session.loaded
-
-    @property
-    def source(self) -> ModelSection:
-        """The settings that the model was loaded with."""
-        return self.session.config.model
-
-    def scores(self, engine: Measures) -> Scores:
-        """Return what every scorer says of the model of `engine`, with no edit on top."""
-        panel = self.session.panel(engine, "search", self.session.scoring.every_trial)
-        return panel.measure([ORIGINAL])[0].scores
 
 
 def check_exports(formats: Sequence[str], session: Session) -> None:
@@ -103,7 +77,7 @@ def export(
     if not replace:
         for _, path in places:
             check_destination(path, session.loaded.folder)
-    checker, on_event = Checker(session, engine), session.on_event
+    by, on_event = _measurement(session, engine), session.on_event
     edited, touched = _edited(record, trial, session, out)
     # The source's own card must not pass for the edited model's, not even for a moment.
     files = {CARD: interim_card(record)}
@@ -117,7 +91,7 @@ def export(
         measured = []
         for maker, one, (_, path) in zip(makers, made, places, strict=True):
             with _loadable(one, path):
-                measured.append(maker.measure(one, checker, on_event))
+                measured.append(maker.measure(one, by, on_event))
         for (one, scores), (_, path) in zip(measured, places, strict=True):
             for line in apart(trial.scores, scores):
                 on_event(Notice(f"{one.format}: {line}"))
@@ -130,6 +104,16 @@ def export(
         for one, (_, path) in zip(made, places, strict=True):
             publish(one.path, path, replace=replace)
     return record.with_artifacts(list(artifacts.values()))
+
+
+def _measurement(session: Session, engine: Engine) -> Measurement:
+    """Return what exports are measured by: the prompts and scorers of every trial."""
+
+    def scores(of: Measures) -> Scores:
+        panel = session.panel(of, "search", session.scoring.every_trial)
+        return panel.measure([ORIGINAL])[0].scores
+
+    return Measurement(session.loaded, session.config.model, engine, scores)
 
 
 def _edited(
