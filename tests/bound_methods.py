@@ -37,9 +37,12 @@ def bench_of(loaded, name: str, sections, count: int = 12) -> Session:
     return builders.session(loaded, tokens_of(count=count), method=name, scores=scores, **sections)
 
 
-def bound(bench: Session, captured=None):
+def bound(bench: Session, captured=None, directions=None):
     """What is captured for a bench's method, if it is not given, and the method."""
-    kind, directions = kind_of(bench.config), directions_of(bench.loaded, bench.tokens)
+    kind, directions = (
+        kind_of(bench.config),
+        directions or directions_of(bench.loaded, bench.tokens),
+    )
     if captured is None:
         captured = kind.capture(bench, directions)
     return captured, kind.bind(bench, directions, captured)

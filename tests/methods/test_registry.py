@@ -14,6 +14,7 @@ from bound_methods import (
     LIMIT,
     bench_of,
     bound,
+    directions_of,
     method_of,
     params_of,
 )
@@ -290,11 +291,12 @@ def test_a_model_of_one_layer_is_searched_at_that_layer(name):
 def test_what_is_computed_together_lies_on_one_device(name, monkeypatch):
     """As where `device_map` spreads a model over several; "meta" stands in for another one."""
     _, bench, captured, _ = method_of(name)
+    directions = directions_of(bench.loaded, bench.tokens)
     for writer in edited_writers(bench):
         if writer.layer == 2:
             writer.module.to("meta")
     monkeypatch.setattr(directional, "prepare", lambda *_a, **_k: None)  # it looks at values
-    _, method = bound(bench, captured)
+    _, method = bound(bench, captured, directions)
     groups = [members for members, _ in getattr(method, "_single", method)._groups]
     for members in groups:
         assert len({method.writers[n].like.device for n in members}) == 1
