@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 
 import pytest
-from optuna.storages.journal import JournalFileBackend
 from toy_search import COMPONENTS, GOALS, search_in, toy, trials, whole
 
 from excise.errors import RunStateError
@@ -28,7 +27,7 @@ def test_a_search_cut_short_anywhere_repeats_the_unbroken_one(tmp_path, monkeypa
     folder.mkdir()
     search = search_in(folder)
     count = 0
-    original = JournalFileBackend.append_logs
+    original = journal.Journal._write
 
     def append(backend, logs):
         """As many lines as are left, also of those that are written together."""
@@ -41,7 +40,7 @@ def test_a_search_cut_short_anywhere_repeats_the_unbroken_one(tmp_path, monkeypa
             raise Stop
 
     with monkeypatch.context() as patch:
-        patch.setattr(JournalFileBackend, "append_logs", append)
+        patch.setattr(journal.Journal, "_write", append)
         with pytest.raises(Stop):
             search.run(40, toy, ignore)
     resumed = search_in(folder)
@@ -66,9 +65,9 @@ def test_what_was_asked_before_an_interrupt_is_kept(tmp_path):
     study = search_in(tmp_path).study
 
     def interrupted():
-        with journal.together(study):
+        with study.journal.together():
             study.set_user_attr("a", 1)
-            with journal.together(study):
+            with study.journal.together():
                 study.set_user_attr("b", 2)
             study.set_user_attr("c", 3)
             assert study.user_attrs["b"] == 2
@@ -156,6 +155,20 @@ def test_a_smaller_total_ends_at_a_whole_batch_and_the_rest_comes_later(tmp_path
     assert trials(search) == expected[:16]  # those of the second batch had been asked for
     assert whole(folder, 16) == expected[:16]
     assert whole(folder, 20) == expected
+
+
+def test_a_total_that_was_asked_for_after_a_batch_was_cut_short_is_kept(tmp_path):
+    def dies(_params):
+        raise Stop
+
+    for total in (20, 30):
+        with pytest.raises(Stop):
+            search_in(tmp_path).run(total, dies, ignore)
+    assert search_in(tmp_path).study.user_attrs["stops"] == [20, 30]
+    search = search_in(tmp_path)
+    search.run(30, toy, ignore)
+    assert search.study.user_attrs["stops"] == [20, 30]
+    assert len(trials(search)) == 30
 
 
 def test_batches_stop_where_a_total_was_asked_for():

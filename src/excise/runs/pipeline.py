@@ -10,8 +10,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import optuna
-
 from excise import events
 from excise.checkpoints.loading import load
 from excise.config import Config, to_toml
@@ -163,7 +161,7 @@ def _said(session: Session, engine: Engine) -> list[str]:
     return [response.text for response in engine.original("target").responses[:SHOWN]]
 
 
-def _reopen(out: Path, config: Config) -> tuple[optuna.Study | None, Config]:
+def _reopen(out: Path, config: Config) -> tuple[journal.Study | None, Config]:
     """Open the study of a held run folder, and the configuration that it goes on with.
 
     Raises:
@@ -225,7 +223,7 @@ def _capture(session: Session, out: Path, *, resumed: bool) -> tuple[EditingSess
 
 
 def _open_search(
-    session: EditingSession, out: Path, known: optuna.Study | None
+    session: EditingSession, out: Path, known: journal.Study | None
 ) -> tuple[Sizing, Search]:
     """Create the study of this run, or go on with `known`, with the sizes that it was started with."""
     config, scoring, space = session.config, session.scoring, session.method.space()

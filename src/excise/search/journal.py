@@ -13,15 +13,16 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 import optuna
 from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
-from optuna.storages.journal._file import BaseJournalFileLock
+from optuna.storages.journal import BaseJournalBackend
 
 from excise.errors import ExciseError, RunStateError, StorageError
 from excise.reading import check_regular, parse_json
@@ -31,60 +32,72 @@ Goal = Literal["minimize", "maximize"]
 FILE = "study.journal"
 STUDY = "excise"
 _FIRST = b'{"op_code":0,'  # what Optuna's line that makes a study begins with
+_TRIAL = b'{"op_code":4,'  # and the one that makes a trial
 _FIRST_BYTES = 4096  # more than that line has
 _MOST_BYTES = 1 << 30
 _BACK = "put it back as it was, or choose a new --out"
 _SUM = re.compile(rb'^(\{.*),"sum":"([0-9a-f]{16})"\}\n$', re.DOTALL)
 
 
-class _HeldAlready(BaseJournalFileLock):
-    """The run folder's own lock already keeps other processes out."""
+@dataclass(frozen=True)
+class _End:
+    """Where a journal ends: after so many whole lines and bytes, with this sum over them."""
 
-    def acquire(self) -> bool:
-        return True
+    lines: int = 0
+    size: int = 0
+    sum: str = ""
 
-    def release(self) -> None:
-        return None
+    def after(self, line: bytes, total: str) -> _End:
+        return _End(self.lines + 1, self.size + len(line), total)
 
 
-class Journal(JournalFileBackend):
+class Journal(BaseJournalBackend):
     """A journal that one process writes; what it writes `together` goes to the disk at once.
 
     A line for every parameter, each waited for until it is on the disk, takes most of the time of
     asking for trials: some milliseconds, and on a network disk much more.
+
+    With `trials` it ends before the trial of that number. What a file holds after the end, that or a line
+    that power left half-written, goes when the journal is next written to: what is refused stays as it was.
     """
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(str(path), lock_obj=_HeldAlready())
-        self._written, self._sum = check_lines(path)  # lines: Optuna reads what they say
+    def __init__(self, path: Path, trials: int | None = None) -> None:
+        self._path = path
+        self._end = check_lines(path, trials)
         self._waiting: list[dict[str, Any]] | None = None  # None: nothing has to wait
-        self._path, self._mended = path, False
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         """Write these, or have them wait."""
-        if self._waiting is not None:
+        if self._waiting is None:
+            self._write(logs)
+        else:
             self._waiting += json.loads(json.dumps(logs))  # as they come back from the file
-            return
-        if not self._mended:  # not before: what is refused stays as it was
-            _drop_torn_line(self._path)
-            self._mended = True
-        total, signed = self._sum, []
-        for log in logs:
-            total = _add(total, json.dumps(log, separators=(",", ":")).encode())
-            signed.append({**log, "sum": total})
-        super().append_logs(signed)
-        self._written, self._sum = self._written + len(logs), total
 
-    def read_logs(self, log_number_from: int) -> Generator[dict[str, Any], None, None]:
-        """All logs from this number on, those that wait included."""
-        waiting = self._waiting or []
-        if log_number_from < self._written or not waiting:
-            yield from super().read_logs(log_number_from)
-        yield from waiting[max(0, log_number_from - self._written) :]
+    def _write(self, logs: list[dict[str, Any]]) -> None:
+        lines, end = [], self._end
+        for log in logs:
+            total = _add(end.sum, json.dumps(log, separators=(",", ":")).encode())
+            lines.append(json.dumps({**log, "sum": total}, separators=(",", ":")).encode() + b"\n")
+            end = end.after(lines[-1], total)
+        with self._path.open("rb+") as file:
+            file.seek(self._end.size)
+            file.truncate()
+            file.writelines(lines)
+            file.flush()
+            os.fsync(file.fileno())
+        self._end = end
+
+    def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:
+        """Yield all logs from this number on, those that wait included."""
+        if log_number_from < self._end.lines:
+            with self._path.open("rb") as file:
+                for line in islice(file, log_number_from, self._end.lines):
+                    yield json.loads(line)
+        yield from (self._waiting or [])[max(0, log_number_from - self._end.lines) :]
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """What is written within this context is on the disk when it ends, however it ends."""
+        """Write what is logged within this context when it ends, however it ends."""
         if self._waiting is not None:  # within another such context, which ends later
             yield
             return
@@ -94,15 +107,23 @@ class Journal(JournalFileBackend):
         finally:
             waiting, self._waiting = self._waiting, None
             if waiting:
-                self.append_logs(waiting)
+                self._write(waiting)
 
 
-@contextmanager
-def together(study: optuna.Study) -> Iterator[None]:
-    """As `Journal.together`, for the journal of a study that has one."""
-    backend = getattr(study._storage, "_backend", None)
-    with backend.together() if isinstance(backend, Journal) else nullcontext():
-        yield
+class Study(optuna.Study):
+    """The study that a journal holds; with `trials`, without the trials from that number on."""
+
+    def __init__(self, path: Path, trials: int | None = None) -> None:
+        self.path = path
+        self.journal = Journal(path, trials)
+        super().__init__(STUDY, JournalStorage(self.journal))
+
+    def before(self, number: int) -> Study:
+        """Return the study as it was before it was asked for the trial of this number.
+
+        What was written since goes from the file when the study is next written to.
+        """
+        return Study(self.path, number)
 
 
 def create_study(
@@ -111,7 +132,7 @@ def create_study(
     identity: dict[str, Any],
     sizing: dict[str, Any],
     **facts: Any,
-) -> optuna.Study:
+) -> Study:
     """A new study in a run folder, in place of one that was stopped while it was made.
 
     `identity` says what its trials belong to, `sizing` what a resume must repeat; `facts` are further
@@ -124,7 +145,10 @@ def create_study(
     path = folder / FILE
     try:
         path.unlink(missing_ok=True)
-        study = optuna.create_study(storage=_storage(path), study_name=STUDY, directions=goals)
+        path.touch()
+        storage = JournalStorage(Journal(path))
+        optuna.create_study(storage=storage, study_name=STUDY, directions=goals)
+        study = Study(path)
         for name, value in {**facts, "sizing": sizing}.items():
             study.set_user_attr(name, value)
         study.set_user_attr("identity", identity)  # last: with it the study is whole
@@ -133,7 +157,7 @@ def create_study(
     return study
 
 
-def open_study(folder: Path) -> optuna.Study | None:
+def open_study(folder: Path) -> Study | None:
     """The study of a run folder, without a line that a power cut left half-written.
 
     None when the run was stopped before its study was there and whole: nothing is lost by a new one.
@@ -147,7 +171,7 @@ def open_study(folder: Path) -> optuna.Study | None:
     if not os.path.lexists(path) or not _begins(path):
         return None
     try:
-        study = optuna.load_study(study_name=STUDY, storage=_storage(path))
+        study = Study(path)
         attributes, trials = study.user_attrs, len(study.get_trials(deepcopy=False))
     except ExciseError:
         raise
@@ -185,28 +209,31 @@ def _begins(path: Path) -> bool:
     raise RunStateError(f"{path} is not a readable Excise journal: choose a new --out")
 
 
-def check_lines(path: Path) -> tuple[int, str]:
-    """The number of whole lines of a journal, and the sum after the last.
+def check_lines(path: Path, trials: int | None = None) -> _End:
+    """Return where the whole lines of a journal end; with `trials`, before the trial of that number.
 
-    Lines at its beginning may have none: earlier versions wrote them.
+    Lines at its beginning may have no sum: earlier versions wrote none.
 
     Raises:
         RunStateError: a line is not the one that was written there.
     """
-    number, total, signed = 0, "", False
+    end, signed, there = _End(), False, 0
     with path.open("rb") as file:
         for line in file:
-            if not line.endswith(b"\n"):  # the last, torn
+            there += line.startswith(_TRIAL)
+            if not line.endswith(b"\n") or (
+                trials is not None and there > trials
+            ):  # the last, torn
                 break
-            number += 1
             match = _SUM.match(line)
-            total = _add(total, line[:-1] if match is None else match[1] + b"}")
+            total = _add(end.sum, line[:-1] if match is None else match[1] + b"}")
             if (signed and match is None) or (match is not None and match[2] != total.encode()):
                 raise RunStateError(
-                    f"{path}, line {number}: changed since it was written, or not where it was: {_BACK}"
+                    f"{path}, line {end.lines + 1}: changed since it was written, or not where it was: "
+                    f"{_BACK}"
                 )
-            signed = match is not None
-    return number, total
+            end, signed = end.after(line, total), match is not None
+    return end
 
 
 def _add(total: str, line: bytes) -> str:
@@ -234,24 +261,3 @@ def check_same(path: Path, known: Mapping[str, Any], now: Mapping[str, Any]) -> 
             f"{path} belongs to another run: {', '.join(changed)} differ. "
             "Go on with what it was started with, or choose a new --out"
         )
-
-
-def _storage(path: Path) -> JournalStorage:
-    return JournalStorage(Journal(path))
-
-
-def _drop_torn_line(path: Path) -> None:
-    """Cut the journal after its last whole line: what follows was being written when power went."""
-    with path.open("rb+") as file:
-        end = file.seek(0, os.SEEK_END)
-        tail = b""
-        start = end
-        while start and b"\n" not in tail:
-            size = min(65536, start)
-            start -= size
-            file.seek(start)
-            tail = file.read(size) + tail
-        whole = start + tail.rfind(b"\n") + 1 if b"\n" in tail else 0
-        if whole != end:
-            file.truncate(whole)
-            os.fsync(file.fileno())

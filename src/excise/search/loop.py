@@ -2,8 +2,8 @@
 
 Trials are asked in batches of C with constant liar. A batch's trials depend only on the batches
 before it and on the seed: the sampler is seeded anew by trial number (a sampler that went on from
-one seed would repeat its random trials after a resume), and a batch that was cut short is measured
-again as a whole, with the parameters it already had.
+one seed would repeat its random trials after a resume), and a batch that was cut short is struck from
+the journal, and asked and measured again as a whole: to the same trials.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from excise.config import SearchSection
 from excise.errors import StorageError
 from excise.events import OnEvent, Progress, TrialMeasured
 from excise.record import ScoreRecord, TrialRecord
-from excise.search.journal import together
+from excise.search.journal import Study
 from excise.search.pareto import Objective, Point, pareto
 
 
@@ -46,7 +46,7 @@ class Search:
 
     def __init__(
         self,
-        study: optuna.Study,
+        study: Study,
         space: dict[str, BaseDistribution],
         objectives: Sequence[Objective],
         section: SearchSection,
@@ -71,10 +71,11 @@ class Search:
             StorageError: the journal cannot be written.
         """
         try:
+            self._strike_unfinished()
             stops = self._stops(trials)
             parts = batches(stops, self._batch)
             for start, stop in parts:
-                if self._is_finished(start, stop):
+                if stop <= len(self._trials()):
                     continue
                 if start > 0 and not self._begun:
                     measure([trial.params for trial in self._trials()[slice(*parts[0])]])
@@ -90,16 +91,22 @@ class Search:
         return int(self.study.user_attrs["stops"][-1])
 
     def records(self) -> list[TrialRecord]:
-        """Every trial so far, as the record states it."""
+        """Return every trial so far, as the record states it."""
         return [record_of(trial) for trial in self._trials()]
 
-    def points(self, before: int | None = None) -> list[Point]:
-        """The trials measured in full with a number below `before`, as points."""
-        return points(self.records()[:before], self.objectives)
+    def points(self) -> list[Point]:
+        """Return the trials measured in full, as points."""
+        return points(self.records(), self.objectives)
 
-    def _is_finished(self, start: int, stop: int) -> bool:
-        states = [trial.state for trial in self._trials()[start:stop]]
-        return len(states) == stop - start and all(state.is_finished() for state in states)
+    def _strike_unfinished(self) -> None:
+        """Go back to the last whole batch: one that was cut short is asked and measured again."""
+        stops, trials = self.study.user_attrs.get("stops", []), self._trials()
+        done = next((n for n, one in enumerate(trials) if not one.state.is_finished()), len(trials))
+        whole = max(stop for _, stop in [(0, 0), *batches(stops, self._batch)] if stop <= done)
+        if whole < len(trials):
+            self.study = self.study.before(whole)
+            if self.study.user_attrs.get("stops", []) != stops:  # asked for after those trials
+                self.study.set_user_attr("stops", stops)
 
     def _trials(self) -> list[FrozenTrial]:
         return self.study.get_trials(deepcopy=False)
@@ -119,10 +126,10 @@ class Search:
         return stops
 
     def _run_batch(self, start: int, stop: int, measure: Measure, on_event: OnEvent) -> None:
-        with together(self.study):
+        with self.study.journal.together():
             asked = [self._ask(number) for number in range(start, stop)]
         measured = measure([trial.params for trial in asked])
-        with together(self.study):
+        with self.study.journal.together():
             for trial, result in zip(asked, measured, strict=True):
                 self._tell(trial, result)
         front = {p.number for p in pareto(self.points(), self.objectives)}
@@ -132,7 +139,7 @@ class Search:
             on_event(TrialMeasured(number, values, number in front))
 
     def _ask(self, number: int) -> Trial:
-        """Trial `number`: as it was asked before a kill, completed if it was cut short, or new."""
+        """Ask for trial `number`, a function of the seed, its number and the trials before it."""
         state = np.random.SeedSequence([self._seed, number]).generate_state(1)[0]
         self.study.sampler = TPESampler(
             multivariate=True,
@@ -141,25 +148,11 @@ class Search:
             n_ei_candidates=self._section.ei_candidates,
             seed=int(state),
         )
-        known = self._trials()
-        if number >= len(known):
-            trial = self.study.ask(self._space)
-            assert trial.number == number
-            return trial
-        if known[number].state.is_finished():
-            return _Finished(known[number])
-        trial = Trial(self.study, known[number]._trial_id)
-        for name, distribution in self._space.items():
-            given = name in known[number].params
-            if given and name not in trial.relative_params and not distribution.single():
-                # Drawn again and thrown away, so that the draws after it are the ones they were.
-                self.study.sampler.sample_independent(self.study, known[number], name, distribution)
-            trial._suggest(name, distribution)
+        trial = self.study.ask(self._space)
+        assert trial.number == number
         return trial
 
     def _tell(self, trial: Trial, result: Measured) -> None:
-        if isinstance(trial, _Finished):
-            return
         values = self._values(result)
         trial.set_user_attr("measured", _stored(result, values))
         if values is None:
@@ -187,21 +180,6 @@ def _stored(result: Measured, values: list[float] | None) -> dict[str, Any]:
         "seconds": result.seconds,
         "reason": result.reason if good or result.reason else "a score is not finite",
     }
-
-
-class _Finished(Trial):
-    """A trial that was told before a kill: its batch is measured again, but it is not told twice."""
-
-    def __init__(self, frozen: FrozenTrial) -> None:
-        self._frozen = frozen
-
-    @property
-    def params(self) -> dict[str, Any]:
-        return self._frozen.params
-
-    @property
-    def number(self) -> int:
-        return self._frozen.number
 
 
 def batches(stops: Sequence[int], size: int) -> list[tuple[int, int]]:
