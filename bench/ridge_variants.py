@@ -2,7 +2,7 @@
 
 last        the last prompt token alone is kept, without the model's responses
 targets     the tokens of target prompts before the last are kept as those of contrast prompts are
-alike       every token is kept alike: responses, their prompts, and target prompts before the last
+alike       every token is kept duplicates: responses, their prompts, and target prompts before the last
 more        the search's contrast prompts and the responses to them in every moment as well
 own         every target's outputs have a goal of their own, none in common
 full        goals of all the rank they have

@@ -100,7 +100,7 @@ def search_seconds(job: Job, trials: int, *, whole: bool = True) -> float:
         )
         engine = job.engine(reference=Reference({"contrast": first}, engine._forward))
     panel = job.panel(engine)
-    measure = measurer(job.session, panel, engine.learning)
+    measure = measurer(job.session, panel, engine.keeping_drafts)
     return seconds_of(job, measure, trials, batch=job.sizing.batch)
 
 
@@ -165,7 +165,7 @@ def against_floor(job: Job, count: int = 32) -> dict[str, Any]:
         Responses("target", job.scoring.markers.found),
         Divergence(),
     ]
-    with engine.learning():  # as a search's first batch teaches: other candidates than those timed
+    with engine.keeping_drafts():  # of a search's first batch: other candidates than those timed
         engine.measure(pilots, requests)
     batch = job.sizing.batch
     found = floor_ratio(job.loaded, engine, edits, requests, batch, drafted=True)
@@ -309,7 +309,7 @@ def growth(job: Job) -> dict[str, dict[str, float]]:
         engine = job.engine(replace(job.sizing.plan, stack=stack))
         engine.limit = tokens
         engine.original("contrast")
-        with engine.learning():
+        with engine.keeping_drafts():
             engine.measure(edits[count:], requests)
         best = float("inf")
         for _ in range(3):

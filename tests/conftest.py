@@ -109,11 +109,11 @@ def pass_shapes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     from excise.model.forward import Forward
 
     shapes: list[tuple[int, ...]] = []
-    through = Forward.through
+    run_layers = Forward.run_layers
 
     def counted(self, layers, given, *args, **kwargs):
         shapes.append(tuple(given.ids.shape))
-        return through(self, layers, given, *args, **kwargs)
+        return run_layers(self, layers, given, *args, **kwargs)
 
-    monkeypatch.setattr(Forward, "through", counted)
+    monkeypatch.setattr(Forward, "run_layers", counted)
     return shapes

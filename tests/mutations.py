@@ -511,7 +511,7 @@ MUTANTS = (
         "residual_pass(self.loaded.anatomy, chunks, self.config.directions.winsor and 1.0)",
         "tests/runs/test_setup.py",
     ),
-    # -- the lean way
+    # -- fused layers
     Mutant(
         "a window is one token too long",
         "model/fused_layers",
@@ -522,8 +522,8 @@ MUTANTS = (
     Mutant(
         "nobody compares where tokens look",
         "model/forward",
-        "agrees = self._sees_alike(lean) and self._gives_alike(lean)",
-        "agrees = self._gives_alike(lean)",
+        "agrees = self._masks_agree(fused) and self._outputs_agree(fused)",
+        "agrees = self._outputs_agree(fused)",
         "tests/model/test_fused_layers.py -k window_that",
     ),
     Mutant(
@@ -543,8 +543,8 @@ MUTANTS = (
     Mutant(
         "rows that are alike take each other's states",
         "model/fused_layers",
-        "out, x = out.index_select(0, alike.kinds), x.index_select(0, alike.kinds)",
-        "out, x = out.index_select(0, alike.kinds), x.index_select(0, alike.kinds.flip(0))",
+        "out, x = out.index_select(0, duplicates.kinds), x.index_select(0, duplicates.kinds)",
+        "out, x = out.index_select(0, duplicates.kinds), x.index_select(0, duplicates.kinds.flip(0))",
         "tests/model/test_fused_layers.py -k alike",
     ),
     Mutant(

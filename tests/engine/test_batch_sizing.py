@@ -213,14 +213,14 @@ def test_a_long_pass_takes_what_was_planned_for_it(name):
 
 def test_one_long_prompt_does_not_say_how_large_passes_are(model, monkeypatch):
     """4,501 tokens: passes of many such rows would take minutes, each, and more memory than there is."""
-    through, seen = Forward.through, []
+    through, seen = Forward.run_layers, []
 
     def counted(self, layers, given, *args, **kwargs):
         seen.append(given.ids.numel())
         assert seen[-1] <= 2**14
         return through(self, layers, given, *args, **kwargs)
 
-    monkeypatch.setattr(Forward, "through", counted)
+    monkeypatch.setattr(Forward, "run_layers", counted)
     lengths = [20] * 99 + [4501]
     told = []
     asked = config(search__trials=1_000_000)

@@ -147,10 +147,10 @@ def test_decoding_goes_on_from_what_rows_have_said(model):
     transcript = Transcript(ResponseTree(model.tokenizer, None), len(ROWS), frozenset(ends), LIMIT)
     for row, tokens in enumerate(whole):
         for token in tokens[: row % 4]:
-            transcript.say(row, token)
+            transcript.append(row, token)
     rows = transcript.open_rows()
-    assert len({len(transcript.said(row)) for row in rows}) > 2
-    batch = left_pad([(*ROWS[row], *transcript.said(row)) for row in rows], rows, 0, CPU)
+    assert len({len(transcript.tokens(row)) for row in rows}) > 2
+    batch = left_pad([(*ROWS[row], *transcript.tokens(row)) for row in rows], rows, 0, CPU)
     with torch.inference_mode():
         cache = forward.cache(batch.ids.shape[1] + max(map(transcript.room, rows)))
         hidden = forward.hidden(batch.ids, batch.mask, batch.positions, cache)

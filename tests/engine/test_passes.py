@@ -6,7 +6,7 @@ import builders
 import pytest
 import torch
 
-from excise.engine.passes import After, Passes, Rows, joining
+from excise.engine.passes import CachedRows, Passes, Rows, join_schedule
 from excise.engine.stacking import Stack
 from excise.methods.profiles import Candidate, Profile
 from excise.model.forward import Forward
@@ -26,14 +26,14 @@ KEEP = 3
     ],
 )
 def test_rows_join_where_waiting_is_worth_a_call(starts, steps):
-    assert joining(starts) == steps
+    assert join_schedule(starts) == steps
 
 
 def test_no_row_joins_above_where_it_may_begin():
     torch.manual_seed(0)
     for _ in range(200):
         starts = sorted(torch.randint(0, 12, (9,)).tolist())
-        steps = joining(starts)
+        steps = join_schedule(starts)
         layers, counts = zip(*steps, strict=True)
         assert list(layers) == sorted(set(layers))
         assert list(counts) == sorted(set(counts))
@@ -112,9 +112,9 @@ def test_what_is_filled_is_what_is_read(family, reuse, beginnings):
     passes = rig(family, reuse=reuse, prefixes=beginnings)
     rows = Rows.grid(range(5), texts(begin=BEGIN))
     with torch.inference_mode():
-        hidden, past = passes.fill(rows, 2)
+        hidden, past = passes.prefill(rows, 2)
         assert torch.allclose(hidden, plain(passes).read(rows, 1)[:, 0], atol=1e-4)
-        _, expected = plain(passes).fill(rows, 2)
+        _, expected = plain(passes).prefill(rows, 2)
     assert past.pads() == [past.mask.shape[1] - len(text) for text in rows.texts]
     assert torch.equal(past.mask, expected.mask)
     real = past.mask.bool()[:, None, :, None]
@@ -143,15 +143,15 @@ def test_going_on_equals_reading_the_whole(family, reuse, beginnings):
         [(*grid.texts[place], *end) for place, end in zip(places, new, strict=True)],
     )
     with torch.inference_mode():
-        _, past = passes.fill(grid, 0)
-        after = After(past, places)
+        _, past = passes.prefill(grid, 0)
+        after = CachedRows(past, places)
         found = passes.read(rows, KEEP, after)
         assert torch.equal(passes.read(rows, KEEP, after), found)  # the past is as it was
         assert torch.allclose(found, plain(passes).read(rows, KEEP), atol=1e-4)
-        hidden, further = passes.fill(rows, 1, after)
+        hidden, further = passes.prefill(rows, 1, after)
         assert torch.allclose(hidden, found[:, -1], atol=1e-4)
         longer = Rows(rows.owners, [(*text, 7) for text in rows.texts])
-        last = passes.read(longer, 1, After(further, range(len(places))))
+        last = passes.read(longer, 1, CachedRows(further, range(len(places))))
         assert torch.allclose(last, plain(passes).read(longer, 1), atol=1e-4)
 
 
@@ -187,9 +187,9 @@ def test_drafts_pass_the_layers_below_the_first_edit_once_per_text():
     rows, first = Rows.grid([2, 3, 4], texts()), passes.stack.first_of(2)
     longer = Rows(rows.owners, [(*text, 5, 6, 7) for text in rows.texts])
     with torch.inference_mode():
-        _, past = passes.fill(rows, 0)
+        _, past = passes.prefill(rows, 0)
         counts = layers_run(passes)
-        passes.read(longer, 3, After(past, range(12)))
+        passes.read(longer, 3, CachedRows(past, range(12)))
     assert counts == [4 * 3] * (first + 1) + [12 * 3] * (builders.LAYERS - first - 1)
 
 
@@ -224,7 +224,7 @@ def test_a_beginning_is_read_once_per_candidate_until_it_is_freed():
     with torch.inference_mode():
         passes.read(rows, KEEP)
         assert counts == [rest + begun] * builders.LAYERS
-        passes.fill(rows, 3)
+        passes.prefill(rows, 3)
         assert counts == [2 * rest + begun] * builders.LAYERS
         passes.free()
         assert not passes._prefilled

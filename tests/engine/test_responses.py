@@ -14,7 +14,7 @@ from excise.engine import engine as engine_module
 from excise.engine import responses as answering
 from excise.engine.engine import Engine, Plan
 from excise.engine.requests import Divergence, Evidence, Response, Responses
-from excise.engine.responses import Answering
+from excise.engine.responses import ResponseBatch
 from excise.engine.stacking import Stack
 from excise.model.kv_cache import RoomyLayer
 
@@ -92,7 +92,7 @@ def test_what_was_learnt_is_read_and_not_decoded(family, pass_shapes):
     model, edits = setup(family)
     edits = edits[:2]
     ours = engine(model)
-    with ours.learning():
+    with ours.keeping_drafts():
         expected = ours.measure(edits, TARGET)
     pass_shapes.clear()
     engine(model).measure(edits, TARGET)
@@ -120,11 +120,11 @@ def stack_sizes(monkeypatch):
 def test_the_first_stack_that_others_learn_from_is_small(stack_sizes):
     model, edits = setup("qwen3")
     ours, twelve = engine(model, Plan(rows=64, stack=8, decode=1000)), (edits * 12)[:12]
-    with ours.learning():
+    with ours.keeping_drafts():
         found = ours.measure(twelve, TARGET)
     assert stack_sizes == [2, 8, 2]
     stack_sizes.clear()
-    with ours.learning():
+    with ours.keeping_drafts():
         assert ours.measure(twelve, TARGET) == found
     assert stack_sizes == [8, 4]
 
@@ -147,7 +147,7 @@ def test_only_what_is_said_while_learning_is_learnt():
     ours = engine(model)
     ours.measure(edits, TARGET)
     assert not ours._drafts
-    with ours.learning():
+    with ours.keeping_drafts():
         ours.measure(edits, TARGET, {"target": 3})  # some of the prompts: no draft for the others
         assert not ours._drafts
         ours.measure(edits, TARGET)
@@ -191,7 +191,7 @@ def test_passes_of_any_size_find_the_same(rows):
 def test_out_of_memory_while_drafts_are_read(depth):
     model, edits = setup("gemma4")
     ours = engine(model)
-    with ours.learning():
+    with ours.keeping_drafts():
         expected = ours.measure(edits, TARGET)
     calls = 0
 
@@ -219,7 +219,7 @@ def test_a_batch_finds_the_same_whatever_was_measured_between_it_and_the_first(f
     batches = [[method.edits(c) for c in builders.candidates(5, seed)] for seed in range(5)]
     unbroken, resumed = engine(model), engine(model)
     for ours in (unbroken, resumed):
-        with ours.learning():
+        with ours.keeping_drafts():
             ours.measure(batches[0], BOTH)
     for batch in batches[1:4]:
         unbroken.measure(batch, BOTH)
@@ -317,13 +317,13 @@ def test_beginnings_back_off_with_the_rows_that_fit(most):
 @pytest.fixture
 def rounds(monkeypatch):
     """How many rows each round of drafts had."""
-    found, read = [], Answering._read_drafts
+    found, read = [], ResponseBatch._verify_drafts
 
     def count(self, likely, past):
         found.append(len(likely))
         return read(self, likely, past)
 
-    monkeypatch.setattr(Answering, "_read_drafts", count)
+    monkeypatch.setattr(ResponseBatch, "_verify_drafts", count)
     return found
 
 

@@ -110,7 +110,7 @@ def test_stacked_equals_merged_and_generated(loaded, plan, alike):
     edits = [method.edits(c) for c in families.candidates(loaded.anatomy, 3)]
     ours = engine(loaded, method.writers, plan, alike)
     before = {n: (p.data_ptr(), p._version) for n, p in loaded.model.named_parameters()}
-    with ours.learning():
+    with ours.keeping_drafts():
         evidence = ours.measure(edits, REQUESTS)
     again = ours.measure(edits, REQUESTS[:1])  # with drafts of what was said
     original = ours.original("contrast").responses

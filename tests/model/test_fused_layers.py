@@ -1,4 +1,4 @@
-"""The lean way through a model against Transformers' own forward pass."""
+"""Fused layers against Transformers' own forward pass."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from excise.model import forward as forward_module
-from excise.model import fused_layers as lean_module
+from excise.model import fused_layers as fused_module
 from excise.model.forward import Forward
-from excise.model.fused_layers import Alike, Inputs, attend, lean_of
+from excise.model.fused_layers import Duplicates, Inputs, attend, fused_layers_of
 from excise.model.layer_specs import gelu_tanh
 
 LENGTHS = (3, 9, 14, 24)
@@ -35,11 +35,11 @@ def near(ours, theirs):
 
 
 def both_ways(model):
-    """A lean forward of a model and one through its own modules."""
-    lean, plain = Forward(model.model, model.anatomy), Forward(model.model, model.anatomy)
-    assert lean._lean is not None
-    plain._lean = None
-    return lean, plain
+    """A forward with fused layers and one through its own modules."""
+    fused, plain = Forward(model.model, model.anatomy), Forward(model.model, model.anatomy)
+    assert fused._fused is not None
+    plain._fused = None
+    return fused, plain
 
 
 def test_the_texts_are_longer_than_a_window():
@@ -49,10 +49,10 @@ def test_the_texts_are_longer_than_a_window():
 @pytest.mark.parametrize("family", builders.FAMILIES)
 @pytest.mark.parametrize("keep", [1, 3, 24, 40])
 def test_final_states_are_those_of_the_models_own_modules(family, keep):
-    lean, plain = both_ways(builders.loaded(family))
+    fused, plain = both_ways(builders.loaded(family))
     ids, mask, positions = padded(texts())
     with torch.inference_mode():
-        ours, theirs = (way.hidden(ids, mask, positions, keep=keep) for way in (lean, plain))
+        ours, theirs = (way.hidden(ids, mask, positions, keep=keep) for way in (fused, plain))
     real = mask[:, -keep:].bool()
     assert ours.shape == theirs.shape
     assert near(ours[real], theirs[real])
@@ -78,28 +78,28 @@ def test_steps_from_a_cache_are_those_of_the_models_own_modules(family):
 @pytest.mark.parametrize("family", builders.FAMILIES)
 @pytest.mark.parametrize("cut", [1, 2])
 def test_a_pass_in_two_parts_is_one_pass(family, cut):
-    lean, plain = both_ways(builders.loaded(family))
+    fused, plain = both_ways(builders.loaded(family))
     given = padded(texts())
-    assert cut <= lean.anatomy.skippable
-    top = len(lean.anatomy.layers)
+    assert cut <= fused.anatomy.skippable
+    top = len(fused.anatomy.layers)
     with torch.inference_mode():
-        lower, theirs = (way.through(range(cut), Inputs(*given)) for way in (lean, plain))
+        lower, theirs = (way.run_layers(range(cut), Inputs(*given)) for way in (fused, plain))
         real = given[1].bool()
         assert near(lower[real], theirs[real])
         before = lower.clone()
-        ours = lean.through(range(cut, top), Inputs(*given), hidden=lower, keep=2)
+        ours = fused.run_layers(range(cut, top), Inputs(*given), hidden=lower, keep=2)
         assert torch.equal(lower, before)
-        assert near(ours, lean.hidden(*given, keep=2))
+        assert near(ours, fused.hidden(*given, keep=2))
 
 
 @pytest.mark.parametrize("family", builders.FAMILIES)
 def test_logits_are_those_of_the_models_own_forward(family):
     model = builders.loaded(family)
     capped = getattr(model.model.config.get_text_config(), "final_logit_softcapping", None)
-    lean, plain = both_ways(model)
+    fused, plain = both_ways(model)
     with torch.inference_mode():
         states = 20 * plain.hidden(*padded(texts()), keep=3).flatten(0, 1)
-        ours, theirs = lean.logits(states), plain.logits(states)
+        ours, theirs = fused.logits(states), plain.logits(states)
     assert torch.equal(ours, theirs)
     if capped:
         assert ours.abs().max() > 0.2 * capped  # far enough for the cap to bend them
@@ -107,34 +107,34 @@ def test_logits_are_those_of_the_models_own_forward(family):
 
 def test_a_head_that_differs_from_the_models_own_is_not_used(monkeypatch):
     model = builders.loaded("gemma4")
-    known = lean_of(model.model, model.anatomy)
+    known = fused_layers_of(model.model, model.anatomy)
     object.__setattr__(known.head, "cap", 0.5)
-    monkeypatch.setattr(forward_module, "lean_of", lambda *_: known)
-    assert Forward(model.model, model.anatomy)._lean is None
+    monkeypatch.setattr(forward_module, "fused_layers_of", lambda *_: known)
+    assert Forward(model.model, model.anatomy)._fused is None
 
 
 @pytest.mark.parametrize("family", builders.FAMILIES)
 def test_rows_that_are_alike_are_run_as_rows_of_their_own(family):
     """From the embeddings and from within, with a cache and without, at every layer."""
-    lean, _ = both_ways(builders.loaded(family))
+    fused, _ = both_ways(builders.loaded(family))
     ids, mask, positions = padded(texts())
     kinds = torch.tensor([0, 1, 2, 1, 0, 2, 1])
-    alike = Alike(torch.tensor([0, 1, 2]), kinds)
+    duplicates = Duplicates(torch.tensor([0, 1, 2]), kinds)
     given = Inputs(ids, mask, positions).of(kinds)
     few = Inputs(ids, mask, positions).of(torch.arange(3))
-    top = len(lean.anatomy.layers)
-    for start in range(min(lean.anatomy.skippable, top - 1) + 1):
+    top = len(fused.anatomy.layers)
+    for start in range(min(fused.anatomy.skippable, top - 1) + 1):
         for keep in (2, ids.shape[1]):
             for room in (None, ids.shape[1]):
-                caches = [None if room is None else lean.cache(room) for _ in range(2)]
+                caches = [None if room is None else fused.cache(room) for _ in range(2)]
                 with torch.inference_mode():
-                    lower = lean.through(range(start), few) if start else None
+                    lower = fused.run_layers(range(start), few) if start else None
                     each = None if lower is None else lower[kinds]
                     layers = range(start, top)
-                    ours = lean.through(
-                        layers, given, caches[0], hidden=lower, keep=keep, alike=alike
+                    ours = fused.run_layers(
+                        layers, given, caches[0], hidden=lower, keep=keep, duplicates=duplicates
                     )
-                    theirs = lean.through(layers, given, caches[1], hidden=each, keep=keep)
+                    theirs = fused.run_layers(layers, given, caches[1], hidden=each, keep=keep)
                 assert near(ours, theirs)
                 if room is not None:
                     for a, b in zip(*(cache.layers for cache in caches), strict=True):
@@ -146,22 +146,22 @@ def test_rows_that_are_alike_are_run_as_rows_of_their_own(family):
 @pytest.mark.parametrize("family", builders.FAMILIES)
 @pytest.mark.parametrize("more", [1, 3])
 def test_rows_that_are_alike_go_on_alike_from_a_cache(family, more):
-    lean, _ = both_ways(builders.loaded(family))
+    fused, _ = both_ways(builders.loaded(family))
     ids, mask, positions = padded(texts())
     kinds = torch.tensor([0, 1, 2, 1, 0, 2, 1])
-    alike, cut = Alike(torch.tensor([4, 3, 2]), kinds), ids.shape[1] - more
+    alike, cut = Duplicates(torch.tensor([4, 3, 2]), kinds), ids.shape[1] - more
     whole, layers, found = (
         Inputs(ids, mask, positions).of(kinds),
-        range(len(lean.anatomy.layers)),
+        range(len(fused.anatomy.layers)),
         [],
     )
     for same in (alike, None):
-        cache = lean.cache(ids.shape[1])
+        cache = fused.cache(ids.shape[1])
         with torch.inference_mode():
             for part in (slice(0, cut), slice(cut, None)):
                 seen = whole.mask[:, : part.stop]
                 given = Inputs(whole.ids[:, part], seen, whole.positions[:, part])
-                states = lean.through(layers, given, cache, keep=more, alike=same)
+                states = fused.run_layers(layers, given, cache, keep=more, duplicates=same)
         found.append(states)
     assert found[0].shape[:2] == (7, more)
     assert near(*found)
@@ -169,16 +169,16 @@ def test_rows_that_are_alike_go_on_alike_from_a_cache(family, more):
 
 def test_what_differs_from_the_models_own_modules_is_not_used(monkeypatch):
     model = builders.loaded("gemma4")
-    known = lean_of(model.model, model.anatomy)
+    known = fused_layers_of(model.model, model.anatomy)
     object.__setattr__(known._layers[2].attention, "scaling", 1.1)
-    monkeypatch.setattr(forward_module, "lean_of", lambda *_: known)
-    assert Forward(model.model, model.anatomy)._lean is None
+    monkeypatch.setattr(forward_module, "fused_layers_of", lambda *_: known)
+    assert Forward(model.model, model.anatomy)._fused is None
 
 
 def used(model, known, monkeypatch):
-    """Whether this lean way through a model is used."""
-    monkeypatch.setattr(forward_module, "lean_of", lambda *_: known)
-    return Forward(model.model, model.anatomy)._lean is not None
+    """Whether these fused layers are used."""
+    monkeypatch.setattr(forward_module, "fused_layers_of", lambda *_: known)
+    return Forward(model.model, model.anatomy)._fused is not None
 
 
 @pytest.mark.parametrize("way", ["sdpa", "eager"])
@@ -187,7 +187,7 @@ def used(model, known, monkeypatch):
 def test_a_window_that_ends_elsewhere_is_not_used(window, off, agrees, way, monkeypatch):
     """However long it is: no short text sees it."""
     model = builders.loaded("gemma4", sliding_window=window, attn_implementation=way)
-    known = lean_of(model.model, model.anatomy)
+    known = fused_layers_of(model.model, model.anatomy)
     assert known._windows["sliding_attention"] == window
     known._windows["sliding_attention"] = None if off is None else window + off
     assert used(model, known, monkeypatch) == agrees
@@ -197,17 +197,17 @@ def test_a_layer_that_is_taken_for_one_of_another_kind_is_not_used(monkeypatch):
     """With the same angles, so that nothing but the window tells the kinds apart."""
     more = {"sliding_window": 200, "use_sliding_window": True, "max_window_layers": 2}
     model = builders.loaded("qwen3", **more)
-    known = lean_of(model.model, model.anatomy)
+    known = fused_layers_of(model.model, model.anatomy)
     assert set(known._windows.values()) == {None, 200}
     assert used(model, known, monkeypatch)
-    wrong = lean_of(model.model, model.anatomy)
+    wrong = fused_layers_of(model.model, model.anatomy)
     object.__setattr__(wrong._layers[4].attention, "kind", "full_attention")
     assert not used(model, wrong, monkeypatch)
 
 
 def test_steps_that_go_wrong_are_not_used(monkeypatch):
     model = builders.loaded("gemma4")
-    known = lean_of(model.model, model.anatomy)
+    known = fused_layers_of(model.model, model.anatomy)
     run = known.run
 
     def wrong(layers, given, cache=None, **more):
@@ -222,22 +222,23 @@ def test_steps_that_go_wrong_are_not_used(monkeypatch):
 def test_what_goes_wrong_in_longer_texts_alone_is_not_used(monkeypatch):
     """Attention to many tokens is computed otherwise than to few."""
     model = builders.loaded("llama")
-    known = lean_of(model.model, model.anatomy)
+    known = fused_layers_of(model.model, model.anatomy)
 
     def wrong(queries, keys, values, bias, scaling):
         return attend(
             queries, keys, values, bias, scaling if keys.shape[2] <= 64 else 1.1 * scaling
         )
 
-    monkeypatch.setattr(lean_module, "attend", wrong)
+    monkeypatch.setattr(fused_module, "attend", wrong)
     assert not used(model, known, monkeypatch)
 
 
 def test_it_is_looked_at_once_per_model(monkeypatch):
     model = builders.loaded("qwen3")
-    Forward(model.model, model.anatomy)
+    first = model.forward
     monkeypatch.setattr(model.anatomy.backbone, "forward", None)
-    assert Forward(model.model, model.anatomy)._lean is not None
+    assert model.forward is first
+    assert first._fused is not None
 
 
 def test_gradients_flow_through_the_models_own_modules():
@@ -252,20 +253,20 @@ def test_gradients_flow_through_the_models_own_modules():
 @pytest.mark.parametrize("kind", ["gemma2", "qwen3_moe", "gemma4_text with experts"])
 def test_other_families_go_through_their_own_modules(kind):
     model = families.loaded(families.model(kind))
-    assert lean_of(model.model, model.anatomy) is None
+    assert fused_layers_of(model.model, model.anatomy) is None
 
 
 @pytest.mark.parametrize("kind", ["gemma4_text", "llama", "qwen3"])
-def test_these_are_run_lean_with_every_structural_feature_switched_on(kind):
+def test_these_are_run_fused_with_every_structural_feature_switched_on(kind):
     model = families.loaded(families.model(kind))
-    assert Forward(model.model, model.anatomy)._lean is not None
+    assert Forward(model.model, model.anatomy)._fused is not None
 
 
 def test_half_precision_goes_through_the_models_own_modules():
     """There a probe could not tell a wrong layer from rounding."""
     model = builders.loaded("qwen3")
     model.model.bfloat16()
-    assert lean_of(model.model, model.anatomy) is None
+    assert fused_layers_of(model.model, model.anatomy) is None
 
 
 @pytest.mark.parametrize(("width", "seen"), [(8, 5), (8, 80), (96, 5)])

@@ -1,4 +1,4 @@
-"""How large a pass should be: measured throughput, within the memory at hand and a little time.
+"""Batch sizes from measured throughput, within free memory and a short measuring time.
 
 Shapes: B rows, T tokens of the longest of them; a pass holds B x T tokens and B x T x T pairs of them.
 """
@@ -23,7 +23,7 @@ from excise.events import OnEvent, Progress, ignore
 from excise.model.forward import Forward
 from excise.model.parameters import any_offloaded
 
-_GAIN = 1.05  # a larger pass must be faster by this much to be worth its memory
+_GAIN = 1.05  # a larger batch must have this much more throughput to be worth its memory
 _DECODE_FACTOR = 8
 # The residual states of a pass, in float32, should take at least this much: below it the edits of many
 # candidates cost more than what the smaller pass gains. Wide models reach it with few rows.
@@ -42,19 +42,19 @@ _SCORES = 3 * 4  # bytes of a score: three float32 at once where attention keeps
 
 @dataclass(frozen=True)
 class Sizing:
-    """The plan of a run: what is stored with the study, so that a resume repeats it."""
+    """Batch sizes of a run, stored with the study so that a resume repeats them."""
 
     plan: Plan
     batch: int
 
     def as_dict(self) -> dict[str, Any]:
-        """For the study and the record."""
+        """Return the form that study and record hold."""
         return {**vars(self.plan), "batch": self.batch}
 
 
 @dataclass(frozen=True)
 class Room:
-    """The memory that a pass may plan with, and what its parts take of it; in bytes.
+    """Memory for a pass, and what its parts take, in bytes.
 
     Attributes:
         free: how much there is.
@@ -69,12 +69,12 @@ class Room:
     pair: int
 
     def rows(self, tokens: int, *, read: bool = True) -> int:
-        """Rows of so many tokens that fit; at least one. Those that are not `read` are decoded."""
+        """Return how many rows of `tokens` tokens fit, at least one; without `read`, in a decode step."""
         pairs = tokens * self.pair if read else 0
         return max(1, int(self.free / (self.row + tokens * (self.token + pairs))))
 
     def bound(self, plan: Plan, usual: int) -> Plan:
-        """The plan with passes that fit, whose texts mostly have so many tokens."""
+        """Return the plan with bounds on tokens and pairs, for texts of `usual` tokens."""
         pairs = int(self.free / self.pair) if self.pair else None
         return replace(plan, tokens=int(self.free / (self.token + self.row / usual)), pairs=pairs)
 
@@ -112,7 +112,7 @@ def size(
 
 
 def from_dict(known: dict[str, Any]) -> Sizing:
-    """The sizing that a study was started with; of versions before, without bounds on tokens.
+    """Return the sizing that a study was started with; earlier versions stored no bounds on tokens.
 
     Raises:
         RunStateError: it is not one.
@@ -141,21 +141,20 @@ def direction_engine(
 
 
 def usual_length(lengths: Sequence[int]) -> int:
-    """The longest of these lengths, as far as it says how large a pass should be.
+    """Return the longest length to size batches for: the maximum, capped at a multiple of the median.
 
-    A few prompts that are far longer than the others are passed in smaller numbers; sizes that are
-    right for those would make the whole search slow.
+    The few prompts beyond it run in smaller batches; sizes for them would slow the whole search.
     """
     return min(max(lengths), _TIMES_USUAL * median_low(lengths))
 
 
 def within_memory(plan: Plan, loaded: Loaded, config: Config, usual: int) -> Plan:
-    """The plan with passes that fit in the memory that is free now, at such prompts' length."""
+    """Return the plan bounded by the memory that is free now, for prompts of `usual` tokens."""
     return room_of(loaded, config).bound(plan, usual + config.scores.max_new_tokens)
 
 
 def room_of(loaded: Loaded, config: Config) -> Room:
-    """The memory that is free now, and what a pass of this model takes."""
+    """Return the memory that is free now, and what a pass of this model takes."""
     inner = max(writer.shape[1] for writer in loaded.anatomy.writers)
     activations = loaded.dtype.itemsize * (8 * loaded.anatomy.width + 4 * inner)
     if loaded.device.type == "cuda":
@@ -169,7 +168,7 @@ def room_of(loaded: Loaded, config: Config) -> Room:
 
 
 def _filled_cache(loaded: Loaded) -> tuple[Any, list[Any]]:
-    """The cache of three tokens in each of two rows, and the masks that layers were given for them."""
+    """Return the KV cache of two rows of three tokens, and the masks that layers got for them."""
     forward = loaded.forward
     cache = forward.cache(3)
     ids = torch.ones(2, 3, dtype=torch.long, device=loaded.device)
@@ -192,7 +191,7 @@ def _filled_cache(loaded: Loaded) -> tuple[Any, list[Any]]:
 
 
 def _cache_bytes(cache: Any) -> tuple[int, int]:
-    """Bytes of keys and values of one token, and of states that a row has one of, of such a cache."""
+    """Return the bytes of one token's keys and values, and of one row's linear-attention states."""
     filled = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
     states = [
         state
@@ -206,7 +205,7 @@ def _cache_bytes(cache: Any) -> tuple[int, int]:
 
 
 def _pair_bytes(loaded: Loaded, cache: Any, masks: list[Any]) -> int:
-    """Bytes of two tokens of a row in attention, by how it goes about it.
+    """Return the bytes that attention takes per pair of tokens in a row.
 
     Masks of numbers are for code that adds them to scores which it keeps; masks of truth values for
     fused kernels, which turn them into numbers, and which keep scores where keys and values differ in
@@ -233,13 +232,13 @@ def _pair_bytes(loaded: Loaded, cache: Any, masks: list[Any]) -> int:
 
 @dataclass(frozen=True)
 class _Time:
-    """How long measuring may go on: a few seconds, and little beside the search."""
+    """Time limit of measuring: a few seconds, and a small share of the search."""
 
     search: float  # tokens that it is likely to pass
     begun: float
 
     def allows(self, seconds: float, speed: float) -> bool:
-        """Whether so many more are there, where so many tokens pass in each."""
+        """Return whether `seconds` more fit, at `speed` tokens per second."""
         most = min(_SECONDS, _SHARE * self.search / speed)
         return time.perf_counter() - self.begun + seconds <= most
 
@@ -287,7 +286,7 @@ def _fastest_rows(
 
 
 def _smaller(rows: int, tokens: int) -> Iterator[tuple[int, int]]:
-    """Passes (rows, tokens of each) up to half of this one, each twice the one before."""
+    """Yield passes (rows, tokens) up to half of this one, each twice the one before."""
     few = _SMALLEST
     while few < tokens:
         yield 1, few
@@ -299,12 +298,12 @@ def _smaller(rows: int, tokens: int) -> Iterator[tuple[int, int]]:
 
 
 def _speed(forward: Forward, device: torch.device, rows: int, tokens: int) -> float:
-    """Tokens per second of a pass over `rows` rows: the best of three."""
+    """Return the tokens per second of a pass over `rows` rows: the best of three."""
     return rows * tokens / _seconds(forward, device, rows, tokens, _REPEATS)
 
 
 def _seconds(forward: Forward, device: torch.device, rows: int, tokens: int, repeats: int) -> float:
-    """What a pass takes: the best of so many."""
+    """Return the seconds of a pass: the best of `repeats`."""
     ids = torch.ones(rows, tokens, dtype=torch.long, device=device)
     positions = torch.arange(tokens, device=device).expand(rows, -1)
     best = inf

@@ -1,4 +1,4 @@
-"""Greedy decoding of many rows at once: finished rows leave the batch, decided ones finish early.
+"""Batched greedy decoding. Finished rows leave the batch; a row whose verdict is settled finishes early.
 
 Knows rows and tokens; knows candidates only through `applied`, a context with the edits of some rows.
 """
@@ -16,14 +16,14 @@ from excise.engine.requests import Decided, Response
 from excise.model.forward import Forward
 from excise.model.kv_cache import select_rows
 
-# Rows are taken out of the batch once this share of it is finished: each time copies the cache.
+# Finished rows are removed once they are this share of the batch: every removal copies the cache.
 _COMPACT_AT = 0.25
 
 
 class ResponseTree:
-    """All responses seen, as a tree of tokens, so that a text is decoded and judged only once.
+    """A trie of all responses' tokens, so that each prefix is detokenised and judged only once.
 
-    Most rows repeat what others said: the same prompt under another candidate, the same phrase.
+    Most rows repeat others: the same prompt under another candidate, the same phrase.
     """
 
     def __init__(
@@ -36,13 +36,13 @@ class ResponseTree:
         self._spoken = spoken
         self._deciders = deciders
         self._children: dict[tuple[int, int], int] = {}
-        self._from: list[tuple[int, int]] = [(0, 0)]  # a node's parent, and the token after that
+        self._from: list[tuple[int, int]] = [(0, 0)]  # a node's parent, and its token
         self._length: list[int] = [0]
         self._final: list[bool] = [False]
         self._responses: dict[tuple[int, bool], Response] = {}
 
     def step(self, node: int, token: int) -> int:
-        """The node reached from `node` by one more token."""
+        """Return the child of `node` for one more token; add it where it is new."""
         key = (node, token)
         child = self._children.get(key)
         if child is None:
@@ -60,7 +60,7 @@ class ResponseTree:
         return all(decided(text) for decided in self._deciders)
 
     def tokens(self, node: int) -> tuple[int, ...]:
-        """The tokens on the way to a node; only the last of them is kept with it."""
+        """Return the tokens from the root to a node; each node stores its own alone."""
         found = []
         while node:
             node, token = self._from[node]
@@ -68,27 +68,27 @@ class ResponseTree:
         return tuple(reversed(found))
 
     def length(self, node: int) -> int:
-        """How many tokens stand on the way to a node."""
+        """Return the number of tokens from the root to a node."""
         return self._length[node]
 
     def is_decided(self, node: int) -> bool:
-        """Whether the verdict on this response can no longer change."""
+        """Return whether the verdict on this response can no longer change."""
         return self._final[node]
 
     def response(self, node: int, ended: bool) -> Response:
-        """The response that this node stands for, made once: most rows end where others did."""
+        """Return the response that ends at a node, made once."""
         if (node, ended) not in self._responses:
             tokens = self.tokens(node)
             self._responses[node, ended] = Response(tokens, self.text(tokens), ended)
         return self._responses[node, ended]
 
     def text(self, tokens: Sequence[int]) -> str:
-        """Text of response tokens, without special tokens, after what every response begins with."""
+        """Detokenise response tokens, without special tokens, after the prefix that all responses share."""
         return str(self._tokenizer.decode([*self._spoken, *tokens], skip_special_tokens=True))
 
 
 class Transcript:
-    """What every row of a batch has said so far, and which rows are through."""
+    """The tokens that every row has generated, and which rows are finished."""
 
     def __init__(self, tree: ResponseTree, rows: int, ends: frozenset[int], limit: int) -> None:
         """`ends`: tokens that end a response; `limit`: most tokens of one."""
@@ -96,31 +96,31 @@ class Transcript:
         self._nodes = [0] * rows
         self._done: dict[int, Response] = {}
 
-    def say(self, row: int, token: int) -> None:
-        """A row's next token; it is through once its response has ended or its verdict is settled."""
+    def append(self, row: int, token: int) -> None:
+        """Append a row's next token. An end token, the limit or a settled verdict finishes the row."""
         node = self._nodes[row] = self._tree.step(self._nodes[row], token)
         ended = token in self._ends
         if ended or self.room(row) == 0 or self._tree.is_decided(node):
             self._done[row] = self._tree.response(node, ended)
 
-    def said(self, row: int) -> tuple[int, ...]:
-        """The tokens of a row so far."""
+    def tokens(self, row: int) -> tuple[int, ...]:
+        """Return the tokens of a row so far."""
         return self._tree.tokens(self._nodes[row])
 
     def room(self, row: int) -> int:
-        """How many tokens a row may still say."""
+        """Return how many tokens a row may still generate."""
         return self._limit - self._tree.length(self._nodes[row])
 
     def is_open(self, row: int) -> bool:
-        """Whether a row has more to say."""
+        """Return whether a row is unfinished."""
         return row not in self._done
 
     def open_rows(self) -> list[int]:
-        """The rows that have more to say."""
+        """Return the unfinished rows."""
         return [row for row in range(len(self._nodes)) if row not in self._done]
 
     def responses(self) -> list[Response]:
-        """Every row's response, once all are through."""
+        """Return every row's response, once all are finished."""
         return [self._done[row] for row in range(len(self._nodes))]
 
 
@@ -133,22 +133,22 @@ def greedy(
     cache: Any,
     applied: Callable[[list[int]], AbstractContextManager[None]],
 ) -> None:
-    """Decode rows to their end.
+    """Decode rows greedily until all are finished.
 
     Args:
         forward: the model.
-        transcript: what the rows have said, and what they say from here on.
+        transcript: receives the rows' tokens.
         alive: the rows of the transcript that the batch holds.
         first: (B,) the next token of each, already chosen.
-        mask: (B, T) mask of what was read so far, whose states `cache` holds.
-        cache: key-value cache with room for all that the rows may still say.
+        mask: (B, T) attention mask of the prefilled positions, which `cache` holds.
+        cache: KV cache with room for all tokens that the rows may still generate.
         applied: gives the context in which a batch of these rows of the transcript is run.
     """
     device, seen = mask.device, mask.shape[1]  # logits may come from another device
     tokens = first.to(device)
     positions = mask.sum(-1)
     rooms = list(map(transcript.room, alive))
-    # A row that is through may stay for a while; it must not run out of positions meanwhile.
+    # A finished row may stay for a while; it must not run out of positions meanwhile.
     last = positions + torch.tensor(rooms, device=device) - 1
     mask = torch.cat([mask, mask.new_ones(len(alive), max(rooms))], dim=1)
     with ExitStack() as context:
@@ -156,7 +156,7 @@ def greedy(
         while True:
             for row, token in zip(alive, tokens.tolist(), strict=True):
                 if transcript.is_open(row):
-                    transcript.say(row, token)
+                    transcript.append(row, token)
             open_slots = [slot for slot, row in enumerate(alive) if transcript.is_open(row)]
             if not open_slots:
                 return

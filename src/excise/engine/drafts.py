@@ -1,8 +1,8 @@
-"""What later candidates are likely to say: responses known before, offered as drafts.
+"""Drafts for speculative decoding: earlier candidates' responses, verified by later candidates' models.
 
-A draft is read in one pass where decoding takes one pass per token. The model still chooses every
-token; a draft only says where to look, as in speculative decoding (Leviathan et al., 2023) without
-sampling. Drafts are learnt once and then fixed, so that a resumed run repeats what an unbroken one did.
+A draft is verified in one forward pass where decoding takes one per token. The model still chooses every
+token, as in speculative decoding (Leviathan et al., 2023) without sampling. Drafts are collected once and
+then fixed, so that a resumed run repeats what an unbroken one did.
 """
 
 from __future__ import annotations
@@ -14,28 +14,28 @@ from excise.engine.requests import Response
 
 Tokens = tuple[int, ...]
 
-# Decoding a token costs about this many times what reading it does: every token is a pass of its own,
-# and through all layers, where drafts share those below the first edit.
+# Cost of decoding a token over that of verifying it: decoding takes a pass per token through all layers,
+# where drafts share those below the first edit.
 _DECODING_OVER_READING = 4
-# What has left the known responses comes back to one where so many last tokens, or fewer, are alike.
+# Longest n-gram that prompt lookup matches.
 _LONGEST_MATCH = 2
 
 
 def cheaper_than_decoding(gained: int, read: int) -> bool:
-    """Whether it is cheaper to read so many tokens than to decode those that it brings."""
+    """Return whether verifying `read` tokens is cheaper than decoding the `gained` ones accepted."""
     return read < _DECODING_OVER_READING * gained
 
 
 class Drafts:
-    """Known responses to every prompt of one side."""
+    """Earlier responses to every prompt of one side."""
 
     def __init__(self) -> None:
         self._counts: list[Counter[Tokens]] = []
-        # (prompt, or None for any; a few tokens) -> a response, and where in it they have just ended.
+        # (prompt, or None for any; n-gram) -> a response, and the position after the n-gram in it.
         self._places: dict[tuple[int | None, Tokens], tuple[Tokens, int]] = {}
 
     def add(self, responses: Sequence[Response]) -> None:
-        """One more candidate's responses, one per prompt."""
+        """Add one candidate's responses, one per prompt."""
         self._counts = self._counts or [Counter() for _ in responses]
         for prompt, (counts, one) in enumerate(zip(self._counts, responses, strict=True)):
             counts[one.tokens] += 1
@@ -49,10 +49,10 @@ class Drafts:
                 self._places[prompt, last] = self._places[None, last] = (tokens, end)
 
     def after(self, prompt: int, said: Tokens) -> Tokens:
-        """The likeliest continuation of what was said to a prompt; empty where none is known.
+        """Return the likeliest continuation of a response to a prompt; empty where none is known.
 
-        That of a known response to it which begins so; else of one, to this prompt or another, that
-        has the same last tokens somewhere (prompt lookup decoding, Saxena, 2023).
+        From the most frequent known response with this prefix; else from one, to this prompt or another,
+        that holds the last n-gram (prompt lookup decoding, Saxena, 2023).
         """
         known = self._counts[prompt]
         fitting = [t for t in known if len(t) > len(said) and t[: len(said)] == said]

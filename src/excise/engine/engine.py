@@ -1,8 +1,8 @@
-"""One batched pass answers every scorer's request, for C candidates at once.
+"""Measurement of C candidates in one batch: every scorer's request is answered together.
 
-Rows are candidates x prompts, candidate-major, each carrying its candidate's edit at every writer of
-the untouched model. What the layers below a candidate's first edit give is shared (`passes`), and
-responses that were given before are read, not decoded (`answering`).
+Rows are candidates x prompts, candidate-major, each with its candidate's edits on the untouched model.
+Layers below a candidate's first edit are shared (`passes`), and earlier responses serve as drafts for
+speculative decoding (`responses`).
 
 Shapes: C candidates, S of them in one stack, P prompts, B rows, T tokens, D width.
 """
@@ -23,7 +23,7 @@ from excise.engine.drafts import Drafts
 from excise.engine.kl import divergences
 from excise.engine.passes import Passes, Rows
 from excise.engine.requests import Decided, Divergence, Evidence, Request, Response, Responses
-from excise.engine.responses import Answering
+from excise.engine.responses import ResponseBatch
 from excise.engine.stacking import ORIGINAL, CandidateEdits, Stack, first_edited
 from excise.errors import MeasurementError, MemoryExhausted, is_out_of_memory
 from excise.model.anatomy import Writer
@@ -41,16 +41,16 @@ _EDIT_BYTES = 4 * 2**30  # the edits of a stack are copied into one tensor per w
 
 @dataclass(frozen=True)
 class Plan:
-    """How large a pass is.
+    """Batch sizes of an engine's passes. Immutable; see `Engine.fitted_plan` for those in use.
 
     Attributes:
-        rows: bounds candidates x prompts of a pass over whole prompts.
-        stack: candidates of one pass.
-        decode: bounds candidates x prompts that decode together, one token each per pass.
+        rows: most rows of a prefill or teacher-forced pass.
+        stack: most candidates of one batch.
+        decode: most rows that decode together.
         reuse: run layers below a candidate's first edited one once for all candidates.
-        tokens: bounds both by the length of texts, response included: rows x tokens of the longest.
-        pairs: as `tokens`, of rows x tokens x tokens in passes over whole prompts; what one of the
-            bounds leaves of the memory is what the other may take.
+        tokens: most padded tokens of a batch: rows x longest text, response included; None for no bound.
+        pairs: most rows x longest x longest of a prefill or teacher-forced pass, for attention's memory.
+            The two share the memory: what a pass takes of one, the other lacks.
     """
 
     rows: int = 256
@@ -61,13 +61,13 @@ class Plan:
     pairs: int | None = None
 
     def fits(self, limit: Limit, longest: int) -> int:
-        """Rows of a pass of either kind whose longest text has so many tokens; at least one."""
+        """Return the rows that fit a batch whose longest text has `longest` tokens; at least one."""
         rows: int = getattr(self, limit)
         share = self._share(limit, longest)
         return max(1, min(rows, int((1 + 1e-9) / share))) if share else rows
 
     def less(self, limit: Limit, longest: int, rows: int) -> Plan:
-        """The same with as much less room as leaves so many rows of such texts."""
+        """Return the plan whose memory bounds leave `rows` rows of `longest` tokens."""
         if self.tokens is None:
             return replace(self, tokens=rows * longest)
         left = rows * self._share(limit, longest)
@@ -75,7 +75,7 @@ class Plan:
         return replace(self, tokens=max(1, int(self.tokens * left)), pairs=pairs)
 
     def _share(self, limit: Limit, longest: int) -> float:
-        """Of the room that there is, what one such text takes."""
+        """Return the share of the memory that one row of `longest` tokens takes."""
         share = longest / self.tokens if self.tokens else 0.0
         if self.pairs and limit == "rows":
             share += longest * longest / self.pairs
@@ -84,22 +84,22 @@ class Plan:
 
 @dataclass(frozen=True)
 class Original:
-    """The original model's responses to one side's prompts, and its states while it gave them."""
+    """The original model's responses to one side's prompts, with the hidden states that predict them."""
 
     responses: list[Response]
-    states: list[Tensor]  # per prompt (tokens, D): the state that predicts each response token
+    states: list[Tensor]  # per prompt (tokens, D): final hidden state before each response token
 
 
 @dataclass(frozen=True)
 class Reference:
-    """Another engine's original model, to measure this engine's model against."""
+    """The original model of another engine, against which divergence is measured."""
 
     originals: dict[str, Original]
     forward: Forward  # gives the original's logits; only its head is needed
 
 
 class Engine:
-    """Measures candidates on one side's prompts each: `prompts` maps side -> token ids."""
+    """Measures candidates on prompts given as token ids by side."""
 
     def __init__(
         self,
@@ -164,11 +164,10 @@ class Engine:
         return [found[number] for number in range(len(candidates))]
 
     @contextmanager
-    def learning(self) -> Iterator[None]:
-        """What candidates say within this context, those after them are expected to say.
+    def keeping_drafts(self) -> Iterator[None]:
+        """Keep the responses made in this context as drafts for later candidates (speculative decoding).
 
-        That saves time. Responses stay what they are, but for near ties that a pass of another shape
-        rounds the other way.
+        Responses do not change, but for near ties that a batch of another shape rounds the other way.
         """
         self._learning = True
         try:
@@ -182,7 +181,7 @@ class Engine:
                 self._drafts.setdefault(side, Drafts()).add(responses)
 
     def original(self, side: str) -> Original:
-        """The original model's whole responses to a side's prompts, measured once."""
+        """Return the original model's whole responses to a side's prompts; measured at the first call."""
         if side not in self._originals:
             with torch.inference_mode():
                 passes = self._passes([ORIGINAL])
@@ -217,9 +216,9 @@ class Engine:
     def _stacks(
         self, candidates: Sequence[CandidateEdits], learns: bool
     ) -> Iterator[tuple[list[int], Passes]]:
-        """Candidates in stacks; those that begin at like layers share one, so more is reused.
+        """Split candidates into stacks by first edited layer, so that each shares as many layers as it can.
 
-        Where later stacks learn from the first, that is smaller: it decodes what they will read.
+        The first stack that drafts are kept of is smaller: it decodes what later ones verify.
         """
         firsts = [first_edited(self.writers, edits) for edits in candidates]
         order = sorted(range(len(candidates)), key=lambda n: (firsts[n], n))
@@ -250,7 +249,7 @@ class Engine:
                     one.divergence[side] = per_prompt
         return evidence
 
-    # -- batches, and what to do when one does not fit -------------------------------------------
+    # -- batches, and out of memory --------------------------------------------------------------
 
     def _spread(
         self,
@@ -260,10 +259,10 @@ class Engine:
         lengths: list[int],
         limit: Limit = "rows",
     ) -> list[list[R]]:
-        """Run `work` on chunks of prompts for all candidates of a stack; per candidate, per prompt.
+        """Run `work` on batches of prompts for all candidates of a stack; return per candidate, per prompt.
 
-        Prompts of like `lengths` share a chunk. When memory runs out the chunk is halved (prompts
-        first, then candidates) and later chunks of such texts stay as small.
+        Prompts of similar `lengths` share a batch. When memory runs out the batch is halved (prompts
+        first, then candidates), and later batches of such texts stay as small.
         """
         found: dict[tuple[int, int], R] = {}
         order = sorted(numbers, key=lambda n: (-lengths[n], n))
@@ -291,7 +290,11 @@ class Engine:
         return [[found[member, n] for n in numbers] for member in range(passes.stack.size)]
 
     def _back_off(self, passes: Passes, limit: Limit, longest: int, rows: int) -> None:
-        """Plan with half of a pass that did not fit."""
+        """Halve the rows of a batch that did not fit.
+
+        Raises:
+            MemoryExhausted: it had one row.
+        """
         passes.free()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -307,7 +310,7 @@ class Engine:
     def _answer(
         self, side: str, deciders: frozenset[Decided] | None, passes: Passes, numbers: list[int]
     ) -> list[list[Response]]:
-        """Greedy responses, with the help of drafts where they are known and pay."""
+        """Return greedy responses per candidate and prompt; drafts are used where there are any."""
         if deciders not in self._trees:
             self._trees[deciders] = ResponseTree(self._loaded.tokenizer, deciders, self.spoken)
         tree, prompts = self._trees[deciders], self.prompts[side]
@@ -317,7 +320,7 @@ class Engine:
 
         def work(passes: Passes, members: list[int], chunk: list[int]) -> list[list[Response]]:
             transcript = Transcript(tree, len(members) * len(chunk), self._ends, self.limit)
-            answering = Answering(
+            batch = ResponseBatch(
                 passes,
                 members,
                 chunk,
@@ -329,15 +332,15 @@ class Engine:
                 else len(members) * len(chunk),
             )
             if drafts is not None:
-                answering.follow(drafts)
+                batch.decode_with_drafts(drafts)
             else:
-                answering.decode()
+                batch.decode()
             return _per_member(transcript.responses(), len(members))
 
         return self._spread(work, passes, numbers, lengths, "decode" if joins else "rows")
 
     def _read(self, side: str, responses: list[Response]) -> Any:
-        """Teacher-forced states at the tokens that predict each response: (tokens, D) per prompt."""
+        """Return work that gives teacher-forced states before each response token: (tokens, D) a prompt."""
 
         def work(passes: Passes, members: list[int], chunk: list[int]) -> list[list[Tensor]]:
             texts = [responses[n].tokens for n in chunk]
@@ -377,14 +380,14 @@ def _edit_bytes(edits: CandidateEdits) -> int:
 
 
 def _until_all(wanted: Sequence[Responses]) -> frozenset[Decided] | None:
-    """Whose verdicts must be settled; None when one asker needs the whole text."""
+    """Return the deciders that must all be settled; None when one request needs whole responses."""
     deciders = [request.decided for request in wanted]
     some = frozenset(decided for decided in deciders if decided is not None)
     return some if len(some) and None not in deciders else None
 
 
 def _cut(members: list[int], numbers: list[int], rows: int) -> list[tuple[list[int], list[int]]]:
-    """(candidates, prompts): all that one pass of at most so many rows has room for, and the rest."""
+    """Cut (candidates, prompts) to batches of at most `rows` rows: the first prompts, then the rest."""
     some = max(1, min(len(members), rows))
     size = max(1, rows // some)
     first = [(members[m : m + some], numbers[:size]) for m in range(0, len(members), some)]

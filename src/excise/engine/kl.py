@@ -1,4 +1,4 @@
-"""KL(original || edited) of token distributions, in chunks: no more logits at once than needed.
+"""KL(original || edited) of token distributions, in chunks that bound the memory for logits.
 
 Shapes: N positions, S candidates, D width, V vocabulary.
 """
@@ -12,7 +12,7 @@ from excise.model.forward import Forward
 
 
 def kl(original: Tensor, edited: Tensor) -> Tensor:
-    """KL(p || q) in nats along the last axis, from raw logits of p and q (they broadcast).
+    """Return KL(p || q) in nats along the last axis, from raw logits of p and q (they broadcast).
 
     Sums p (e^d - 1 - d) with d = log q - log p: equal to -sum p d because q and p both sum to one,
     but every term is positive and of second order, so that a small divergence is not lost in the
@@ -35,7 +35,7 @@ def _kl(original: Tensor, edited: Tensor) -> Tensor:
 def divergences(
     reference: Forward, original: Tensor, forward: Forward, edited: Tensor, chunk_bytes: int
 ) -> Tensor:
-    """KL at each position and candidate (S, N), from final hidden states.
+    """Return the KL per candidate and position (S, N), from final hidden states.
 
     Args:
         reference: gives the original's logits; the same as `forward` unless another model is measured.

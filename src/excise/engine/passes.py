@@ -1,10 +1,10 @@
-"""Passes over many texts at once: rows are candidates x texts, and what rows share runs once.
+"""Batched forward passes over (candidate, prompt) rows.
 
-Below its first edited layer a candidate is the original model, so those layers run once per different
-text, and each candidate's rows join the pass at its own first edited layer. What all texts begin with,
-such as a system prompt, is read once per candidate of a stack.
+Layers below a candidate's first edit run once per distinct prompt: there the candidate is the original
+model. Its rows join the batch at its own first edited layer. A common prefix, such as a system prompt, is
+prefilled once per candidate of a stack.
 
-Shapes: B rows, U different texts, T tokens, D width.
+Shapes: B rows, U distinct texts, T tokens, D width.
 """
 
 from __future__ import annotations
@@ -20,51 +20,50 @@ from torch import Tensor
 
 from excise.engine.stacking import Stack
 from excise.model.forward import Forward
-from excise.model.fused_layers import Alike, Inputs
+from excise.model.fused_layers import Duplicates, Inputs
 from excise.model.kv_cache import share_lower_layers, take_rows
 from excise.prompts.tokens import left_pad
 
 Text = tuple[int, ...]
 
-# A pass in parts has a call for each of them, which costs every row of it about as much as this share
-# of a layer: masks, positions, per-layer embeddings.
+# Cost of one more call in a pass (masks, positions, per-layer embeddings): a share of a layer's, per row.
 _CALL_COST = 0.5
-# Going on from a cache costs every token about this share of a layer: keys and values are written to it.
+# Cost of copying a cache, as a share of a layer's, per token.
 _CACHE_COST = 0.05
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Row b of a pass carries candidate owners[b], in ascending order, and holds texts[b]."""
+    """The rows of a batch: row b holds texts[b] and carries candidate owners[b]; owners ascend."""
 
     owners: list[int]
     texts: list[Text]
 
     @classmethod
     def grid(cls, members: Sequence[int], texts: Sequence[Text]) -> Rows:
-        """Every one of these candidates with every one of these texts, candidate-major."""
+        """Return the product of candidates and texts, candidate-major."""
         owners = [member for member in members for _ in texts]
         return cls(owners, list(texts) * len(members))
 
 
 @dataclass(frozen=True)
 class Past:
-    """What rows have read so far, left-padded: keys and values, and which positions hold them."""
+    """KV cache of a left-padded batch, and the attention mask of its positions."""
 
     cache: Any
     mask: Tensor  # (B, T)
 
     def pads(self) -> list[int]:
-        """Positions before each row's first token."""
+        """Return the number of padding positions per row."""
         pads: list[int] = (self.mask.shape[1] - self.mask.sum(-1)).tolist()
         return pads
 
 
 @dataclass(frozen=True)
-class After:
-    """What rows of a pass have read before: row b goes on from row places[b] of the past.
+class CachedRows:
+    """Where the rows of a batch continue a KV cache: row b from row places[b] of `past`.
 
-    The past is of caches that `can_join`, and stays as it is.
+    `past` is copied from, never written. Its cache is one that `can_join`.
     """
 
     past: Past
@@ -73,18 +72,18 @@ class After:
 
 @dataclass(frozen=True)
 class _Given:
-    """What the rows of a pass are given, and which rows of it hold the different texts."""
+    """Inputs of a pass, and which of its rows hold the distinct texts."""
 
     inputs: Inputs
-    different: list[int]  # (U,) of the rows with the same text, the last
-    picked: list[int]  # (B,) which of the different texts each row holds
+    different: list[int]  # (U,) the last row of each distinct text
+    picked: list[int]  # (B,) index of each row's text among the distinct ones
 
     def of(self, rows: Sequence[int]) -> Inputs:
-        """What some rows are given."""
+        """Return the inputs of some rows."""
         return self.inputs.of(torch.tensor(rows, device=self.inputs.ids.device))
 
 
-# Gives a pass over some rows, through the layers from one to another, the cache that it goes on from.
+# Returns the cache that a pass of these rows through these layers continues; None where it needs none.
 _Caches = Callable[[Sequence[int], range], Any]
 
 
@@ -121,41 +120,45 @@ class Passes:
         """Free the prefilled prefixes; they are prefilled again where they are needed."""
         self._prefilled.clear()
 
-    def read(self, rows: Rows, keep: int, after: After | None = None) -> Tensor:
-        """Hidden states (B, keep, D) at the last `keep` tokens of every row.
+    def read(self, rows: Rows, keep: int, after: CachedRows | None = None) -> Tensor:
+        """Return hidden states (B, keep, D) at the last `keep` tokens of every row (teacher forcing).
 
-        `after`: what was read of the texts, each of which has at least one token more; no state of
-        the tokens read before is kept.
+        With `after`, the texts begin with what its rows hold, and have at least one token more. States
+        of cached tokens are not returned.
         """
         after = after or self._prefix(rows, keep)
         given, caches = self._open(rows, None, after)
-        steps = joining(self._starts(rows))
-        return self._climb(rows, given, caches, keep, steps)
+        steps = join_schedule(self._starts(rows))
+        return self._run(rows, given, caches, keep, steps)
 
-    def fill(self, rows: Rows, room: int, after: After | None = None) -> tuple[Tensor, Past]:
-        """Hidden states (B, D) at every row's last token, and the past of it with more room."""
+    def prefill(
+        self, rows: Rows, room: int, after: CachedRows | None = None
+    ) -> tuple[Tensor, Past]:
+        """Return hidden states (B, D) at every row's last token, and a cache with room for more tokens."""
         after = after or self._prefix(rows, 1)
         given, caches = self._open(rows, room, after)
         layer = self._starts(rows)[0]
-        filled: dict[int, Any] = {}  # by the layer that a part of the pass begins at
+        filled: dict[int, Any] = {}  # by the first layer of each part of the pass
 
         def remembered(some: Sequence[int], layers: range) -> Any:
             filled[layers.start] = caches(some, layers)
             return filled[layers.start]
 
         # All rows join at once: a layer's keys and values are then those of all of them.
-        states = self._climb(rows, given, remembered, 1, [(layer, len(rows.owners))])
+        states = self._run(rows, given, remembered, 1, [(layer, len(rows.owners))])
         if layer > 0:
             share_lower_layers(filled[0], filled[layer], layer, torch.tensor(given.picked))
         return states[:, -1], Past(filled[layer], given.inputs.mask)
 
-    def _open(self, rows: Rows, room: int | None, after: After | None) -> tuple[_Given, _Caches]:
-        """What is left to read of texts, and the caches to go on from.
+    def _open(
+        self, rows: Rows, room: int | None, after: CachedRows | None
+    ) -> tuple[_Given, _Caches]:
+        """Return the inputs that remain beyond the cached tokens, and the caches to continue.
 
-        Texts are left-padded, and so is their past: where a row has less to read than others, it reads
-        some of its last tokens again, where padding would be otherwise, and nothing has a gap.
+        Texts and caches are left-padded. A row with fewer new tokens than others reads some of its last
+        cached tokens again in place of padding, so that no row has a gap.
 
-        Caches hold the whole texts with so much more room; None: they need hold the past only.
+        Caches have capacity for whole texts plus `room`; with None, no cache is kept beyond `after`.
         """
         before, read = 0, [0] * len(rows.texts)
         if after is not None:
@@ -187,7 +190,7 @@ class Passes:
         each = torch.tensor(picked, device=ids.device)
         return _Given(Inputs(ids, mask, positions).of(each), different, picked), caches
 
-    def _prefix(self, rows: Rows, keep: int) -> After | None:
+    def _prefix(self, rows: Rows, keep: int) -> CachedRows | None:
         """Return the longest prefix that all texts share, prefilled once per candidate, if that pays."""
         members = tuple(dict.fromkeys(rows.owners))
         width = max(map(len, rows.texts))
@@ -198,13 +201,13 @@ class Passes:
             if width - n >= keep and all(len(t) > n and t[:n] == known for t in set(rows.texts)):
                 past = self._prefilled.get((known, members))
                 if past is None:
-                    past = self.fill(Rows.grid(members, [known]), 0)[1]
+                    past = self.prefill(Rows.grid(members, [known]), 0)[1]
                     self._prefilled[known, members] = past
                 place = {member: place for place, member in enumerate(members)}
-                return After(past, [place[owner] for owner in rows.owners])
+                return CachedRows(past, [place[owner] for owner in rows.owners])
         return None
 
-    def _climb(
+    def _run(
         self,
         rows: Rows,
         given: _Given,
@@ -212,43 +215,42 @@ class Passes:
         keep: int,
         steps: Sequence[tuple[int, int]],
     ) -> Tensor:
-        """Hidden states (B, keep, D): layer by layer upwards, rows joining as `steps` says."""
-        hidden, shared = None, None  # of the rows that have joined, of the texts of those that wait
-        alike = None  # of the rows that have joined, those that `hidden` holds once
+        """Return hidden states (B, keep, D); rows join at the layers that `steps` names."""
+        hidden, shared = None, None  # of the rows that have joined; of waiting texts
+        duplicates = None  # rows that `hidden` holds once
         waiting = {number: number for number in range(len(given.different))}
         for (layer, active), (above, more) in pairwise([(0, 0), *steps]):
             layers, some = range(layer, above), range(active)
             joining = given.picked[active:more]
             if not layers:
-                alike = self._alike(active, joining)
+                duplicates = self._duplicates(active, joining)
                 continue
             if active:
                 cache = caches(some, layers)
                 with self.stack.applied(rows.owners[:active]):
-                    hidden = self.forward.through(
-                        layers, given.of(some), cache, hidden=hidden, alike=alike
+                    hidden = self.forward.run_layers(
+                        layers, given.of(some), cache, hidden=hidden, duplicates=duplicates
                     )
             left = sorted(set(given.picked[active:]))
             shared = None if shared is None else shared[[waiting[number] for number in left]]
             waiting = {number: place for place, number in enumerate(left)}
             same = [given.different[number] for number in left]
             cache = caches(same, layers)
-            shared = self.forward.through(layers, given.of(same), cache, hidden=shared)
+            shared = self.forward.run_layers(layers, given.of(same), cache, hidden=shared)
             joined = shared[[waiting[number] for number in dict.fromkeys(joining)]]
             hidden = joined if hidden is None else torch.cat([hidden, joined])
-            alike = self._alike(active, joining)
+            duplicates = self._duplicates(active, joining)
         layers, every = range(steps[-1][0], len(self._anatomy.layers)), range(len(rows.owners))
         cache = caches(every, layers)
         with self.stack.applied(rows.owners):
-            return self.forward.through(
-                layers, given.inputs, cache, hidden=hidden, keep=keep, alike=alike
+            return self.forward.run_layers(
+                layers, given.inputs, cache, hidden=hidden, keep=keep, duplicates=duplicates
             )
 
-    def _alike(self, before: int, texts: Sequence[int]) -> Alike | None:
-        """Which of some rows are the same, in a pass that holds so many others before them.
+    def _duplicates(self, before: int, texts: Sequence[int]) -> Duplicates | None:
+        """Return which of the joining rows have equal states, after `before` rows that differ.
 
-        They are as they join, where they have the same text. None where no two of them are, and where
-        nothing is to be reused (then no row waits for others, and all have states of their own).
+        Rows of one text are equal when they join. None where no two are, or where nothing is reused.
         """
         kinds = {text: before + number for number, text in enumerate(dict.fromkeys(texts))}
         if len(kinds) == len(texts) or not self._reuse:
@@ -257,13 +259,10 @@ class Passes:
         first = {kind: row for row, kind in reversed(list(enumerate(each)))}
         rows = [first[kind] for kind in range(before + len(kinds))]
         device = self.forward.device
-        return Alike(torch.tensor(rows, device=device), torch.tensor(each, device=device))
+        return Duplicates(torch.tensor(rows, device=device), torch.tensor(each, device=device))
 
     def _starts(self, rows: Rows) -> list[int]:
-        """Per row the layer where it may begin, never above that of a row after it.
-
-        Zero where that would not pay: where few rows have a text in common.
-        """
+        """Return per row the layer at which it joins, ascending; all zero where few rows share a text."""
         most = min(self._anatomy.skippable, len(self._anatomy.layers) - 1) if self._reuse else 0
         layers = [min(self.stack.first_of(owner), most) for owner in rows.owners]
         starts = list(accumulate(reversed(layers), min))[::-1]
@@ -273,20 +272,20 @@ class Passes:
 
 
 def _distinct(rows: Rows) -> tuple[list[int], list[int]]:
-    """The last row of every different text, and which of the texts each row holds.
+    """Return the last row of every distinct text, and the index of each row's text among them.
 
-    The last, because no row begins higher: below that, its past is the original model's.
+    The last row joins highest: below that layer its cache is the original model's.
     """
     last = {text: row for row, text in enumerate(rows.texts)}
     numbers = {text: number for number, text in enumerate(last)}
     return list(last.values()), [numbers[text] for text in rows.texts]
 
 
-def joining(starts: Sequence[int]) -> list[tuple[int, int]]:
-    """When rows join a pass: (layer, rows that take part from there on), both ascending.
+def join_schedule(starts: Sequence[int]) -> list[tuple[int, int]]:
+    """Return when rows join a pass: (layer, number of rows from that layer on), both ascending.
 
     Args:
-        starts: per row the layer where it may begin, ascending. It may always begin lower.
+        starts: the highest layer at which each row may join, ascending.
     """
     steps, layer = [], starts[0]
     for above in sorted(set(starts))[1:]:

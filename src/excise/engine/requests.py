@@ -1,4 +1,4 @@
-"""What scorers may ask of the engine, and what they get back.
+"""Requests that scorers make of the engine, and the evidence that answers them.
 
 Shapes: P prompts; a response has its own number of tokens.
 """
@@ -25,7 +25,7 @@ class Response:
 
 @dataclass(frozen=True)
 class Responses:
-    """Ask for greedy responses to a role's prompts, decoded until `decided` where that is given."""
+    """Request for greedy responses to a side's prompts, decoded until `decided` where that is given."""
 
     side: str  # "target" or "contrast"
     decided: Decided | None = None
@@ -33,7 +33,7 @@ class Responses:
 
 @dataclass(frozen=True)
 class Divergence:
-    """Ask for KL(original || edited) at every token of the original's response to each prompt."""
+    """Request for KL(original || edited), in nats, at every token of the original's responses."""
 
     side: str = "contrast"
 

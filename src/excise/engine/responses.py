@@ -1,4 +1,4 @@
-"""Greedy responses of a stack's candidates to prompts: drafts are read, the rest is decoded.
+"""Greedy responses of a stack's candidates: prefill, verify drafts (speculative decoding), decode the rest.
 
 Rows are candidates x prompts, candidate-major. B rows, P prompts, D width.
 """
@@ -13,13 +13,13 @@ from torch import Tensor
 
 from excise.engine.decoding import Transcript, greedy
 from excise.engine.drafts import Drafts, cheaper_than_decoding
-from excise.engine.passes import After, Passes, Past, Rows, Text
+from excise.engine.passes import CachedRows, Passes, Past, Rows, Text
 from excise.model.kv_cache import join
 
-Part = tuple[Rows, After | None]  # rows of one pass, and what they have read before
+Part = tuple[Rows, CachedRows | None]  # rows of one pass, and the cache that they continue
 
 
-class Answering:
+class ResponseBatch:
     """Greedy responses of `members`, candidates of one stack, to `numbers`, prompts of one side.
 
     Passes have at most `rows` rows.
@@ -43,49 +43,49 @@ class Answering:
         self._owners = Rows.grid(members, self._prompts).owners
 
     def decode(self) -> None:
-        """Prompts in passes of so many rows, then all rows decode together."""
+        """Prefill the prompts in passes of at most `rows` rows, then decode all rows in one batch."""
         self._decode(list(range(len(self._owners))), self._prompt_parts(), len(self._members))
 
-    def follow(self, drafts: Drafts) -> None:
-        """Read what each row is likely to say, as far as it says so; decode what is left."""
+    def decode_with_drafts(self, drafts: Drafts) -> None:
+        """Verify drafts in forward passes while that is cheaper than decoding, then decode what remains."""
         first, past = self._filled(self._prompt_parts(), len(self._members), 0)
         for row, token in enumerate(first.tolist()):
-            self._transcript.say(row, token)
+            self._transcript.append(row, token)
         pays = True
         while pays and (likely := self._likely(drafts)):
-            pays = self._read_drafts(likely, past)
+            pays = self._verify_drafts(likely, past)
         left = self._transcript.open_rows()
         if left:
             some = [left[start : start + self._most] for start in range(0, len(left), self._most)]
-            parts: list[Part] = [(self._rows(part), After(past, part)) for part in some]
-            del past  # the parts hold it until they have been read
+            parts: list[Part] = [(self._rows(part), CachedRows(past, part)) for part in some]
+            del past  # the parts hold it until they are prefilled
             self._decode(left, parts, 1)
 
     def _prompt_parts(self) -> list[Part]:
-        """All candidates with some of the prompts each, in passes of so many rows."""
+        """Split the prompts into passes of at most `rows` rows, all candidates in each."""
         step = max(1, self._most // len(self._members))
         prompts = self._prompts
         parts = [prompts[start : start + step] for start in range(0, len(prompts), step)]
         return [(Rows.grid(self._members, part), None) for part in parts]
 
     def _likely(self, drafts: Drafts) -> dict[int, Text]:
-        """What the open rows may be expected to go on with, for those where anything is known."""
+        """Return a draft for each unfinished row that has one."""
         found = {}
         for row in self._transcript.open_rows():
             number = self._numbers[row % len(self._numbers)]
-            draft = drafts.after(number, self._transcript.said(row))
+            draft = drafts.after(number, self._transcript.tokens(row))
             if draft:
                 found[row] = draft[: self._transcript.room(row)]
         return found
 
-    def _read_drafts(self, likely: dict[int, Text], past: Past) -> bool:
-        """One reading of every draft; its row says the model's tokens until they leave the draft.
+    def _verify_drafts(self, likely: dict[int, Text], past: Past) -> bool:
+        """Run every draft through the model once, and accept the tokens up to the first mismatch.
 
-        Returns whether that was cheaper than to decode what they said.
+        Returns whether that was cheaper than decoding the accepted tokens.
         """
         texts = {row: (*self._text(row), *draft[:-1]) for row, draft in likely.items()}
-        new = {row: len(self._transcript.said(row)) + len(likely[row]) - 1 for row in likely}
-        # Rows with the same text stand together, so that they share a pass.
+        new = {row: len(self._transcript.tokens(row)) + len(likely[row]) - 1 for row in likely}
+        # Rows with the same text are adjacent, so that they share a pass.
         order = sorted(likely, key=lambda row: (-new[row], texts[row], row))
         tokens = self._most * past.mask.shape[1]  # of a pass over whole prompts
         gained = 0
@@ -94,7 +94,7 @@ class Answering:
             some, order = sorted(order[:most]), order[most:]
             keep = max(len(likely[row]) for row in some)
             rows = Rows([self._owners[row] for row in some], [texts[row] for row in some])
-            hidden = self._passes.read(rows, keep, After(past, some))
+            hidden = self._passes.read(rows, keep, CachedRows(past, some))
             wanted = torch.zeros(len(some), keep, dtype=torch.bool)
             for slot, row in enumerate(some):
                 wanted[slot, keep - len(likely[row]) :] = True
@@ -104,15 +104,15 @@ class Answering:
         return cheaper_than_decoding(gained, sum(new.values()))
 
     def _compare(self, row: int, draft: Text, said: list[int]) -> int:
-        """Say the tokens up to the first that is not the draft's; returns how many."""
+        """Append the model's tokens up to the first that differs from the draft; return how many."""
         for count, (expected, token) in enumerate(zip(draft, said, strict=True), start=1):
-            self._transcript.say(row, token)
+            self._transcript.append(row, token)
             if token != expected or not self._transcript.is_open(row):
                 return count
         return len(draft)
 
     def _decode(self, rows: list[int], parts: list[Part], groups: int) -> None:
-        """Read what rows have so far, part by part, then decode them together."""
+        """Prefill the rows part by part, then decode them in one batch."""
         room = max(map(self._transcript.room, rows))
         first, past = self._filled(parts, groups, room)
 
@@ -123,14 +123,14 @@ class Answering:
         greedy(forward, self._transcript, rows, first, past.mask, past.cache, applied)
 
     def _filled(self, parts: list[Part], groups: int, room: int) -> tuple[Tensor, Past]:
-        """The next token of every row, and the past of all of them with room for more.
+        """Prefill all parts; return every row's next token, and one joined cache with `room` more tokens.
 
-        Every part holds rows of the same `groups` candidates, or `groups` is 1. The list of parts is
-        emptied, so that what they went on from need not stay in memory beside what they make of it.
+        Every part holds rows of the same `groups` candidates, or `groups` is 1. `parts` is emptied, so
+        that the caches that it continues are freed before they are joined.
         """
         alone = len(parts) == 1
         ours = room if alone else 0
-        filled = [self._passes.fill(rows, ours, after) for rows, after in parts]
+        filled = [self._passes.prefill(rows, ours, after) for rows, after in parts]
         parts.clear()
         pasts = [past for _, past in filled]
         width = max(past.mask.shape[1] for past in pasts)
@@ -146,11 +146,11 @@ class Answering:
         return Rows([self._owners[row] for row in rows], [self._text(row) for row in rows])
 
     def _text(self, row: int) -> Text:
-        return (*self._prompts[row % len(self._prompts)], *self._transcript.said(row))
+        return (*self._prompts[row % len(self._prompts)], *self._transcript.tokens(row))
 
 
 def _together(parts: list[Tensor], groups: int) -> Tensor:
-    """Rows of all parts in one tensor; each part holds rows of the same candidates, candidate-major."""
+    """Concatenate the rows of all parts, candidate-major; each part holds rows of the same candidates."""
     by_group = [part.view(groups, -1, *part.shape[1:]) for part in parts]
     return torch.cat(by_group, dim=1).flatten(0, 1)
 

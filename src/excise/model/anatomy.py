@@ -71,7 +71,7 @@ class Writer:
 
     @property
     def key(self) -> str:
-        """Its name in tables and records."""
+        """The name in tables and records."""
         expert = "" if self.expert is None else f".{self.expert}"
         return f"{self.component}@{self.layer}{expert}"
 
@@ -81,7 +81,7 @@ class Writer:
 
     @property
     def weight(self) -> Tensor:
-        """The matrix (O, I): a view of the module's own parameter, or its values if it is not there."""
+        """The matrix (O, I): a view of the module's parameter, or a copy where it is offloaded."""
         found = values(self.module, self._tensor)
         assert found is not None
         weight = found if self.expert is None else found[self.expert]
@@ -103,7 +103,7 @@ class Writer:
 
     @property
     def like(self) -> Tensor:
-        """An empty tensor of the dtype and on the device of the outputs."""
+        """An empty tensor with the dtype and device of the outputs."""
         name = self._tensor
         dtype = self.floats if is_packed(self.module) else getattr(self.module, name).dtype
         return torch.empty(0, dtype=dtype, device=device_of(self.module, name))
@@ -111,7 +111,7 @@ class Writer:
 
 @dataclass(frozen=True)
 class Coverage:
-    """What is edited and what is not, with the reason; shown in `inspect`, record and card."""
+    """What is edited, and what is not and why; shown in `inspect`, record and card."""
 
     edited: tuple[str, ...]
     not_edited: tuple[str, ...]
@@ -141,11 +141,11 @@ class Anatomy:
         return tuple(dict.fromkeys(writer.component for writer in self.writers))
 
     def residual(self, hidden: Tensor) -> Tensor:
-        """The residual (B, T, D) that layers read, of what is passed between them."""
+        """Return the residual (B, T, D) that layers read, from what passes between them."""
         return hidden if self.stream is None else hidden[self.stream]
 
     def chosen(self, components: tuple[str, ...] = ()) -> tuple[str, ...]:
-        """These components; where none is named, the family's defaults.
+        """Return these components; where none is named, the family's defaults.
 
         Raises:
             ConfigError: a component that this model does not have.
@@ -159,12 +159,12 @@ class Anatomy:
         return components or self.defaults
 
     def select(self, components: tuple[str, ...] = ()) -> tuple[Writer, ...]:
-        """The writers of `chosen(components)`."""
+        """Return the writers of `chosen(components)`."""
         names = self.chosen(components)
         return tuple(writer for writer in self.writers if writer.component in names)
 
     def coverage(self, components: tuple[str, ...] = ()) -> Coverage:
-        """What an edit of `chosen(components)` touches, and what else writes to the residual."""
+        """Return what an edit of `chosen(components)` touches, and what else writes to the residual."""
         names = self.chosen(components)
         edited, other = [], ["embedding: not a writer of a layer", *self.notes]
         for name in self.components:
@@ -181,7 +181,7 @@ class Anatomy:
 
 @cache
 def architectures() -> dict[str, ArchitectureRow]:
-    """model_type -> row, from the data files."""
+    """Return the rows of the data files by model type."""
     rows: dict[str, ArchitectureRow] = {}
     folder = Path(str(resources.files("excise"))) / "data" / "architectures"
     for path in sorted(folder.glob("*.toml")):
@@ -191,13 +191,13 @@ def architectures() -> dict[str, ArchitectureRow]:
 
 
 def has_row(model: nn.Module) -> bool:
-    """Whether a row describes the model, or its language model where it is multimodal."""
+    """Return whether a row describes the model, or its language model where it is multimodal."""
     config: Any = model.config
     return config.get_text_config().model_type in architectures()
 
 
 def row_for(model_type: str) -> ArchitectureRow:
-    """The row of a model type.
+    """Return the row of a model type.
 
     Raises:
         UnknownArchitecture: there is none.
@@ -256,7 +256,7 @@ def describe(model: nn.Module) -> Anatomy:
 
 
 def text_backbone(model: nn.Module, row: ArchitectureRow) -> tuple[str, nn.Module]:
-    """Path and module of the language model below its head, also inside a multimodal model.
+    """Return path and module of the language model below its head, also inside a multimodal model.
 
     Raises:
         UnknownArchitecture: it is not found.
@@ -283,7 +283,7 @@ def _writers(
     path: str,
     model_type: str,
 ) -> list[Writer]:
-    """The writers of one row at one layer: none, one, or one per expert."""
+    """Return the writers of one row at one layer: none, one, or one per expert."""
     if spec.optional and _missing(layer, spec.module):
         return []
     module = _get(layer, spec.module, model_type)
@@ -316,7 +316,7 @@ def _writers(
 
 
 def experts_transposed(module: nn.Module) -> bool:
-    """Whether fused experts store their matrices as (E, I, O), as gpt-oss and Llama 4 do."""
+    """Return whether fused experts store their matrices as (E, I, O), as gpt-oss and Llama 4 do."""
     # Transformers' own interface states it; Llama 4 stands outside that interface.
     return bool(getattr(module, "is_transposed", type(module).__name__ == "Llama4TextExperts"))
 
@@ -382,7 +382,7 @@ def _get(root: nn.Module, path: str, model_type: str) -> Any:
 
 
 def spans(numbers: list[int]) -> str:
-    """[0, 1, 2, 5] -> '0-2, 5'."""
+    """Format numbers as ranges: [0, 1, 2, 5] -> '0-2, 5'."""
     spans: list[list[int]] = []
     for number in sorted(set(numbers)):
         if spans and spans[-1][1] == number - 1:

@@ -1,4 +1,4 @@
-"""What one candidate does to one writer, and the same of many, packed for products. Pure.
+"""The edit of one writer, and many edits packed for batched products. Pure.
 
 Shapes: N matrices of one shape, O and I their out and in features, R rank.
 """
@@ -29,20 +29,20 @@ class Edit:
     shift: Tensor | None = None
 
     def apply_to_weight(self, weight: Tensor) -> Tensor:
-        """The edited matrix (O, I) in float32 (float64 stays)."""
+        """Return the edited matrix (O, I) in float32 (float64 stays)."""
         w = weight if weight.dtype == torch.float64 else weight.float()
         edited = w - self.left.to(w) @ self.right.to(w)
         return edited if self.scale is None else self.scale.to(w)[:, None] * edited
 
     def apply_to_bias(self, bias: Tensor) -> Tensor:
-        """The edited bias (O,) in float32 (float64 stays)."""
+        """Return the edited bias (O,) in float32 (float64 stays)."""
         b = bias if bias.dtype == torch.float64 else bias.float()
         if self.scale is not None:
             b = b * self.scale.to(b)
         return b if self.shift is None else b + self.shift.to(b)
 
     def apply_to_output(self, x: Tensor, y: Tensor) -> Tensor:
-        """What the edited writer gives for inputs x (..., I) whose original outputs are y (..., O)."""
+        """Return the edited writer's outputs for inputs x (..., I) and original outputs y (..., O)."""
         out = y - (x @ self.right.to(x).T) @ self.left.to(x).T
         if self.scale is not None:
             out = out * self.scale.to(out)
@@ -51,7 +51,7 @@ class Edit:
 
 @dataclass(frozen=True)
 class PackedEdits:
-    """The edits of N matrices of one shape, padded to one rank, as products on activations want them."""
+    """Edits of N matrices of one shape, padded to one rank and transposed for products on activations."""
 
     left: Tensor  # (N, R, O)
     right: Tensor  # (N, I, R)
@@ -60,16 +60,16 @@ class PackedEdits:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes that one matrix's edit takes."""
+        """Bytes of one matrix's edit."""
         tensors = (self.left, self.right, self.scale, self.shift)
         return sum(t[0].numel() * t.element_size() for t in tensors if t is not None)
 
     def between(self, low: int, high: int) -> PackedEdits:
-        """The edits of the matrices low <= n < high, as views."""
+        """Return the edits of the matrices low <= n < high, as views."""
         return self._of(slice(low, high))
 
     def take(self, which: Tensor) -> PackedEdits:
-        """The edits of these matrices, one per entry of `which`, copied."""
+        """Return copies of the edits of these matrices, one per entry of `which`."""
         return self._of(which)
 
     def _of(self, which: Tensor | slice) -> PackedEdits:
@@ -82,7 +82,7 @@ class PackedEdits:
 
 
 def pack(edits: Sequence[Edit | None], shape: tuple[int, ...], like: Tensor) -> PackedEdits:
-    """Edits of matrices (O, I), in the dtype and on the device of `like`; None changes nothing."""
+    """Pack edits of matrices (O, I), in the dtype and on the device of `like`; None changes nothing."""
     some = [edit for edit in edits if edit is not None]
     rank = max(edit.left.shape[1] for edit in some)
     n, (o, i) = len(edits), shape

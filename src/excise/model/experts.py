@@ -34,7 +34,7 @@ class ExpertEdits(PackedEdits):
     experts: int
 
     def apply(self, which: Tensor, _token: Tensor, inner: Tensor, y: Tensor) -> Tensor:
-        """Edited outputs (S, O) of inputs `inner` (S, I) and outputs `y` (S, O)."""
+        """Return the edited outputs (S, O) for inputs `inner` (S, I) and original outputs `y` (S, O)."""
         per_pair = self.left[0].numel() + self.right[0].numel() + 2 * y.shape[-1]
         step = max(1, _GATHER_BYTES // (per_pair * y.element_size()))
         parts = []
@@ -51,9 +51,9 @@ class ExpertEdits(PackedEdits):
 
 @dataclass(frozen=True)
 class ExpertWatch:
-    """In place of edits: shows what flows through each expert, and changes nothing.
+    """An observer in place of edits: reports each expert's inputs and outputs, and changes nothing.
 
-    `see` is told the expert (S,), the token (S,), the input (S, I) and the output (S, O) of every pair
+    `see` gets the expert (S,), the token (S,), the input (S, I) and the output (S, O) of every pair
     that was routed.
     """
 
@@ -61,7 +61,7 @@ class ExpertWatch:
     experts: int
 
     def apply(self, which: Tensor, token: Tensor, inner: Tensor, y: Tensor) -> Tensor:
-        """The outputs as they are."""
+        """Report the routed pairs; return the outputs unchanged."""
         routed = inner.any(-1)  # Llama 4 gives every expert every token, zeros where not routed
         self.see(which[routed], token[routed], inner[routed], y[routed])
         return y
@@ -70,7 +70,7 @@ class ExpertWatch:
 def stack_experts(
     module: Any, edits: Mapping[int, Sequence[Edit | None]], candidates: int
 ) -> ExpertEdits:
-    """The edits of C candidates, given by expert, in the module's dtype and on its device."""
+    """Pack the edits of C candidates, given by expert, in the module's dtype and on its device."""
     weight: Tensor = module.down_proj
     experts = weight.shape[0]
     o, i = (
@@ -93,7 +93,7 @@ def edited_forward(
     *routing: Any,
     **more: Any,
 ) -> Tensor:
-    """The module's forward, with row b's tokens edited as candidate rows[b] has it.
+    """Run the module's forward with candidate rows[b]'s edits on the tokens of row b.
 
     `routing` are the experts (N, K) and their weights (N, K) of every token; Llama 4 has none.
     """
@@ -131,7 +131,7 @@ def _edited(
 
 
 def _inner(module: Any, x: Tensor, expert: Tensor, ends: list[int]) -> Tensor:
-    """What goes into the down-projections: (S, I), pairs sorted by expert."""
+    """Return the inputs of the down-projections (S, I), pairs sorted by expert."""
     if module.has_gate:
         gated: Tensor = module._apply_gate(_linear(module, "gate_up_proj", x, expert, ends))
         return gated
@@ -140,7 +140,7 @@ def _inner(module: Any, x: Tensor, expert: Tensor, ends: list[int]) -> Tensor:
 
 
 def _linear(module: Any, name: str, x: Tensor, expert: Tensor, ends: list[int]) -> Tensor:
-    """Each pair through its expert's matrix; `ends` are where each expert's pairs stop."""
+    """Multiply each pair by its expert's matrix; `ends` are where each expert's pairs stop."""
     weight: Tensor = getattr(module, name)  # (E, out, in), or (E, in, out) where transposed
     matrices = weight if module.is_transposed else weight.mT
     spans = zip([0, *ends], ends, strict=False)
@@ -150,7 +150,7 @@ def _linear(module: Any, name: str, x: Tensor, expert: Tensor, ends: list[int]) 
 
 
 def _every_expert(module: Any, edits: ExpertEdits | ExpertWatch, rows: Tensor, x: Tensor) -> Tensor:
-    """Llama 4: all tokens for all experts (E N, D), those that are not routed being zero."""
+    """Run Llama 4's experts: all tokens for each (E N, D), zeros where not routed."""
     experts = edits.experts
     gate, up = torch.bmm(x.view(experts, -1, x.shape[-1]), module.gate_up_proj).chunk(2, dim=-1)
     inner = up * module.act_fn(gate)  # (E, N, I)

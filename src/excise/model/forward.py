@@ -1,7 +1,7 @@
-"""One model's forward pass, cut where the engine needs it: hidden states, head, lower layers alone.
+"""One model's forward pass in parts: a range of layers, final hidden states, logits.
 
-Works on Transformers' own modules: layers are stepped over by replacing `forward` on the instance
-for the length of a context, never by rewriting a family's code.
+Works on Transformers' own modules: layers are skipped by replacing `forward` on the instance for the
+length of a context, never by rewriting a family's code.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ import torch
 from torch import Tensor, nn
 
 from excise.model.anatomy import Anatomy
-from excise.model.fused_layers import Alike, Inputs, Lean, lean_of
+from excise.model.fused_layers import Duplicates, FusedLayers, Inputs, fused_layers_of
 from excise.model.kv_cache import RoomyLayer, cache_argument, roomy_cache, with_room
 from excise.model.overrides import replaced_forward
 
-# Room for the logits of one chunk and their temporaries, and the rows that it holds at the least: with
-# a large vocabulary the head's matrix is read anew for every chunk.
+# Memory for one chunk of logits and temporaries, and its fewest rows: every chunk reads the head's whole
+# matrix, which is large where the vocabulary is.
 _CHUNK_BYTES = {"cpu": 6 * 2**20, "cuda": 256 * 2**20}
 _CHUNK_ROWS = {"cpu": 64, "cuda": 256}
 _PROBE = 12  # tokens of each of two rows that all layers read
 _LONGER = (
-    72  # tokens that one layer of each kind reads: past what is done otherwise for short texts
+    72  # tokens that one layer of each kind reads: past the short texts with kernels of their own
 )
 _PADS = 3
 _BEYOND = 8  # tokens on either side of where a window ends
-_APART = 3e-5  # ten times what rounding costs; what is done otherwise costs 1e-4 and more
+_APART = 3e-5  # relative: ten times rounding; real differences cost 1e-4 and more
 _COPIES = 3  # of a chunk's float32 logits at once: the head's, a soft cap's, the result
 
 
@@ -43,65 +43,65 @@ class Forward:
         self._cache_name = cache_argument(anatomy.backbone) or "past_key_values"
         self._output_type: type | None = None
         self._cache = roomy_cache(model.config, sliding=anatomy.padding)
-        lean = lean_of(model, anatomy)
-        self._lean = lean if lean is not None and self._agrees(lean) else None
+        fused = fused_layers_of(model, anatomy)
+        self._fused = fused if fused is not None and self._agrees(fused) else None
 
     @property
     def biases(self) -> int:
-        """Kinds of attention bias that a lean pass keeps for all of its parts; 0 where none is lean."""
-        return 0 if self._lean is None else len(self._lean.windows)
+        """Number of attention biases that a fused pass holds; 0 where layers do not run fused."""
+        return 0 if self._fused is None else len(self._fused.windows)
 
-    def _agrees(self, lean: Lean) -> bool:
-        """Whether a lean way gives what the model's own modules give.
+    def _agrees(self, fused: FusedLayers) -> bool:
+        """Return whether fused layers agree with the model's own modules.
 
-        All layers read a short text; one of each kind a longer one; and where tokens look and how
-        they are turned is compared around the end of every window, however long it is.
+        Compared are all layers on a short text, one layer of each kind on a longer one, and attention
+        masks and rotary angles around the end of every window, however long it is.
         """
         with torch.inference_mode():
-            agrees = self._sees_alike(lean) and self._gives_alike(lean)
-            return agrees and self._one_of_each_kind_gives_alike(lean)
+            agrees = self._masks_agree(fused) and self._outputs_agree(fused)
+            return agrees and self._layer_kinds_agree(fused)
 
-    def _gives_alike(self, lean: Lean) -> bool:
-        """All layers and the head, at once and from a cache."""
+    def _outputs_agree(self, fused: FusedLayers) -> bool:
+        """Compare all layers and the head, in one pass and in two with a KV cache."""
         given, layers = self._rows(_PROBE), range(len(self.anatomy.layers))
         keep = last = _PROBE - _PADS
         plain = self._whole(given.ids, given.mask, given.positions, None, keep)
-        ours = lean.run(layers, given, keep=keep)
+        ours = fused.run(layers, given, keep=keep)
         cache = self.cache(_PROBE)
         for part in (slice(0, last), slice(last, None)):
             some = Inputs(given.ids[:, part], given.mask[:, : part.stop], given.positions[:, part])
-            steps = lean.run(layers, some, cache, keep=_PROBE)
-        logits = self._logits(plain[0]), lean.head(plain[0])
+            steps = fused.run(layers, some, cache, keep=_PROBE)
+        logits = self._logits(plain[0]), fused.head(plain[0])
         return _near(ours, plain) and _near(steps, plain[:, last - _PROBE :]) and _near(*logits)
 
-    def _one_of_each_kind_gives_alike(self, lean: Lean) -> bool:
-        """The first layer of every kind, on random states of texts that have another way of their own."""
+    def _layer_kinds_agree(self, fused: FusedLayers) -> bool:
+        """Compare the first layer of every kind on random states of a longer text."""
         given, draw = self._rows(_LONGER), torch.Generator().manual_seed(0)
         states = torch.randn(*given.ids.shape, self.anatomy.width, generator=draw).to(self.device)
         real = given.mask.bool()
-        for number in lean.firsts:
+        for number in fused.firsts:
             layers, hidden = range(number, number + 1), states if number else None
-            ours = lean.run(layers, given, hidden=hidden, keep=_LONGER)
+            ours = fused.run(layers, given, hidden=hidden, keep=_LONGER)
             plain = self._through_modules(layers, given, None, hidden, _LONGER)
             if not _near(ours[real], plain[real]):
                 return False
         return True
 
-    def _sees_alike(self, lean: Lean) -> bool:
-        """Where tokens look, and their angles, without a past and with one, around the windows' ends."""
+    def _masks_agree(self, fused: FusedLayers) -> bool:
+        """Compare attention masks and angles, without and with cached tokens, around the windows' ends."""
         text = self.model.config.get_text_config()
-        stated = [getattr(text, "sliding_window", None), *lean.windows.values()]
+        stated = [getattr(text, "sliding_window", None), *fused.windows.values()]
         windows = {window for window in stated if isinstance(window, int)}
         return all(
-            self._looks_alike(lean, past, tokens)
+            self._mask_agrees(fused, past, tokens)
             for past, tokens in [
                 (0, _PROBE),
                 *((max(0, w - _BEYOND), 2 * _BEYOND) for w in windows),
             ]
         )
 
-    def _looks_alike(self, lean: Lean, past: int, tokens: int) -> bool:
-        """The same of so many tokens after so many others, of two rows of unlike length."""
+    def _mask_agrees(self, fused: FusedLayers, past: int, tokens: int) -> bool:
+        """Compare them for `tokens` tokens after `past` cached ones, in two rows of unequal length."""
         whole, cache = self._rows(past + tokens), self.cache(past + tokens)
         for layer in cache.layers:
             if isinstance(layer, RoomyLayer):
@@ -122,28 +122,28 @@ class Forward:
                 _near(ours[real], angles.expand_as(ours)[real])
                 for ours, angles in zip((cos, sin), theirs["position_embeddings"], strict=True)
             )
-            for (where, cos, sin), theirs in zip(lean.looks(given), seen, strict=True)
+            for (where, cos, sin), theirs in zip(fused.looks(given), seen, strict=True)
         )
 
     def _rows(self, tokens: int) -> Inputs:
-        """Two rows of made-up tokens, the second of which begins with padding."""
+        """Return two rows of made-up tokens; the second begins with padding."""
         ids = torch.arange(2 * tokens, device=self.device).view(2, -1).mul(7919) % self.vocabulary
         mask = torch.ones_like(ids)
         mask[1, :_PADS] = 0
         return Inputs(ids, mask, (mask.cumsum(-1) - 1).clamp_min(0))
 
     def cache(self, capacity: int) -> Any:
-        """An empty key-value cache for `capacity` positions."""
+        """Return an empty KV cache for `capacity` positions."""
         return with_room(self._cache, capacity)
 
     def hidden(
         self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any = None, keep: int = 1
     ) -> Tensor:
-        """Final hidden states (B, keep, D) of the last `keep` positions of `ids` (B, T)."""
+        """Return final hidden states (B, keep, D) of the last `keep` positions of `ids` (B, T)."""
         layers = range(len(self.anatomy.layers))
-        return self.through(layers, Inputs(ids, mask, positions), cache, keep=keep)
+        return self.run_layers(layers, Inputs(ids, mask, positions), cache, keep=keep)
 
-    def through(
+    def run_layers(
         self,
         layers: range,
         given: Inputs,
@@ -151,32 +151,33 @@ class Forward:
         *,
         hidden: Tensor | None = None,
         keep: int = 1,
-        alike: Alike | None = None,
+        duplicates: Duplicates | None = None,
     ) -> Tensor:
-        """What some layers, without a gap, make of what the layers below them give.
-
-        Returns final hidden states (B, keep, D) of the last `keep` positions where they reach the top,
-        else what the last of them gives (B, T, D).
+        """Run a contiguous range of layers on the hidden states from below.
 
         Args:
-            layers: which ones.
-            given: tokens, mask and positions of the rows.
-            cache: keys and values of what was read before; these layers fill their part of it.
-            hidden: (B, T, D) what the layers below give; needed where there are any.
-            keep: how many last positions are asked for at the top.
-            alike: rows for which the layers below, and what was read before, are the same: `hidden`
-                then holds each kind of them once (U, T, D).
+            layers: their numbers.
+            given: token ids, mask and positions of the rows.
+            cache: KV cache of earlier tokens; these layers append to it.
+            hidden: (B, T, D) output of the layer below; None at the bottom.
+            keep: how many last positions to return at the top.
+            duplicates: rows with equal hidden states and caches: `hidden` then holds each once (U, T, D).
+
+        Returns:
+            Final hidden states (B, keep, D) where the range reaches the top, else (B, T, D).
         """
-        if self._lean is not None and torch.is_inference_mode_enabled():
-            return self._lean.run(layers, given, cache, hidden=hidden, keep=keep, alike=alike)
-        if alike is not None and hidden is not None:
-            hidden = hidden[alike.kinds.to(hidden.device)]  # layers may be on several devices
+        if self._fused is not None and torch.is_inference_mode_enabled():
+            return self._fused.run(
+                layers, given, cache, hidden=hidden, keep=keep, duplicates=duplicates
+            )
+        if duplicates is not None and hidden is not None:
+            hidden = hidden[duplicates.kinds.to(hidden.device)]  # layers may be on several devices
         return self._through_modules(layers, given, cache, hidden, keep)
 
     def _through_modules(
         self, layers: range, given: Inputs, cache: Any, hidden: Tensor | None, keep: int
     ) -> Tensor:
-        """`through`, by the model's own modules."""
+        """Run them by the model's own modules."""
         top = layers.stop == len(self.anatomy.layers)
         steps: dict[nn.Module, Callable[..., Any]] = {}
         caught: list[Tensor] = []
@@ -199,7 +200,7 @@ class Forward:
         return states if top else caught[0]
 
     def _whole(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any, keep: int) -> Tensor:
-        """One call of the backbone. One that can leave out positions in its upper layers is asked to."""
+        """Call the backbone once, trimmed to the last `keep` positions where it can."""
         kwargs = {"logits_to_keep": keep} if self._trims else {}
         output = self.anatomy.backbone(
             input_ids=ids,
@@ -214,13 +215,13 @@ class Forward:
         return hidden[:, -keep:]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Raw logits (N, V) in float32 of final hidden states (N, D)."""
-        if self._lean is not None and torch.is_inference_mode_enabled():
-            return self._lean.head(hidden)
+        """Return raw logits (N, V) in float32 of final hidden states (N, D)."""
+        if self._fused is not None and torch.is_inference_mode_enabled():
+            return self._fused.head(hidden)
         return self._logits(hidden)
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        """By the model's own forward (head, soft caps, scales), on the states that it is handed."""
+        """Run the model's own forward (head, soft caps, scales) on given final hidden states."""
         if self._output_type is None:  # no pass has shown it yet
             one = torch.zeros(1, 1, dtype=torch.long, device=self.device)
             self._whole(one, torch.ones_like(one), one, None, 1)
@@ -233,23 +234,23 @@ class Forward:
 
     @property
     def device(self) -> torch.device:
-        """Where ids go in."""
+        """Device of the input ids."""
         device: torch.device = self.model.device
         return device
 
     @property
     def vocabulary(self) -> int:
-        """V: the logits of one position."""
+        """V, the size of the vocabulary."""
         return int(self.model.get_output_embeddings().weight.shape[0])
 
     @property
     def chunk_bytes(self) -> int:
-        """Room for the logits of one chunk, whatever is computed from them."""
+        """Memory for one chunk of logits, with what is computed from them."""
         kind = "cuda" if self.model.device.type == "cuda" else "cpu"
         return max(_CHUNK_BYTES[kind], _CHUNK_ROWS[kind] * 4 * _COPIES * self.vocabulary)
 
     def greedy(self, hidden: Tensor) -> Tensor:
-        """The likeliest tokens (N,) after final hidden states (N, D)."""
+        """Return the likeliest next tokens (N,) of final hidden states (N, D)."""
         step = max(1, self.chunk_bytes // (4 * _COPIES * self.vocabulary))
         return torch.cat([self.logits(part).argmax(-1) for part in torch.split(hidden, step)])
 
@@ -257,12 +258,12 @@ class Forward:
         return self._as_layer(hidden_states)
 
     def _as_layer(self, hidden: Tensor) -> Any:
-        """Hidden states in the form that this family's layers give them; no attention weights."""
+        """Return hidden states in the form that this family's layers return; no attention weights."""
         return (hidden, None) if self.anatomy.returns_tuple else hidden
 
 
 def _allowed(mask: Any, like: Tensor) -> Tensor:
-    """Where tokens may look (B, T, S) by a mask as layers are given it; none is causal."""
+    """Return a layer's attention mask as booleans (B, T, S); no mask is the causal one."""
     if mask is None:
         tokens, seen = like.shape[-2:]
         every = torch.ones(like.shape[0], tokens, seen, dtype=torch.bool, device=like.device)

@@ -1,10 +1,10 @@
-"""A decoder's layers in fewer operations than Transformers' own modules take, to the same result.
+"""Decoder layers in fewer operations than Transformers' own modules, with the same result.
 
-A search reads millions of short texts, and at most widths a good part of that time goes to what stands
-between the matrix products: norms in seven operations, masks and angles made anew for every pass, keys
-repeated for every head, states of tokens that nothing asks for. Here layers run as `blueprints` says that
-they are put together. Every matrix is applied by calling its module, so hooks on it see what they always
-see. `forward` uses this only where it gives what Transformers' own modules give, and not under autograd.
+A search runs millions of short prompts, and much of that time goes to what stands between the matrix
+products: norms in seven operations, masks and rotary angles computed for every pass, keys repeated for
+every head, positions that nobody asks for. Here layers run as `layer_specs` describes them. Every matrix
+is applied by calling its module, so hooks work as usual. `forward` uses this only where it was found to
+agree with Transformers' own modules, and not under autograd.
 
 Shapes: B rows, T tokens given, S tokens of those and of what the cache holds, D residual width, H heads,
 K key-value heads, d head width.
@@ -39,25 +39,25 @@ _NARROW = 64
 
 
 @dataclass(frozen=True)
-class Alike:
-    """Rows that are the same up to what the first layer of a pass writes, such as one text's."""
+class Duplicates:
+    """Rows of a pass whose inputs to its first layer are equal, such as those of one prompt."""
 
-    rows: Tensor  # (U,) one row of each kind
-    kinds: Tensor  # (B,) of which kind each row is
+    rows: Tensor  # (U,) one row of each group of equal rows
+    kinds: Tensor  # (B,) the group of each row
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What all layers of one pass share, at the tokens that take part."""
+    """Rotary angles, attention biases and embeddings of one pass, which all its layers share."""
 
     angles: dict[str, tuple[Tensor, Tensor]]  # by kind: cos and signed sin (B, T, 1, d)
     bias: dict[str, Tensor]  # by kind: (B, 1, T, S), added to scores
-    token: Tensor  # (B, T) which of the different tokens each one is
-    embedded: Tensor  # (U, D) embeddings of the different tokens
+    token: Tensor  # (B, T) index among the distinct tokens
+    embedded: Tensor  # (U, D) embeddings of the distinct tokens
     extras: Tensor | None  # (U, L, P) their per-layer embeddings
 
     def last(self, keep: int) -> Setting:
-        """The same for the last tokens alone."""
+        """Return the part for the last `keep` tokens."""
         return replace(
             self,
             angles={k: (c[:, -keep:], s[:, -keep:]) for k, (c, s) in self.angles.items()},
@@ -66,7 +66,7 @@ class Setting:
         )
 
     def of(self, rows: Tensor) -> Setting:
-        """The same for some rows alone."""
+        """Return the part for some rows."""
         angles = self.angles.items()
         return replace(
             self,
@@ -78,25 +78,25 @@ class Setting:
 
 @dataclass
 class Inputs:
-    """What the rows of a pass are given, and what a lean pass has made of that alone."""
+    """Token ids, attention mask and positions of a pass, with the `Setting` once it is computed."""
 
     ids: Tensor  # (B, T) tokens
-    mask: Tensor  # (B, S) of these tokens and those that a cache holds: one where there is a token
+    mask: Tensor  # (B, S) attention mask of cached and new tokens: zero at padding
     positions: Tensor  # (B, T)
     setting: Setting | None = None
-    # What these rows were taken from, and which of it they are.
+    # The inputs that these rows were taken from, and their indices there.
     whole: tuple[Inputs, Tensor] | None = None
 
     def of(self, rows: Tensor) -> Inputs:
-        """Some rows of them."""
+        """Return the inputs of some rows."""
         ids, mask, positions = (
             part.index_select(0, rows) for part in (self.ids, self.mask, self.positions)
         )
         return Inputs(ids, mask, positions, whole=(self, rows))
 
 
-class Lean:
-    """The layers of one model, run lean, and its head."""
+class FusedLayers:
+    """The layers and the head of one model, run by their specifications."""
 
     def __init__(self, backbone: Any, layers: list[Layer], head: Head) -> None:
         self.head = head
@@ -106,7 +106,7 @@ class Lean:
         self._norm = norm_of(backbone.norm)
         self._rotary = backbone.rotary_emb
         self._by_kind = "layer_type" in inspect.signature(self._rotary.forward).parameters
-        # Above the last layer with keys and values of its own, no token looks at another's states.
+        # Above the last layer with its own keys and values, no token attends to others' new states.
         self._last_own = max(i for i, layer in enumerate(layers) if layer.attention.k is not None)
 
     def run(
@@ -117,24 +117,30 @@ class Lean:
         *,
         hidden: Tensor | None = None,
         keep: int = 1,
-        alike: Alike | None = None,
+        duplicates: Duplicates | None = None,
     ) -> Tensor:
-        """What these layers make of `hidden`, or of the embeddings of the tokens given.
+        """Run a contiguous range of layers on `hidden`, or on the token embeddings where it is None.
 
         Args:
-            layers: without a gap; (B, T, D) is returned where they end below the top, else
-                (B, keep, D) after the final norm.
+            layers: their numbers.
             given: the rows.
-            cache: keys and values of what was read before; these layers write to it.
-            hidden: (B, T, D) what the layers below give; it stays as it is.
-            keep: how many last tokens are asked for at the top.
-            alike: rows that the layers below give the same, and that have read the same before:
-                `hidden` is (U, T, D) then, and the first layer's attention runs once for them all.
+            cache: KV cache of earlier tokens; these layers append to it.
+            hidden: (B, T, D) output of the layer below; not written.
+            keep: how many last positions to return at the top.
+            duplicates: rows with equal inputs and equal caches: `hidden` is (U, T, D) then, and the
+                first layer's attention runs once per group.
+
+        Returns:
+            (B, T, D) below the top layer, else (B, keep, D) after the final norm.
         """
         top = layers.stop == len(self._layers)
         setting, x = self._setting(given), hidden
         if x is None:
-            token = setting.token if alike is None else setting.token.index_select(0, alike.rows)
+            token = (
+                setting.token
+                if duplicates is None
+                else setting.token.index_select(0, duplicates.rows)
+            )
             x = F.embedding(token, setting.embedded)
         shared: dict[str, tuple[Tensor, Tensor]] = {}
         trimmed = not top or keep >= x.shape[1]
@@ -142,8 +148,8 @@ class Lean:
             layer, few = self._layers[number], None
             if not trimmed and number >= self._last_own:
                 trimmed, few = True, keep
-            x = self._attend(layer, number, x, setting, few, cache, shared, alike)
-            setting, alike = setting.last(few) if few else setting, None
+            x = self._attend(layer, number, x, setting, few, cache, shared, duplicates)
+            setting, duplicates = setting.last(few) if few else setting, None
             x = _mlp(layer, x)
             if layer.extra is not None and setting.extras is not None:
                 x = _add_extra(
@@ -155,12 +161,12 @@ class Lean:
 
     @property
     def windows(self) -> dict[str, int | None]:
-        """How far each kind of layer looks back."""
+        """The attention window of each kind of layer; None is unbounded."""
         return self._windows
 
     @property
     def firsts(self) -> list[int]:
-        """The first layer of each kind, of those with keys and values of their own."""
+        """The first layer of each kind among those with their own keys and values."""
         found: dict[str, int] = {}
         for number, layer in enumerate(self._layers):
             if layer.attention.k is not None:
@@ -168,7 +174,7 @@ class Lean:
         return list(found.values())
 
     def looks(self, given: Inputs) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """For each layer where its tokens look (B, 1, T, S), and cos and sin of their angles (B, T, d)."""
+        """Return per layer the attention mask (B, 1, T, S), and cos and sin of its angles (B, T, d)."""
         setting, found = self._setting(given), []
         for layer in self._layers:
             cos, signed = (part[:, :, 0] for part in setting.angles[layer.attention.kind])
@@ -187,7 +193,7 @@ class Lean:
         return given.setting
 
     def _set(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Setting:
-        """What all layers share. What follows from a token alone is made once per different token."""
+        """Compute what all layers share; embeddings once per distinct token."""
         tokens, seen = ids.shape[1], mask.shape[1]
         different, token = torch.unique(ids, return_inverse=True)
         embedded = self._backbone.embed_tokens(different[None])
@@ -218,22 +224,25 @@ class Lean:
         few: int | None,
         cache: Any,
         shared: dict[str, tuple[Tensor, Tensor]],
-        alike: Alike | None,
+        duplicates: Duplicates | None,
     ) -> Tensor:
-        """Attention and its sum. With `few`, keys and values of all tokens, but only the last go on."""
+        """Run attention and add it to the residual. With `few`, only the last positions are queried."""
         attention = layer.attention
         given = layer.before_attention(x)
-        ours = setting if alike is None else setting.of(alike.rows)
+        ours = setting if duplicates is None else setting.of(duplicates.rows)
         if attention.k is not None:
             keys, values = _keys_values(attention, given, ours.angles[attention.kind])
             every = keys, values
-            if alike is not None and (cache is not None or attention.stores):
-                every = keys.index_select(0, alike.kinds), values.index_select(0, alike.kinds)
+            if duplicates is not None and (cache is not None or attention.stores):
+                every = (
+                    keys.index_select(0, duplicates.kinds),
+                    values.index_select(0, duplicates.kinds),
+                )
             if cache is not None:
                 every = cache.update(*every, number)
                 keys, values = every
-                if alike is not None:
-                    keys, values = (part.index_select(0, alike.rows) for part in every)
+                if duplicates is not None:
+                    keys, values = (part.index_select(0, duplicates.rows) for part in every)
             if attention.stores:
                 shared[attention.kind] = every
         else:
@@ -243,8 +252,8 @@ class Lean:
         queries = _heads(attention.q(given), attention.width, attention.q_norm)
         queries = _rotate(queries, ours.angles[attention.kind])
         out = attend(queries, keys, values, ours.bias[attention.kind], attention.scaling)
-        if alike is not None:
-            out, x = out.index_select(0, alike.kinds), x.index_select(0, alike.kinds)
+        if duplicates is not None:
+            out, x = out.index_select(0, duplicates.kinds), x.index_select(0, duplicates.kinds)
         return _sum(attention.o(out), layer.after_attention, x)
 
 
@@ -255,20 +264,20 @@ def _mlp(layer: Layer, x: Tensor) -> Tensor:
 
 
 def _add_extra(extra: Extra, x: Tensor, embedded: Tensor) -> Tensor:
-    """`embedded` (B, T, P): what the layer is given of its tokens' per-layer embeddings."""
+    """Add the gated per-layer embeddings `embedded` (B, T, P) to the residual."""
     inner = extra.act(extra.gate(x)).mul_(embedded)
     return _sum(extra.projection(inner), extra.after, x)
 
 
 def _sum(written: Tensor, after: Norm | None, x: Tensor) -> Tensor:
-    """What a writer gives, through its post-norm, plus the residual; in memory of its own."""
+    """Return a writer's output, through its post-norm, plus the residual; newly allocated."""
     return x + written if after is None else after(written).add_(x)
 
 
 def _keys_values(
     attention: Attention, given: Tensor, angles: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """(B, K, T, d) each."""
+    """Return keys and values (B, K, T, d)."""
     assert attention.k is not None
     plain = attention.k(given)
     values = plain if attention.v is None else attention.v(given)
@@ -278,13 +287,13 @@ def _keys_values(
 
 
 def _heads(x: Tensor, width: int, norm: Norm | None) -> Tensor:
-    """(B, T, H, d)."""
+    """Split (B, T, H d) into heads (B, T, H, d), normalised."""
     heads = x.view(*x.shape[:-1], -1, width)
     return heads if norm is None else norm(heads)
 
 
 def _rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary position embedding (Su et al., 2021) of (B, T, H, d)."""
+    """Apply rotary position embedding (Su et al., 2021) to (B, T, H, d)."""
     cos, signed_sin = angles
     half = x.shape[-1] // 2
     out = x * cos
@@ -294,7 +303,7 @@ def _rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def _bias(places: Tensor, tokens: int, window: int | None, dtype: torch.dtype) -> Tensor:
-    """(T, S): zero where one of the last tokens may look, else minus infinity. At itself it always may."""
+    """Return the causal attention bias (T, S) within a window: zero where allowed, else minus infinity."""
     query = places[-tokens:, None]
     far = places > query
     if window is not None:
@@ -303,7 +312,7 @@ def _bias(places: Tensor, tokens: int, window: int | None, dtype: torch.dtype) -
 
 
 def attend(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scaling: float) -> Tensor:
-    """Attention (B, T, H d) of queries (B, T, H, d) to keys and values (B, K, S, d)."""
+    """Return attention (B, T, H d) of queries (B, T, H, d) to keys and values (B, K, S, d)."""
     rows, tokens, heads, width = queries.shape
     groups, seen = keys.shape[1:3]
     on_cpu = queries.device.type == "cpu"
@@ -321,7 +330,7 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scaling:
             enable_gqa=on_cpu and heads != groups,
         )
         return out.transpose(1, 2).flatten(2)
-    # The heads that share keys stand together: one product for all of them.
+    # Grouped-query attention: one product for all heads of a key-value head.
     each = heads // groups
     grouped = queries.view(rows, tokens, groups, each, width).permute(0, 2, 3, 1, 4)
     asked = grouped.reshape(rows * groups, each * tokens, width)
@@ -334,14 +343,14 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scaling:
     return out.view(rows, groups, each, tokens, width).permute(0, 3, 1, 2, 4).flatten(2)
 
 
-def lean_of(model: Any, anatomy: Anatomy) -> Lean | None:
-    """The lean way through a model, if one is known; whether it is right, only a comparison can say.
+def fused_layers_of(model: Any, anatomy: Anatomy) -> FusedLayers | None:
+    """Return the fused layers of a model whose family is known, or None. The caller must verify them.
 
-    In float32 alone, where a comparison says it to many digits: in half precision, rounding hides much.
+    For float32 alone, where a comparison is sharp: in half precision, rounding would hide differences.
     """
     parameters = [*anatomy.backbone.parameters(), *model.get_output_embeddings().parameters()]
     kinds = {(parameter.device, parameter.dtype) for parameter in parameters}
     if len(kinds) > 1 or any_offloaded(model) or kinds.pop()[1] != torch.float32:
         return None
     layers = layers_of(anatomy)
-    return None if layers is None else Lean(anatomy.backbone, layers, head_of(model))
+    return None if layers is None else FusedLayers(anatomy.backbone, layers, head_of(model))

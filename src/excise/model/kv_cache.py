@@ -1,4 +1,4 @@
-"""A key-value cache that writes into room set aside, instead of copying itself at every token.
+"""A preallocated KV cache, which does not copy itself at every token.
 
 Fits Transformers' `Cache`: attention layers get a `RoomyLayer`, every other kind of layer keeps the
 class that Transformers chose for it.
@@ -35,7 +35,7 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
         self.length = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Set the room aside, for the batch, heads and widths of the first states seen."""
+        """Allocate for the batch, heads and widths of the first states."""
         self.dtype, self.device = key_states.dtype, key_states.device
         b, h, _, d = key_states.shape
         self.keys = key_states.new_empty(b, h, self.capacity, d)
@@ -45,7 +45,7 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Append the new positions; returns all filled ones."""
+        """Append new positions; return all filled ones."""
         del args, kwargs
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -57,7 +57,7 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
         return self.keys[:, :, :end], self.values[:, :, :end]
 
     def get_seq_length(self) -> int:
-        """Positions filled so far."""
+        """Return the number of filled positions."""
         return self.length
 
     def batch_select_indices(self, indices: Tensor) -> None:
@@ -67,10 +67,10 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
             self.values = self.values.index_select(0, indices.to(self.values.device))
 
     def copy_rows(self, other: RoomyLayer, rows: Tensor, pads: Tensor | None = None) -> None:
-        """Take the filled positions of these rows of `other`; a row may come more than once.
+        """Append the filled positions of these rows of `other`; a row may come more than once.
 
-        With `pads`, each row is moved to the right by so many positions, and what then stands beyond
-        the end is left out. The positions before it must be masked.
+        With `pads`, each row is shifted right by so many positions and cut at the end. The positions
+        before it must be masked.
         """
         rows = rows.to(other.keys.device)
         keys, values = other.keys[:, :, : other.length], other.values[:, :, : other.length]
@@ -83,7 +83,7 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
 
 
 def _picked(states: Tensor, rows: Tensor, places: Tensor) -> Tensor:
-    """From states (B, H, S, d) those of these rows (N,), each at its own places (N, T): (N, H, T, d)."""
+    """Gather from states (B, H, S, d) the rows (N,), each at its own positions (N, T): (N, H, T, d)."""
     heads, seen, width = states.shape[1:]
     each = rows[:, None] * heads + torch.arange(heads, device=rows.device)
     # As an embedding: on a CPU it takes half the time of an index over two axes.
@@ -91,7 +91,7 @@ def _picked(states: Tensor, rows: Tensor, places: Tensor) -> Tensor:
 
 
 def cache_argument(backbone: nn.Module) -> str | None:
-    """What a backbone calls the cache that it is given; None where it takes none.
+    """Return the name of a backbone's cache argument; None where it takes none.
 
     Transformers 5.24 renamed it, and warns where it is called by the name of before.
     """
@@ -100,10 +100,10 @@ def cache_argument(backbone: nn.Module) -> str | None:
 
 
 def roomy_cache(config: Any, *, sliding: bool = True) -> DynamicCache:
-    """An empty cache with no room yet: a pattern for `with_room`.
+    """Return an empty cache without capacity: a pattern for `with_room`.
 
-    Without `sliding`, layers with a window keep the class of their own, which lets go of what is out
-    of it: for models whose masks are not known to hide that.
+    Without `sliding`, layers with a window keep Transformers' class, which drops what is out of it: for
+    models whose masks are not known to hide that.
     """
     cache = DynamicCache(config=config)
     plain = (DynamicLayer, DynamicSlidingWindowLayer) if sliding else (DynamicLayer,)
@@ -112,7 +112,7 @@ def roomy_cache(config: Any, *, sliding: bool = True) -> DynamicCache:
 
 
 def with_room(pattern: DynamicCache, capacity: int) -> DynamicCache:
-    """A cache like an empty one, for `capacity` positions in all. Making one from a config is slow."""
+    """Return an empty cache for `capacity` positions. Making one from a config is slow."""
     cache = copy(pattern)
     cache.layers = [
         RoomyLayer(capacity) if isinstance(layer, RoomyLayer) else deepcopy(layer)
@@ -138,14 +138,14 @@ def take_rows(
     layers: range,
     pads: Sequence[int],
 ) -> DynamicCache:
-    """A copy of these rows in an empty cache with room of its own; for caches that `can_join`.
+    """Copy these rows into an empty cache; for caches that `can_join`.
 
     Args:
         cache: where the rows come from.
         empty: where they go.
         rows: which ones; a row may come more than once.
-        layers: of these layers; of others only the length, which masks are made after.
-        pads: how far each row is moved to the right, as in `RoomyLayer.copy_rows`.
+        layers: the layers to copy; of others only the length, which masks follow.
+        pads: how far each row is shifted right, as in `RoomyLayer.copy_rows`.
     """
     picked, moved = torch.tensor(rows), torch.tensor(pads) if any(pads) else None
     for number, (ours, theirs) in enumerate(zip(empty.layers, cache.layers, strict=True)):
@@ -164,11 +164,10 @@ def can_join(cache: DynamicCache) -> bool:
 
 
 def join(parts: list[DynamicCache], empty: DynamicCache, groups: int, width: int) -> DynamicCache:
-    """One cache of all parts' rows, so that they decode together.
+    """Join the rows of several caches in an empty one, so that they decode as one batch.
 
-    Rows of every part are `groups` equal groups (candidates); in the joined cache each group's rows
-    stand together. Shorter parts are aligned to the right end of `width` positions; what is left of
-    them is zero and must be masked.
+    Every part holds `groups` equal groups of rows (candidates), which are adjacent in the result. Shorter
+    parts are left-padded to `width` positions with zeros, which must be masked.
     """
     for number, layer in enumerate(empty.layers):
         if isinstance(layer, DummyLayer):  # it reuses another layer's keys and values
@@ -192,7 +191,7 @@ def join(parts: list[DynamicCache], empty: DynamicCache, groups: int, width: int
 
 
 def share_lower_layers(source: DynamicCache, into: DynamicCache, layers: int, rows: Tensor) -> None:
-    """Fill the first `layers` layers of `into` with these rows of `source`, any of them repeatedly."""
+    """Fill the first `layers` layers of `into` with these rows of `source`, which is used up."""
     for number, theirs in enumerate(source.layers[:layers]):
         ours = into.layers[number]
         if isinstance(theirs, DummyLayer):

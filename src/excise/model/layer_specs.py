@@ -1,4 +1,4 @@
-"""What the layers and heads of a few families compute, on their own modules, for `lean` to run.
+"""Specifications of a few families' decoder layers and heads, on their own modules, for `fused_layers`.
 
 Knows how layers are put together; knows nothing of passes. B rows, T tokens, D residual width.
 """
@@ -27,7 +27,7 @@ class Norm:
     eps: float
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The same shape, in memory of its own."""
+        """Return the normalised tensor, newly allocated."""
         weight = getattr(self.module, "weight", None)
         if x.device.type != "cpu":
             return F.rms_norm(x, x.shape[-1:], weight, self.eps)
@@ -39,7 +39,7 @@ class Norm:
 
 @dataclass(frozen=True)
 class Attention:
-    """One layer's attention. Without `k`, keys and values are those that a layer of its kind stored."""
+    """One layer's attention. Without `k` it reuses the keys and values that a layer of its kind stored."""
 
     q: nn.Module
     k: nn.Module | None
@@ -57,7 +57,7 @@ class Attention:
 
 @dataclass(frozen=True)
 class Extra:
-    """What per-layer embeddings add at the end of a layer."""
+    """The gated per-layer embedding that is added at the end of a layer (Gemma 3n, 4)."""
 
     gate: nn.Module
     act: _Function
@@ -84,19 +84,19 @@ class Layer:
 
 @dataclass(frozen=True)
 class Head:
-    """What makes logits of final hidden states: a matrix, and a soft cap where there is one."""
+    """The language model head: a matrix, and a logit soft cap where there is one."""
 
     module: nn.Module
     cap: float | None
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """(N, D) to (N, V)."""
+        """Return the logits (N, V) of hidden states (N, D)."""
         logits: Tensor = self.module(hidden)
         return logits if self.cap is None else (logits / self.cap).tanh_().mul_(self.cap)
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
-    """GELU in its tanh form, as x sigmoid(2 u): on a CPU an exponential costs half of a tanh."""
+    """Return GELU in its tanh form, as x sigmoid(2 u): on a CPU an exponential costs half of a tanh."""
     if x.device.type != "cpu":
         return F.gelu(x, approximate="tanh")
     rate = x.new_full((), 2 * _GELU_RATE)
@@ -109,13 +109,13 @@ _GELU_CUBE = 0.044715
 
 
 def norm_of(module: Any) -> Norm:
-    """The norm that a module is; families name its epsilon in two ways."""
+    """Return a module as a norm; families name its epsilon in two ways."""
     eps = getattr(module, "eps", None)
     return Norm(module, module.variance_epsilon if eps is None else eps)
 
 
 def head_of(model: Any) -> Head:
-    """The head of a language model, as far as its configuration says."""
+    """Return the head of a language model."""
     cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
     return Head(model.get_output_embeddings(), cap)
 
@@ -154,7 +154,7 @@ def _gemma4(layer: Any) -> Layer | None:
 
 
 def _plain(layer: Any) -> Layer:
-    """As in Llama and Qwen3: one norm before each sublayer."""
+    """Return a pre-norm layer, as in Llama and Qwen3."""
     kind = getattr(layer.self_attn, "layer_type", None) or ""
     return Layer(
         before_attention=norm_of(layer.input_layernorm),
@@ -192,7 +192,7 @@ def _gated(mlp: Any) -> dict[str, Any]:
     }
 
 
-# Whose angles follow from the position alone, however long the text is.
+# Rotary embeddings whose angles do not depend on the length of the text.
 _FIXED_ROPES = {"default", "linear", "llama3", "proportional", "yarn"}
 
 # By the backbone's class in Transformers, so that a model's own code is not taken for it.
@@ -204,7 +204,7 @@ _READERS: dict[str, Callable[[Any], Layer | None]] = {
 
 
 def layers_of(anatomy: Anatomy) -> list[Layer] | None:
-    """What a model's layers compute, if this module knows its family; else None."""
+    """Return the specifications of a model's layers, or None where its family is not known here."""
     backbone: Any = anatomy.backbone
     named = f"{type(backbone).__module__}.{type(backbone).__qualname__}"
     reader = _READERS.get(named.removeprefix("transformers.models."))

@@ -1,4 +1,4 @@
-"""What is another for a while, and exactly given back: modules' `forward`, the number of threads."""
+"""Contexts that replace something and restore it exactly: modules' `forward`, the number of threads."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from torch import nn
 def replaced_forward(
     steps: Mapping[nn.Module, Callable[..., Any]], *, fetched: bool = False
 ) -> Iterator[None]:
-    """Give modules another `forward`, and give back what they had, whatever happens.
+    """Replace modules' `forward` in this context, and restore it whatever happens.
 
-    With `fetched` it runs with the module's weights at hand: where they are offloaded, `forward` brings
-    them and calls what it found there, so that is what is replaced.
+    With `fetched` the replacement runs with offloaded weights loaded: there accelerate's `forward` loads
+    them and calls the old one, which is then what is replaced.
     """
     names = {
         module: "_old_forward" if fetched and hasattr(module, "_hf_hook") else "forward"

@@ -16,9 +16,9 @@ _PACKED = ("Params4bit", "Int8Params")
 
 
 def values(module: Any, name: str) -> Tensor | None:
-    """The values of `module.name`; the parameter itself where they are in memory as they are.
+    """Return the values of `module.name`: the parameter itself where it is in memory and not packed.
 
-    Packed values are unpacked, to the dtype that bitsandbytes computes in.
+    Packed values are dequantised, to the dtype that bitsandbytes computes in.
     """
     parameter: Tensor | None = getattr(module, name, None)
     if parameter is None or not (parameter.is_meta or type(parameter).__name__ in _PACKED):
@@ -34,7 +34,7 @@ def values(module: Any, name: str) -> Tensor | None:
 
 
 def present(module: Any, name: str = "weight") -> AbstractContextManager[Any]:
-    """Within this context the parameters of `module` are in memory."""
+    """Keep the parameters of `module` in memory in this context."""
     parameter = getattr(module, name, None)
     if parameter is None or not parameter.is_meta:
         return nullcontext()
@@ -45,19 +45,19 @@ def present(module: Any, name: str = "weight") -> AbstractContextManager[Any]:
 
 
 def is_packed(module: Any) -> bool:
-    """Whether the module's weight is kept in 4 or 8 bits."""
+    """Return whether the module's weight is quantised to 4 or 8 bits."""
     return type(getattr(module, "weight", None)).__name__ in _PACKED
 
 
 def device_of(module: Any, name: str = "weight") -> torch.device:
-    """Where `module` computes."""
+    """Return the device on which `module` computes."""
     parameter: Tensor = getattr(module, name)
     device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
     return torch.device(device) if parameter.is_meta and device is not None else parameter.device
 
 
 def shape_of(module: Any, name: str = "weight") -> tuple[int, ...]:
-    """The unpacked shape."""
+    """Return the unpacked shape."""
     parameter = getattr(module, name)
     state = getattr(parameter, "quant_state", None)  # 4-bit codes are stored flat
     return tuple(parameter.shape if state is None else state.shape)
@@ -83,12 +83,12 @@ def free(module: nn.Module) -> None:
 
 
 def any_offloaded(model: nn.Module) -> bool:
-    """Whether some weights are offloaded: every pass, however small, brings them in anew."""
+    """Return whether some weights are offloaded: every pass, however small, loads them again."""
     return any(parameter.is_meta for parameter in model.parameters())
 
 
 def check_finite(model: nn.Module) -> str | None:
-    """Name of the first parameter that holds a NaN or an infinity, if any does."""
+    """Return the name of the first parameter that holds a NaN or an infinity, or None."""
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             held = values(module, name) if parameter.is_meta else parameter

@@ -137,7 +137,7 @@ def _measure(
         baseline = panel.measure([ORIGINAL])[0].scores
         if not anyway and not search.records():  # with trials, that was decided before
             check_baseline(baseline, _said(session, engine), session.config, out)
-    section, measure = session.config.search, measurer(session, panel, engine.learning)
+    section, measure = session.config.search, measurer(session, panel, engine.keeping_drafts)
     with clock.phase("search", section.trials):
         search.run(section.trials, measure, clock.on_event)
     front, chosen = _choose(session, search, out)
