@@ -131,9 +131,9 @@ def test_a_full_disk_is_one_line_and_exit_code_1(
 
     out = tmp_path / "run"
     if name == "append_logs":
-        from optuna.storages.journal import JournalFileBackend
+        from excise.search.journal import Journal
 
-        monkeypatch.setattr(JournalFileBackend, "append_logs", full)
+        monkeypatch.setattr(Journal, "_write", full)
     elif name == "write_text":
         monkeypatch.setattr("excise.files.os.fsync", full)
     else:
