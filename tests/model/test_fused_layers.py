@@ -12,7 +12,7 @@ from excise.model import forward as forward_module
 from excise.model import fused_layers as fused_module
 from excise.model.forward import Forward
 from excise.model.fused_layers import Duplicates, Inputs, attend, fused_layers_of
-from excise.model.layer_specs import gelu_tanh
+from excise.model.fused_specs import gelu_tanh
 
 LENGTHS = (3, 9, 14, 24)
 

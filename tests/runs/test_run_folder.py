@@ -16,7 +16,7 @@ from excise.errors import ConfigError, OutputError, RunStateError
 from excise.report import card, pages
 from excise.report.stored_record import read_record, write_record
 from excise.runs import baseline, pipeline
-from excise.runs.resume_terms import check_terms, read_terms
+from excise.runs.changed_settings import check_settings, read_settings
 from excise.search import journal
 from excise.search.pareto import Objective, parse_rule
 
@@ -106,7 +106,7 @@ def test_every_setting_is_free_or_compared():
         ("scores.final", ["kept"]),
         ("prompts.target", {"source": "moved.txt"}),
     ):
-        check_terms(folder, load_config(flags={"method": "ridge", key: value}), known)
+        check_settings(folder, load_config(flags={"method": "ridge", key: value}), known)
     for key, value in (
         ("search.ei_candidates", 3),
         ("engine.rows", 8),
@@ -120,7 +120,7 @@ def test_every_setting_is_free_or_compared():
         ("model.trust_remote_code", True),
     ):
         with pytest.raises(RunStateError, match=key.replace(".", r"\.")):
-            check_terms(folder, load_config(flags={"method": "ridge", key: value}), known)
+            check_settings(folder, load_config(flags={"method": "ridge", key: value}), known)
 
 
 def test_a_folder_with_settings_of_another_version_says_what_to_do(tmp_path):
@@ -129,15 +129,15 @@ def test_a_folder_with_settings_of_another_version_says_what_to_do(tmp_path):
     with pytest.raises(
         RunStateError, match=r"key search\.refine.*front.*the version of Excise that"
     ):
-        check_terms(tmp_path, Config(method="ridge"), known)
+        check_settings(tmp_path, Config(method="ridge"), known)
     (tmp_path / "config.toml").write_text("[search]\nrefine = 0\n")
     with pytest.raises(RunStateError, match=r"config\.toml: unknown .* search\.refine"):
-        read_terms(tmp_path)
+        read_settings(tmp_path)
 
 
 def test_what_a_configuration_leaves_open_is_as_it_was():
     known = Config.model_validate({"method": "ara", "model": {"dtype": "bfloat16"}})
-    found = check_terms(Path("run"), Config(), known.model_dump(mode="json"))
+    found = check_settings(Path("run"), Config(), known.model_dump(mode="json"))
     assert (found.method, found.model.dtype) == ("ara", "bfloat16")
 
 
@@ -228,10 +228,10 @@ def test_a_setting_that_names_code_is_named_before_anything_is_read(tmp_path):
     with pytest.raises(
         RunStateError, match=r"trust_remote_code = True.*export\.llama_cpp = /opt/llama"
     ):
-        read_terms(tmp_path)
+        read_settings(tmp_path)
     with pytest.raises(RunStateError, match="trust_remote_code"):
-        read_terms(tmp_path, unused=("export.llama_cpp",))
-    assert read_terms(tmp_path, trust=True).model.trust_remote_code
+        read_settings(tmp_path, unused=("export.llama_cpp",))
+    assert read_settings(tmp_path, trust=True).model.trust_remote_code
 
 
 # -- two runs in one folder ------------------------------------------------------------------------

@@ -126,11 +126,11 @@ def _run(arguments: argparse.Namespace) -> int:
 def _resume(arguments: argparse.Namespace) -> int:
     from excise.errors import RunStateError
     from excise.reading import is_file
-    from excise.runs.resume_terms import CONFIG, read_terms
+    from excise.runs.changed_settings import CONFIG, read_settings
 
     if not is_file(arguments.folder / CONFIG):
         raise RunStateError(f"{arguments.folder} holds no config.toml: it is not a run folder")
-    config = read_terms(arguments.folder, trust=arguments.trust_run, trials=arguments.trials)
+    config = read_settings(arguments.folder, trust=arguments.trust_run, trials=arguments.trials)
     return _do_run(config, arguments.folder, arguments, resume=True)
 
 

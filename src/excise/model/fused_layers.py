@@ -2,7 +2,7 @@
 
 A search runs millions of short prompts, and much of that time goes to what stands between the matrix
 products: norms in seven operations, masks and rotary angles computed for every pass, keys repeated for
-every head, positions that nobody asks for. Here layers run as `layer_specs` describes them. Every matrix
+every head, positions that nobody asks for. Here layers run as `fused_specs` describes them. Every matrix
 is applied by calling its module, so hooks work as usual. `forward` uses this only where it was found to
 agree with Transformers' own modules, and not under autograd.
 
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from excise.model.anatomy import Anatomy
-from excise.model.layer_specs import (
+from excise.model.fused_specs import (
     Attention,
     Extra,
     Head,

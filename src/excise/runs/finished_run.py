@@ -27,7 +27,7 @@ from excise.report.stored_record import read_record, write_record
 from excise.run_lock import hold
 from excise.runs import setup
 from excise.runs.artifacts import check_exports, export
-from excise.runs.resume_terms import check_terms, read_terms
+from excise.runs.changed_settings import check_settings, read_settings
 from excise.runs.run_folder import DIRECTIONS, check_files, read_opening
 from excise.runs.session import Session
 from excise.runs.study_identity import digests, fingerprint, identity
@@ -77,7 +77,7 @@ def export_run(
     # What this format does not take is of a run that also wrote others.
     dropped = {option: _default(option) for option in OPTIONS.keys() - FORMATS[format_name].options}
     unused = [f"export.{option}" for option in (*dropped, *given)]
-    config = read_terms(folder, trust=trust_run, unused=unused)
+    config = read_settings(folder, trust=trust_run, unused=unused)
     config = _with_options(config, {**dropped, **given})
     exporters(config.export, [format_name])
     scoring = scoring_of(config)
@@ -103,7 +103,7 @@ def _reopen(folder: Path, config: Config) -> tuple[Record, Config]:
         RunStateError: settings or files are not those of the record.
     """
     record = read_record(folder)
-    config = check_terms(folder, config, record.config)
+    config = check_settings(folder, config, record.config)
     check_files(folder, record.files)
     return record, config
 
@@ -151,7 +151,7 @@ def survey(
     """
     read_record(folder)
     unused = ("export.llama_cpp", "scores.files")  # nothing is exported or scored here
-    config = read_terms(folder, trust=trust_run, unused=unused)
+    config = read_settings(folder, trust=trust_run, unused=unused)
     scoring = Scoring(read_markers(config.scores.markers, config.scores.markers_file))
     with hold(folder):
         record, config = _reopen(folder, config)

@@ -32,8 +32,8 @@ from excise.run_lock import hold
 from excise.runs import setup
 from excise.runs.artifacts import check_exports, export_chosen
 from excise.runs.baseline import SHOWN, check_baseline
+from excise.runs.changed_settings import CONFIG, check_settings
 from excise.runs.results import build_record, final_figures, model_record
-from excise.runs.resume_terms import CONFIG, check_terms
 from excise.runs.run_folder import (
     DIRECTIONS,
     check_apart,
@@ -178,7 +178,7 @@ def _reopen(out: Path, config: Config) -> tuple[journal.Study | None, Config]:
         return None, config
     attributes = known.user_attrs
     if "config" in attributes:  # earlier versions did not keep it
-        config = check_terms(out, config, attributes["config"])
+        config = check_settings(out, config, attributes["config"])
     check_files(out, attributes.get("files", {}))
     return known, config
 

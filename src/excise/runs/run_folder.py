@@ -24,7 +24,7 @@ from excise.prompts.measured_sets import Opening
 from excise.reading import is_file, is_folder, is_unicode
 from excise.record import Separation
 from excise.run_lock import LOCK, hold
-from excise.runs.resume_terms import CONFIG
+from excise.runs.changed_settings import CONFIG
 from excise.search import journal
 
 DIRECTIONS = "directions.safetensors"

@@ -1,4 +1,4 @@
-"""Check what a run folder may decide when a command goes on with it.
+"""Check which settings may have changed when something goes on with a run.
 
 A run folder may come from others, and its config.toml may have been edited. Code that it names runs
 only where the caller trusts it, and settings that decide a run's figures must be those of its trials.
@@ -38,7 +38,7 @@ _CODE = {
 }
 
 
-def read_terms(
+def read_settings(
     folder: Path, *, trust: bool = False, unused: Collection[str] = (), trials: int | None = None
 ) -> Config:
     """Read the configuration of a run folder, for a command that goes on with it.
@@ -68,7 +68,7 @@ def read_terms(
     return config
 
 
-def check_terms(folder: Path, config: Config, known: Mapping[str, Any]) -> Config:
+def check_settings(folder: Path, config: Config, known: Mapping[str, Any]) -> Config:
     """Return `config` with its open settings as they were; refuse a setting that has changed.
 
     Args:
