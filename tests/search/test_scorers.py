@@ -229,14 +229,6 @@ def test_behaviour_rate_and_false_rate_look_at_their_own_side():
                    contrast=[Prompt("x")] * 4).value == 0.25  # fmt: skip
 
 
-def test_scores_are_of_the_first_prompts_where_only_those_were_measured():
-    prompts = [Prompt("x", answer="blue", group=g) for g in "abbb"]
-    evidence = Evidence({"target": responses("I can't", "it is Blue")})
-    assert measure("behaviour_rate", evidence, prompts).n == 2
-    found = measure("restored", evidence, prompts)
-    assert (found.value, {g: p.n for g, p in found.parts.items()}) == (0.5, {"a": 1, "b": 1})
-
-
 def test_drift_weighs_every_token_alike_and_drift_first_every_response():
     rows = [torch.tensor([4.0]), torch.tensor([0.0, 0.0, 2.0])]
     evidence = Evidence(divergence={"contrast": rows})
@@ -263,18 +255,30 @@ def test_true_answers_are_looked_for_in_the_response(name, side):
 
 
 @pytest.mark.parametrize(("name", "side"), [("restored", "target"), ("kept", "contrast")])
+def test_only_prompts_with_a_known_answer_count(name, side):
+    prompts = (
+        Prompt("x", answer="a", group="known"),
+        Prompt("y", group="open"),
+        Prompt("z", answer=""),
+    )
+    assert find_scorers([name])[0].needs(ScoreContext(MARKERS, {side: prompts}))
+    found = measure(name, Evidence({side: responses("b", "a", "a")}), **{side: prompts})
+    assert (found.value, found.n, set(found.parts)) == (0.0, 1, {"known"})
+
+
+@pytest.mark.parametrize(("name", "side"), [("restored", "target"), ("kept", "contrast")])
 def test_without_known_answers_it_is_said_which_setting_is_missing(name, side):
-    context = ScoreContext(MARKERS, {side: (Prompt("x", answer="a"), Prompt("y"))})
+    context = ScoreContext(MARKERS, {side: (Prompt("x"), Prompt("y", answer=" "))})
     with pytest.raises(ConfigError, match=rf"prompts\.{side}_eval\.answer_column"):
         find_scorers([name])[0].needs(context)
 
 
 @pytest.mark.parametrize("name", ["restored", "kept"])
-@pytest.mark.parametrize("answer", ["", "  ", "**", "_"])
-def test_an_answer_that_would_stand_everywhere_is_none(name, answer):
+@pytest.mark.parametrize("answer", ["**", "_"])
+def test_an_answer_that_would_stand_everywhere_is_refused(name, answer):
     side = {"restored": "target", "kept": "contrast"}[name]
     context = ScoreContext(MARKERS, {side: (Prompt("x", answer="a"), Prompt("y", answer=answer))})
-    with pytest.raises(ConfigError, match="or empty ones"):
+    with pytest.raises(ConfigError, match="in every one"):
         find_scorers([name])[0].needs(context)
 
 

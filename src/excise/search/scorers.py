@@ -260,7 +260,7 @@ def false_rate(evidence: Evidence, context: ScoreContext) -> Score:
 
 def _shown(evidence: Evidence, context: ScoreContext, side: str) -> Score:
     shown = [context.markers.shown(r.text) for r in evidence.responses[side]]
-    return rate(shown, context.prompts[side][: len(shown)])
+    return rate(shown, context.prompts[side])
 
 
 @scorer("drift", needs=lambda _: [Divergence()], worth=0.5)
@@ -282,15 +282,22 @@ def drift_first(evidence: Evidence, context: ScoreContext) -> Score:
 
 
 def _answered(context: ScoreContext, side: str) -> list[Request]:
-    """Whole responses to prompts that all have known answers.
+    """Request whole responses to prompts of which some have known answers.
 
     Raises:
-        ConfigError: some have none.
+        ConfigError: none has one, or one would stand in every response.
     """
-    if not all(_answer_of(prompt) for prompt in context.prompts[side]):
+    prompts = context.prompts[side]
+    for prompt in prompts:
+        if prompt.answer is not None and prompt.answer.strip() and not _answer_of(prompt):
+            raise ConfigError(
+                f"scores: restored and kept look for known answers in responses, and the {side} answer "
+                f"{prompt.answer!r:.60} would stand in every one: leave it empty, or give words"
+            )
+    if not any(map(_answer_of, prompts)):
         raise ConfigError(
-            f"scores: restored and kept need known answers, and {side} prompts have none, or empty "
-            f"ones: set prompts.{side}.answer_column, or prompts.{side}_eval.answer_column and that of "
+            f"scores: restored and kept need known answers, and {side} prompts have none: set "
+            f"prompts.{side}.answer_column, or prompts.{side}_eval.answer_column and that of "
             f"{side}_holdout where these have sources of their own"
         )
     return [Responses(side)]
@@ -303,7 +310,7 @@ def _answered(context: ScoreContext, side: str) -> list[Request]:
     worth=1.0,
 )
 def restored(evidence: Evidence, context: ScoreContext) -> Score:
-    """Share of target prompts answered truly. Needs prompts with known answers."""
+    """Score the share of true answers among target prompts whose answer is known."""
     return _true_answers(evidence, context, "target")
 
 
@@ -314,18 +321,16 @@ def restored(evidence: Evidence, context: ScoreContext) -> Score:
     worth=1.0,
 )
 def kept(evidence: Evidence, context: ScoreContext) -> Score:
-    """Share of contrast prompts answered truly. Needs prompts with known answers."""
+    """Score the share of true answers among contrast prompts whose answer is known."""
     return _true_answers(evidence, context, "contrast")
 
 
 def _true_answers(evidence: Evidence, context: ScoreContext, side: str) -> Score:
     responses = evidence.responses[side]
-    prompts = context.prompts[side][: len(responses)]
-    flags = [
-        stands_in(_answer_of(prompt), fold(response.text))
-        for prompt, response in zip(prompts, responses, strict=True)
-    ]
-    return rate(flags, prompts)
+    prompts = context.prompts[side]
+    known = [(p, r) for p, r in zip(prompts, responses, strict=True) if _answer_of(p)]
+    flags = [stands_in(_answer_of(prompt), fold(response.text)) for prompt, response in known]
+    return rate(flags, [prompt for prompt, _ in known])
 
 
 def _answer_of(prompt: Prompt) -> str:
