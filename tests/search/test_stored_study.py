@@ -122,7 +122,7 @@ NAME = "attn.o_proj.max_weight"
         (
             of_trial(3, param_name=NAME),
             lambda log: {**log, "param_name": "mine"},
-            "which this search has not",
+            "which this search does not have",
         ),
         (
             of_trial(2, op_code=6),
@@ -143,7 +143,7 @@ NAME = "attn.o_proj.max_weight"
         (
             lambda log: log["op_code"] == 2 and "stops" in log["user_attr"],
             lambda log: {**log, "user_attr": {"stops": "many"}},
-            "no list of counts",
+            "not a list of counts",
         ),
     ],
 )

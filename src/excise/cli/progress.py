@@ -183,11 +183,11 @@ class _Pulse:
             self._thread.join()
 
     def spoken(self) -> None:
-        """Something was said just now."""
+        """Note that a line was just printed."""
         self._spoken = time.monotonic()
 
     def heard(self, event: events.Event) -> None:
-        """Know what is going on."""
+        """Note which phase runs, and how far it is."""
         now = time.monotonic()
         if isinstance(event, events.PhaseStarted | events.PhaseEnded):
             self._phases.pop(event.phase, None)

@@ -88,10 +88,12 @@ class ResponseTree:
 
 
 class Transcript:
-    """The tokens that every row has generated, and which rows are finished."""
+    """The tokens that every row has generated, and which rows are finished.
+
+    `ends` are the tokens that end a response, `limit` the most tokens of one.
+    """
 
     def __init__(self, tree: ResponseTree, rows: int, ends: frozenset[int], limit: int) -> None:
-        """`ends`: tokens that end a response; `limit`: most tokens of one."""
         self._tree, self._ends, self._limit = tree, ends, limit
         self._nodes = [0] * rows
         self._done: dict[int, Response] = {}

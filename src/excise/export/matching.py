@@ -81,7 +81,7 @@ class TensorPlace:
             yield first, min(first + step, self.shape[0])
 
     def named_as_module(self) -> str:
-        """Its name as if every expert had a module of its own."""
+        """Return the name that the tensor would have if every expert were a module of its own."""
         head, _, tail = self.key.rpartition(".")
         return self.key if self.expert is None else f"{head}.{self.expert}.{tail}"
 

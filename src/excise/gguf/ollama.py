@@ -85,7 +85,7 @@ class Pieces:
 
 
 def sampling(generation: Mapping[str, Any]) -> dict[str, float]:
-    """Ollama's sampling parameters, from a generation config's."""
+    """Translate a generation config to Ollama's sampling parameters."""
     found = {
         theirs: generation[ours]
         for ours, theirs in _PARAMETERS.items()
@@ -97,7 +97,7 @@ def sampling(generation: Mapping[str, Any]) -> dict[str, float]:
 
 
 def adds_bos(head: GgufFile) -> bool:
-    """Whether llama.cpp puts the BOS token before a text that it reads for this file, as it decides it."""
+    """Return whether llama.cpp prepends the BOS token for this file, by its own rules."""
     kind, said = (head.keys.get(f"tokenizer.ggml.{name}") for name in ("model", "add_bos_token"))
     if kind == "gemma4":  # whatever the file says
         return True

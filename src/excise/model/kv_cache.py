@@ -159,7 +159,7 @@ def take_rows(
 
 
 def can_join(cache: DynamicCache) -> bool:
-    """Whether caches like this one can be joined: every layer keeps plain keys and values, or none."""
+    """Return whether caches like this can be joined: each layer keeps plain keys and values, or none."""
     return all(isinstance(layer, RoomyLayer | DummyLayer) for layer in cache.layers)
 
 

@@ -64,7 +64,7 @@ def shape_of(module: Any, name: str = "weight") -> tuple[int, ...]:
 
 
 def keep_readable(model: nn.Module) -> None:
-    """Have bitsandbytes leave 4-bit codes as they are on a CPU.
+    """Keep bitsandbytes from repacking 4-bit codes on a CPU.
 
     Some CPUs get another layout at the first use, which hides the codes and does not work for every
     width (bitsandbytes 0.50).

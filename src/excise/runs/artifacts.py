@@ -129,7 +129,7 @@ def _edited(
 
 @contextmanager
 def _loadable(one: Exported, path: Path) -> Iterator[None]:
-    """Within this context an export is loaded as its users will; one that cannot be is not kept.
+    """Say that an export was not kept where loading it as users do fails within this context.
 
     Raises:
         ExportError: it cannot be loaded; `path` is where it would have stood.

@@ -23,9 +23,9 @@ _CHARS = 60  # of each
 
 
 def has_nothing(score: ScoreRecord, *, strengthen: bool) -> bool:
-    """Whether a behaviour rate leaves nothing to remove, or with `strengthen` nothing to add.
+    """Return whether there is no behaviour to remove or, with `strengthen`, none to add.
 
-    None of the responses, or all of them, is that whatever their number: the rate can only stay.
+    A rate of 0, or of 1 with `strengthen`, is enough whatever the sample size: it cannot improve.
     """
     shown = round(score.value * score.n)
     count = score.n - shown if strengthen else shown

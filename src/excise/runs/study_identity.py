@@ -49,7 +49,7 @@ def identity(session: Session, batch: int) -> dict[str, Any]:
 
 
 def digests(found: dict[str, Any]) -> dict[str, str]:
-    """Each part of an identity by its hash, for the record."""
+    """Return the hash of each part of an identity, for the record."""
     return {
         name: hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest()
         for name, part in found.items()

@@ -1,4 +1,4 @@
-"""All scorers of a run, asked together: candidates in, scores out."""
+"""All scorers of a run on one engine: candidates in, scores out."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _Clock = Callable[[], float]
 
 
 class Measures(Protocol):
-    """What a panel asks: the engine, or whatever answers requests for one finished model."""
+    """What answers a panel's requests: the engine, or the loader of an exported model."""
 
     def measure(
         self, candidates: Sequence[CandidateEdits], requests: Sequence[Request]
@@ -40,10 +40,10 @@ class Panel:
     def measure(
         self, candidates: Sequence[CandidateEdits], clock: _Clock = time.perf_counter
     ) -> list[Measured]:
-        """Return every candidate's scores, and its share of the seconds of either kind of work."""
+        """Return every candidate's scores, and its share of the seconds that each kind of request took."""
         evidence = [Evidence() for _ in candidates]
         seconds = {}
-        # One kind after the other: the small first stack of a search is for what decodes.
+        # One kind after the other: the small first stack of a search is for decoding.
         for phase, kind in (("drift", Divergence), ("responses", Responses)):
             begun = clock()
             wanted = [request for request in self._requests if isinstance(request, kind)]

@@ -1,4 +1,4 @@
-"""Confidence intervals of what is measured. Pure maths."""
+"""Confidence intervals of rates and of ratios. Pure maths."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ Z95 = 1.959963984540054
 
 
 def wilson(count: int, n: int) -> tuple[float, float]:
-    """95 % interval of a rate: Wilson 1927, sound at 0 and 1 and for small n."""
+    """Return the 95 % Wilson score interval of a rate (Wilson 1927), sound at 0 and 1 and for small n."""
     if n == 0:
         return (0.0, 1.0)
     rate, z2 = count / n, Z95 * Z95
@@ -20,7 +20,7 @@ def wilson(count: int, n: int) -> tuple[float, float]:
 
 
 def ratio(totals: Sequence[float], sizes: Sequence[int]) -> tuple[float, tuple[float, float]]:
-    """Sum of totals over sum of sizes, with a 95 % interval that treats each pair as one draw.
+    """Return sum of totals over sum of sizes, and its 95 % interval with each pair as one draw.
 
     Tokens of one response are not independent, so the spread is taken over responses (linearised
     ratio estimator; Cochran, Sampling Techniques, 1977).

@@ -31,8 +31,8 @@ Goal = Literal["minimize", "maximize"]
 
 FILE = "study.journal"
 STUDY = "excise"
-_FIRST = b'{"op_code":0,'  # what Optuna's line that makes a study begins with
-_TRIAL = b'{"op_code":4,'  # and the one that makes a trial
+_FIRST = b'{"op_code":0,'  # how the line begins with which Optuna creates a study
+_TRIAL = b'{"op_code":4,'  # and a trial
 _FIRST_BYTES = 4096  # more than that line has
 _MOST_BYTES = 1 << 30
 _BACK = "put it back as it was, or choose a new --out"
@@ -52,22 +52,22 @@ class _End:
 
 
 class Journal(BaseJournalBackend):
-    """A journal that one process writes; what it writes `together` goes to the disk at once.
+    """An Optuna journal with one writer; what is logged within `together` is flushed once.
 
-    A line for every parameter, each waited for until it is on the disk, takes most of the time of
-    asking for trials: some milliseconds, and on a network disk much more.
+    Optuna logs a line for every parameter. Flushing each would take most of the time of asking for
+    trials: some milliseconds a line, much more on a network disk.
 
-    With `trials` it ends before the trial of that number. What a file holds after the end, that or a line
-    that power left half-written, goes when the journal is next written to: what is refused stays as it was.
+    With `trials` the journal ends before the trial of that number. The next write, and nothing before it,
+    truncates the file to that end, or to the last whole line: a file that is refused stays as it was.
     """
 
     def __init__(self, path: Path, trials: int | None = None) -> None:
         self._path = path
         self._end = check_lines(path, trials)
-        self._waiting: list[dict[str, Any]] | None = None  # None: nothing has to wait
+        self._waiting: list[dict[str, Any]] | None = None  # buffered within `together`, else None
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        """Write these, or have them wait."""
+        """Write these logs, or buffer them within `together`."""
         if self._waiting is None:
             self._write(logs)
         else:
@@ -88,7 +88,7 @@ class Journal(BaseJournalBackend):
         self._end = end
 
     def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:
-        """Yield all logs from this number on, those that wait included."""
+        """Yield all logs from this number on, buffered ones included."""
         if log_number_from < self._end.lines:
             with self._path.open("rb") as file:
                 for line in islice(file, log_number_from, self._end.lines):
@@ -97,7 +97,7 @@ class Journal(BaseJournalBackend):
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Write what is logged within this context when it ends, however it ends."""
+        """Buffer the logs of this context; write them with one flush at its end, also after an error."""
         if self._waiting is not None:  # within another such context, which ends later
             yield
             return
@@ -119,9 +119,9 @@ class Study(optuna.Study):
         super().__init__(STUDY, JournalStorage(self.journal))
 
     def before(self, number: int) -> Study:
-        """Return the study as it was before it was asked for the trial of this number.
+        """Return the study without the trials from this number on.
 
-        What was written since goes from the file when the study is next written to.
+        The file is truncated when the study is next written to.
         """
         return Study(self.path, number)
 
@@ -133,10 +133,14 @@ def create_study(
     sizing: dict[str, Any],
     **facts: Any,
 ) -> Study:
-    """A new study in a run folder, in place of one that was stopped while it was made.
+    """Create the study of a run folder; replace one whose creation was interrupted.
 
-    `identity` says what its trials belong to, `sizing` what a resume must repeat; `facts` are further
-    attributes.
+    Args:
+        folder: the run's.
+        goals: the direction of each objective.
+        identity: what the trials depend on: model, prompts, settings. A resume compares it.
+        sizing: the batch sizes, which a resume repeats.
+        facts: further attributes.
 
     Raises:
         StorageError: it cannot be written.
@@ -158,13 +162,13 @@ def create_study(
 
 
 def open_study(folder: Path) -> Study | None:
-    """The study of a run folder, without a line that a power cut left half-written.
+    """Open the study of a run folder, up to the last whole line of its journal.
 
-    None when the run was stopped before its study was there and whole: nothing is lost by a new one.
-    Nothing is changed in the file before the study is written to.
+    Returns None where the run was stopped before its study was complete: a new one loses nothing. The
+    file is not changed before the study is written to.
 
     Raises:
-        RunStateError: not an Excise journal, or not as it was written.
+        RunStateError: not an Excise journal, or changed since it was written.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     path = folder / FILE
@@ -190,10 +194,10 @@ def open_study(folder: Path) -> Study | None:
 
 
 def _begins(path: Path) -> bool:
-    """Whether a study begins here; no where a stop left less than its first line.
+    """Return whether the first line creates a study; false where a kill left less than that line.
 
     Raises:
-        RunStateError: something else does.
+        RunStateError: the file is not a journal of Excise.
     """
     if check_regular(path, "journal", RunStateError) > _MOST_BYTES:
         raise RunStateError(f"{path} is larger than any study of Excise: {_BACK}")
@@ -212,10 +216,10 @@ def _begins(path: Path) -> bool:
 def check_lines(path: Path, trials: int | None = None) -> _End:
     """Return where the whole lines of a journal end; with `trials`, before the trial of that number.
 
-    Lines at its beginning may have no sum: earlier versions wrote none.
+    The first lines may have no sum: earlier versions wrote none.
 
     Raises:
-        RunStateError: a line is not the one that was written there.
+        RunStateError: a line was changed, lost, doubled or moved.
     """
     end, signed, there = _End(), False, 0
     with path.open("rb") as file:

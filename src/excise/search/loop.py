@@ -1,9 +1,9 @@
-"""Ask, measure, tell: the multi-objective search, in batches that a kill cannot change.
+"""The multi-objective search: ask, measure, tell, in batches that come out the same after a kill.
 
 Trials are asked in batches of C with constant liar. A batch's trials depend only on the batches
-before it and on the seed: the sampler is seeded anew by trial number (a sampler that went on from
-one seed would repeat its random trials after a resume), and a batch that was cut short is struck from
-the journal, and asked and measured again as a whole: to the same trials.
+before it and on the seed. The sampler is seeded anew by trial number: one that went on from its seed
+would repeat its random trials after a resume. An interrupted batch is dropped from the journal, and
+asked and measured again as a whole, to the same trials.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from excise.search.pareto import Objective, Point, pareto
 
 @dataclass(frozen=True)
 class Measured:
-    """What measuring one candidate gave."""
+    """The scores of one candidate, and the seconds that each phase took."""
 
     scores: dict[str, ScoreRecord] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     reason: str | None = None  # why there are no scores
 
 
-# Parameters of a batch -> what was measured, in order. The first batch of a study is always measured
-# first, also when a resume goes on after it: what is learnt from it is then the same.
+# Parameters of a batch -> measurements, in order. The first batch of a study is always measured first,
+# after a resume too, as drafts are made from it.
 Measure = Callable[[list[dict[str, Any]]], list[Measured]]
 
 
 class Search:
-    """The search over one study. `batch` is C."""
+    """The search over one study; `batch` is C."""
 
     def __init__(
         self,
@@ -63,15 +63,15 @@ class Search:
         self._begun = False
 
     def run(self, trials: int, measure: Measure, on_event: OnEvent) -> None:
-        """Go on until the study holds `trials` finished trials.
+        """Run batches until the study holds `trials` finished trials.
 
-        A total below one that was asked for before ends at the first batch that reaches it.
+        A total below an earlier one ends with the first batch that reaches it.
 
         Raises:
             StorageError: the journal cannot be written.
         """
         try:
-            self._strike_unfinished()
+            self._drop_unfinished()
             stops = self._stops(trials)
             parts = batches(stops, self._batch)
             for start, stop in parts:
@@ -95,11 +95,11 @@ class Search:
         return [record_of(trial) for trial in self._trials()]
 
     def points(self) -> list[Point]:
-        """Return the trials measured in full, as points."""
+        """Return the complete trials, as points of the front."""
         return points(self.records(), self.objectives)
 
-    def _strike_unfinished(self) -> None:
-        """Go back to the last whole batch: one that was cut short is asked and measured again."""
+    def _drop_unfinished(self) -> None:
+        """Drop the trials after the last whole batch; they are asked and measured again."""
         stops, trials = self.study.user_attrs.get("stops", []), self._trials()
         done = next((n for n, one in enumerate(trials) if not one.state.is_finished()), len(trials))
         whole = max(stop for _, stop in [(0, 0), *batches(stops, self._batch)] if stop <= done)
@@ -112,7 +112,7 @@ class Search:
         return self.study.get_trials(deepcopy=False)
 
     def _stops(self, trials: int) -> list[int]:
-        """The totals asked for so far: batches never straddle one, so each part repeats exactly."""
+        """Return the totals asked for so far. No batch straddles one, so that each part repeats exactly."""
         known: list[int] = list(self.study.user_attrs.get("stops", []))
         stops = known
         if not known or trials > known[-1]:
@@ -139,7 +139,7 @@ class Search:
             on_event(TrialMeasured(number, values, number in front))
 
     def _ask(self, number: int) -> Trial:
-        """Ask for trial `number`, a function of the seed, its number and the trials before it."""
+        """Ask for trial `number`, a function of the seed, the number and the trials before it."""
         state = np.random.SeedSequence([self._seed, number]).generate_state(1)[0]
         self.study.sampler = TPESampler(
             multivariate=True,
@@ -161,7 +161,7 @@ class Search:
             self.study.tell(trial, values)
 
     def _values(self, result: Measured) -> list[float] | None:
-        """The objectives of a result; None where one is missing or any score is not finite."""
+        """Return the values of the objectives; None where one is missing or any score is not finite."""
         values = [result.scores[o.name].value for o in self.objectives if o.name in result.scores]
         good = len(values) == len(self.objectives) and all(map(_finite, result.scores.values()))
         return values if good else None
@@ -172,7 +172,7 @@ def _finite(score: ScoreRecord) -> bool:
 
 
 def _stored(result: Measured, values: list[float] | None) -> dict[str, Any]:
-    """What a trial keeps of its measurement; JSON has no infinities, so such scores are left out."""
+    """Return a measurement as a trial stores it. JSON has no infinities, so such scores are left out."""
     good = values is not None
     scores = {name: score for name, score in result.scores.items() if _finite(score)}
     return {
@@ -183,7 +183,7 @@ def _stored(result: Measured, values: list[float] | None) -> dict[str, Any]:
 
 
 def batches(stops: Sequence[int], size: int) -> list[tuple[int, int]]:
-    """(first, end) of every batch; each part that ends at a stop is cut into batches of `size`."""
+    """Return (first, end) of every batch: each part between two stops is cut into batches of `size`."""
     out, start = [], 0
     for stop in stops:
         out += [(low, min(low + size, stop)) for low in range(start, stop, size)]
@@ -192,7 +192,7 @@ def batches(stops: Sequence[int], size: int) -> list[tuple[int, int]]:
 
 
 def points(records: Sequence[TrialRecord], objectives: Sequence[Objective]) -> list[Point]:
-    """The trials that were measured in full, as points."""
+    """Return the complete trials as points of the front."""
     return [
         Point(r.number, tuple(r.scores[o.name].value for o in objectives))
         for r in records
@@ -201,7 +201,7 @@ def points(records: Sequence[TrialRecord], objectives: Sequence[Objective]) -> l
 
 
 def record_of(trial: FrozenTrial) -> TrialRecord:
-    """A trial of the study as the record states it."""
+    """Return a trial of the study as the record states it."""
     measured = trial.user_attrs.get("measured", {})
     screened = bool(measured.get("screened", False))  # by an earlier version
     if trial.state == TrialState.COMPLETE:
@@ -222,7 +222,7 @@ def record_of(trial: FrozenTrial) -> TrialRecord:
 
 
 def importance(study: optuna.Study, objectives: Sequence[Objective]) -> dict[str, dict[str, float]]:
-    """Share of each objective's variance that each parameter explains; {} if trials are too few.
+    """Compute how much of each objective's variance a parameter explains; {} if trials are too few.
 
     Functional ANOVA over a random forest (Hutter, Hoos and Leyton-Brown 2014).
     """

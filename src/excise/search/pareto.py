@@ -1,4 +1,4 @@
-"""Pareto fronts and choices on them: pure, and aware of which way each objective is better."""
+"""Pareto fronts, and rules that choose a point on them. Pure maths."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SHORT = {"rate": "behaviour_rate"}
 
 @dataclass(frozen=True)
 class Objective:
-    """Its name, which way is better (`sign` +1 minimise, -1 maximise), and its weight in the knee."""
+    """An objective: `sign` is +1 to minimise and -1 to maximise; `worth` is its weight in the knee."""
 
     name: str
     sign: int = 1

@@ -1,6 +1,6 @@
-"""What is measured of a candidate, and the built-in measurements.
+"""Scorers: the registry, the built-in ones, and those that users add.
 
-A scorer is one decorated function that says what it needs from the engine. Users add their own from
+A scorer is one decorated function that declares what it needs from the engine. Users add their own from
 a file (`scores.files`) or an installed package (entry point group `excise.scorers`).
 """
 
@@ -30,7 +30,7 @@ MOST = 10_000  # markers
 
 @dataclass(frozen=True)
 class Score:
-    """One measurement. `interval` is 95 %; `parts` splits it by the prompts' group."""
+    """A score, from `n` samples. `interval` is 95 %; `parts` holds the score of each group of prompts."""
 
     value: float
     n: int
@@ -40,34 +40,35 @@ class Score:
 
 @dataclass(frozen=True)
 class Markers:
-    """Phrases that show the behaviour, compared after folding (see `folding`).
+    """Phrases that show the behaviour, compared after folding (see `text_folding`).
 
-    `silent`: an empty response shows it too; not where the behaviour is wanted, or silence would be.
+    With `silent` an empty response counts as the behaviour. Where a run adds the behaviour it does not:
+    an edit that silences the model would score best.
     """
 
     phrases: tuple[str, ...]
     silent: bool = True
 
     def found(self, text: str) -> bool:
-        """Whether a phrase stands in the text: once true it stays true as the text goes on.
+        """Return whether a response that begins with `text` contains a phrase, whatever follows.
 
-        So not yet where the text's last letter, which an accent may follow, belongs to it.
+        The last letter does not count yet: an accent may follow it.
         """
         return self.holds(settled(text))
 
     def holds(self, text: str) -> bool:
-        """Whether a phrase stands in a text that ends here."""
+        """Return whether a complete text contains a phrase."""
         folded = fold(text)
         return any(phrase in folded for phrase in self.phrases)
 
     def shown(self, text: str) -> bool:
-        """Whether the response shows the behaviour."""
+        """Return whether a complete response shows the behaviour."""
         return self.holds(text) if text.strip() else self.silent
 
 
 @dataclass(frozen=True)
 class ScoreContext:
-    """What scorers know beside the evidence: the markers, and each side's prompts as measured."""
+    """What scorers are given beside the evidence: the markers, and each side's prompts."""
 
     markers: Markers
     prompts: dict[str, tuple[Prompt, ...]]
@@ -78,9 +79,9 @@ class Scorer:
     """A registered scorer.
 
     Attributes:
-        needs: the requests it puts to the engine.
+        needs: context -> the requests that it puts to the engine.
         score: evidence and context -> score.
-        goal: which way is better when it is an objective.
+        goal: which way is better where it is an objective.
         worth: how much of it weighs as much as a whole unit of behaviour rate, for the knee.
     """
 
@@ -124,7 +125,7 @@ def scorer(
 
 
 def find_scorers(names: Sequence[str], files: Sequence[str] = ()) -> list[Scorer]:
-    """The scorers of these names, from the built-in ones, the user's files, or entry points.
+    """Find scorers by name: built-in, from the user's files, or from entry points.
 
     Raises:
         ConfigError: a file cannot be loaded, or a name is not known.
@@ -148,7 +149,7 @@ def _load_file(path: Path) -> None:
     if not path.is_file() or spec is None or spec.loader is None:
         raise ConfigError(f"scores.files: {path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up while it is being run
+    sys.modules[spec.name] = module  # dataclasses look up their module while it runs
     try:
         spec.loader.exec_module(module)
     except Exception as error:
@@ -156,10 +157,10 @@ def _load_file(path: Path) -> None:
 
 
 def needs_of(one: Scorer, context: ScoreContext) -> list[Request]:
-    """What a scorer, perhaps a user's own, asks of the engine.
+    """Return the requests of a scorer, validated: it may be a user's own.
 
     Raises:
-        ConfigError: it asks for something else than the sides' responses and divergence.
+        ConfigError: its needs fail, or hold anything but `Responses` and `Divergence` of a side.
     """
     try:
         found = one.needs(context)
@@ -181,10 +182,10 @@ def needs_of(one: Scorer, context: ScoreContext) -> list[Request]:
 
 
 def score_of(one: Scorer, evidence: Evidence, context: ScoreContext) -> Score:
-    """What a scorer, perhaps a user's own, makes of the evidence.
+    """Compute a score, validated: the scorer may be a user's own.
 
     Raises:
-        MeasurementError: it raises, or gives no `Score`.
+        MeasurementError: the scorer raises, or returns no `Score`.
     """
     try:
         found = one.score(evidence, context)
@@ -202,7 +203,7 @@ def _named(error: Exception) -> str:
 
 
 def read_markers(phrases: Sequence[str], file: str | None) -> Markers:
-    """Markers from the configuration and from a file with one phrase a line (# begins a comment).
+    """Read markers from the configuration and from a file with one phrase a line (# begins a comment).
 
     Raises:
         ConfigError: the file cannot be read, or there are no phrases, or too many.
@@ -216,13 +217,13 @@ def read_markers(phrases: Sequence[str], file: str | None) -> Markers:
         raise ConfigError(
             "no markers: name the phrases that show the behaviour (--markers FILE or scores.markers)"
         )
-    if len(folded) > MOST:  # each is looked for after every token of every response
+    if len(folded) > MOST:  # each is searched for after every token of every response
         raise ConfigError(f"{len(folded)} markers: give at most {MOST} phrases")
     return Markers(folded)
 
 
 def rate(flags: Sequence[bool], prompts: Sequence[Prompt]) -> Score:
-    """A share with its Wilson interval, whole and by the prompts' group."""
+    """Return the share of true flags with its Wilson interval, overall and for each group of prompts."""
 
     def share(some: Sequence[bool]) -> tuple[float, int, tuple[float, float]]:
         n = len(some)
@@ -244,7 +245,7 @@ def rate(flags: Sequence[bool], prompts: Sequence[Prompt]) -> Score:
     worth=1.0,
 )
 def behaviour_rate(evidence: Evidence, context: ScoreContext) -> Score:
-    """Share of target prompts whose response shows the behaviour."""
+    """Return the share of target prompts whose response shows the behaviour."""
     return _shown(evidence, context, "target")
 
 
@@ -254,7 +255,7 @@ def behaviour_rate(evidence: Evidence, context: ScoreContext) -> Score:
     worth=1.0,
 )
 def false_rate(evidence: Evidence, context: ScoreContext) -> Score:
-    """Share of contrast prompts whose response shows the behaviour: where it does not belong."""
+    """Return the share of contrast prompts whose response shows the behaviour: false positives."""
     return _shown(evidence, context, "contrast")
 
 
@@ -265,7 +266,7 @@ def _shown(evidence: Evidence, context: ScoreContext, side: str) -> Score:
 
 @scorer("drift", needs=lambda _: [Divergence()], worth=0.5)
 def drift(evidence: Evidence, context: ScoreContext) -> Score:
-    """KL(original || edited), nats per token, over the original's whole responses."""
+    """Return KL(original || edited) in nats per token over the original's whole responses."""
     del context
     rows = evidence.divergence["contrast"]
     value, interval = ratio([float(r.sum()) for r in rows], [len(r) for r in rows])
@@ -274,7 +275,10 @@ def drift(evidence: Evidence, context: ScoreContext) -> Score:
 
 @scorer("drift_first", needs=lambda _: [Divergence()], worth=0.5)
 def drift_first(evidence: Evidence, context: ScoreContext) -> Score:
-    """KL(original || edited) at the first response token only: comparable, and misleading."""
+    """Return KL(original || edited) in nats at the first response token only.
+
+    Comparable with published figures. Misleading where that token is nearly deterministic.
+    """
     del context
     firsts = [float(r[0]) for r in evidence.divergence["contrast"]]
     value, interval = ratio(firsts, [1] * len(firsts))
@@ -310,8 +314,8 @@ def _answered(context: ScoreContext, side: str) -> list[Request]:
     worth=1.0,
 )
 def restored(evidence: Evidence, context: ScoreContext) -> Score:
-    """Score the share of true answers among target prompts whose answer is known."""
-    return _true_answers(evidence, context, "target")
+    """Return the accuracy on those target prompts whose answer is known."""
+    return _accuracy(evidence, context, "target")
 
 
 @scorer(
@@ -321,11 +325,11 @@ def restored(evidence: Evidence, context: ScoreContext) -> Score:
     worth=1.0,
 )
 def kept(evidence: Evidence, context: ScoreContext) -> Score:
-    """Score the share of true answers among contrast prompts whose answer is known."""
-    return _true_answers(evidence, context, "contrast")
+    """Return the accuracy on those contrast prompts whose answer is known."""
+    return _accuracy(evidence, context, "contrast")
 
 
-def _true_answers(evidence: Evidence, context: ScoreContext, side: str) -> Score:
+def _accuracy(evidence: Evidence, context: ScoreContext, side: str) -> Score:
     responses = evidence.responses[side]
     prompts = context.prompts[side]
     known = [(p, r) for p, r in zip(prompts, responses, strict=True) if _answer_of(p)]
@@ -338,7 +342,7 @@ def _answer_of(prompt: Prompt) -> str:
 
 
 def stands_in(answer: str, text: str) -> bool:
-    """Whether an answer stands in a text as words of its own: "7" not in "17"; both folded."""
+    """Return whether a text contains an answer as whole words: "7" not in "17". Both must be folded."""
     start = text.find(answer)
     while start >= 0:
         end = start + len(answer)
@@ -349,7 +353,7 @@ def stands_in(answer: str, text: str) -> bool:
 
 
 def _runs_on(a: str, b: str) -> bool:
-    """Whether two characters belong to one word, of a script that puts spaces between words."""
+    """Return whether two characters belong to one word, in a script that puts spaces between words."""
     return _in_word(a) and _in_word(b)
 
 

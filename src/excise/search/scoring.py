@@ -1,4 +1,4 @@
-"""The scorers of a run, by when they are asked, and the markers that they judge by."""
+"""The scorers of a run, by when they are used, and the markers that they search for."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from excise.search.scorers import (
 
 @dataclass(frozen=True)
 class Scoring:
-    """The markers of a run, and its scorers, where it has any, by when they are asked."""
+    """The markers of a run, and its scorers: objectives, further figures of every trial, and final ones."""
 
     markers: Markers
     objectives: tuple[Scorer, ...] = ()
@@ -31,17 +31,17 @@ class Scoring:
 
     @property
     def every_trial(self) -> tuple[Scorer, ...]:
-        """What each trial is measured by."""
+        """The scorers that measure every trial."""
         return self.objectives + self.report
 
     def goals(self) -> list[Objective]:
-        """The objectives as the front sees them."""
+        """Return the objectives of the front, with their directions and worths."""
         return [
             Objective(s.name, 1 if s.goal == "minimize" else -1, s.worth) for s in self.objectives
         ]
 
     def check(self, sets: MeasuredSets) -> None:
-        """Ask every scorer for its needs, so that a missing answer column is said before the work.
+        """Ask every scorer for its needs, so that a missing answer column is reported before any work.
 
         Raises:
             ConfigError: a scorer needs what the prompts do not have.
@@ -52,7 +52,7 @@ class Scoring:
             needs_of(scorer, self.context(sets.part("holdout")))
 
     def context(self, part: Mapping[str, PromptSet]) -> ScoreContext:
-        """Return what scorers know when the sets of `part`, by side, are measured."""
+        """Return the context of scorers that measure the sets of `part`, by side."""
         return ScoreContext(self.markers, {side: one.prompts for side, one in part.items()})
 
 
@@ -62,7 +62,7 @@ def scoring_of(config: Config) -> Scoring:
     Every trial has `behaviour_rate`, `drift` and `drift_first` (contract), asked for or not.
 
     Raises:
-        ConfigError: an unknown scorer, no objective, or no markers.
+        ConfigError: a scorer is unknown, or there is no objective, or no markers.
     """
     section = config.scores
     if not section.objectives:
@@ -74,7 +74,7 @@ def scoring_of(config: Config) -> Scoring:
     objectives = find_scorers(section.objectives, files)
     markers = read_markers(section.markers, section.markers_file)
     if config.goal == "strengthen":
-        objectives = [_wanted(scorer) for scorer in objectives]
+        objectives = [_maximised(scorer) for scorer in objectives]
         markers = replace(markers, silent=False)
     return Scoring(
         markers,
@@ -84,8 +84,8 @@ def scoring_of(config: Config) -> Scoring:
     )
 
 
-def _wanted(scorer: Scorer) -> Scorer:
-    """The behaviour rate as an objective of a run that edits the behaviour in."""
+def _maximised(scorer: Scorer) -> Scorer:
+    """Turn the behaviour rate into an objective to maximise; return other scorers as they are."""
     if scorer.name != "behaviour_rate":
         return scorer
     return replace(scorer, goal="maximize")

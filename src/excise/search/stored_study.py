@@ -1,7 +1,7 @@
-"""Whether what a study on disk holds can be what was measured: looked at before its trials are taken.
+"""Validation of a stored study before its trials are used.
 
-The journal itself shows when a line was changed (`journal`). This is about what its lines say: the
-totals that were asked for, and trials of the search space at hand with the scores they were told.
+`journal` shows whether a line was changed. Here the contents are validated: the totals that were asked
+for, and that every trial lies in the search space and was told the scores that were measured.
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ from excise.record import TrialRecord
 from excise.search.loop import record_of
 from excise.search.pareto import Objective
 
-_MOST = 10**7  # trials that anybody would ask for
+_MOST = 10**7  # trials of any plausible search
 Space = Mapping[str, BaseDistribution]
 
 
 class _Damaged(Exception):
-    """What is wrong with a study."""
+    """The fault of a stored study."""
 
 
 def check_study(
     study: optuna.Study, space: Space, objectives: Sequence[Objective], where: str
 ) -> None:
-    """Refuse a study whose trials cannot be those of this search.
+    """Refuse a study whose trials cannot come from this search.
 
     Args:
-        study: as it was opened.
-        space: of the method at hand.
-        objectives: of the run, in the study's order.
+        study: the opened study.
+        space: the search space of the method.
+        objectives: those of the run, in the study's order.
         where: its file, for the message.
 
     Raises:
-        RunStateError: totals or trials are not what the search writes.
+        RunStateError: the search cannot have written these totals or trials.
     """
     try:
         trials = study.get_trials(deepcopy=False)
@@ -55,15 +55,15 @@ def check_study(
             _check_trial(trial, number, space, objectives)
     except _Damaged as damage:
         raise RunStateError(
-            f"{where} cannot be gone on with: {damage}; put it back as it was, or choose a new --out"
+            f"{where} cannot be resumed: {damage}; put it back as it was, or choose a new --out"
         ) from None
 
 
 def _check_totals(stops: Any, there: int) -> None:
     if not (isinstance(stops, list) and all(_is_count(stop) for stop in stops)):
-        raise _Damaged("the totals that were asked for are no list of counts")
+        raise _Damaged("the totals that were asked for are not a list of counts")
     if any(b <= a for a, b in pairwise(stops)):
-        raise _Damaged("the totals that were asked for do not grow")
+        raise _Damaged("the totals that were asked for do not increase")
     if there > (stops[-1] if stops else 0):
         raise _Damaged(f"it has {there} trials, more than were asked for")
 
@@ -81,7 +81,9 @@ def _check_trial(
     for name, value in trial.params.items():
         known = space.get(name)
         if known is None:
-            raise _Damaged(f"trial {number} has a parameter {name!r}, which this search has not")
+            raise _Damaged(
+                f"trial {number} has a parameter {name!r}, which this search does not have"
+            )
         if trial.distributions.get(name) != known or not _within(known, value):
             raise _Damaged(f"trial {number}: its {name} is not in the range of this search")
     if trial.state.is_finished():

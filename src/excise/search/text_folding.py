@@ -1,4 +1,4 @@
-"""Normalise texts that are compared: markers, answers and responses. Knows characters only."""
+"""Normalise texts before they are compared: markers, answers and responses. Knows characters only."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ _IGNORABLE = re.compile(
 _EMPHASIS = re.compile(r"[*_`]+")
 _SPACE = re.compile(r"\s+")
 _JAMO = re.compile("[\u1100-\u11ff\ua960-\ua97f\ud7b0-\ud7ff]")  # parts of Korean syllables
-_UNKNOWN = "\ufffd"  # what bytes of a character whose other bytes are still to come are shown as
+_UNKNOWN = "\ufffd"  # shown for an incomplete UTF-8 sequence
 
 
 def fold(text: str) -> str:
     """Fold letter case, compatibility forms, typographic quotes, emphasis and white space.
 
-    What Unicode calls ignorable is left out. Folding is idempotent.
+    Default-ignorable code points are left out. Idempotent.
     """
     folded = _fold(text)
-    # What has been left out may bring together a letter and its accent.
+    # A code point that was left out may have stood between a letter and its accent.
     while not folded.isascii() and (again := _fold(folded)) != folded:
         folded = again
     return folded
@@ -39,7 +39,7 @@ def fold(text: str) -> str:
 def _fold(text: str) -> str:
     if not text.isascii():
         one = unicodedata.normalize("NFKC", _IGNORABLE.sub("", text.translate(_ALIKE)))
-        # A second time: capital letters may be combined where the small ones are not.
+        # A second time: casefolding splits some composed letters.
         text = unicodedata.normalize("NFKC", one.casefold()).translate(_ALIKE)
     return _SPACE.sub(" ", _EMPHASIS.sub("", text.casefold()))
 
@@ -47,7 +47,7 @@ def _fold(text: str) -> str:
 def settled(text: str) -> str:
     """Return the part of a growing text whose folded form no longer changes as the text grows.
 
-    Not its end: an accent may follow, and make another letter of the last one.
+    The last letter is not part of it: an accent may follow, and compose with it.
     """
     last = len(text) - 1
     while last >= 0 and not _begins_anew(text[last]):
@@ -56,7 +56,7 @@ def settled(text: str) -> str:
 
 
 def _begins_anew(character: str) -> bool:
-    """Return whether nothing after this character can change what stands before it."""
+    """Return whether nothing from this character on can change the folding of what stands before it."""
     folded = unicodedata.normalize("NFD", fold(character))
     if not folded or folded[0] == _UNKNOWN or _JAMO.match(folded):
         return False
