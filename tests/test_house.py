@@ -59,6 +59,7 @@ INTEGRATION = {
     "gguf/test_gguf_run": "GGUF files from a run to a chat",
     "runs/test_family_runs": "whole runs on several architectures",
     "prompts/test_disclaimers": "the prompt sets for a real model, as files and as their script",
+    "cli/test_real_demo": "a whole run on a real model",
     "cli/test_bad_input": "one line and exit code 2, whatever is wrong",
 }
 
@@ -228,7 +229,7 @@ def test_the_command_line_is_what_the_contract_says():
     )
     prompts += "--target-eval"
     expected = {
-        "demo": ["--out", "--seed", "--trials", *progress],
+        "demo": ["--out", "--real", "--seed", "--trials", *progress],
         "run": [
             *prompts.split(),
             "--anyway",

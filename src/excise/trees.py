@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from excise.named_models import NAMED
 from excise.reading import full_path, is_file, is_folder
 
 Tree = dict[str, Any]
@@ -56,7 +57,7 @@ def _table(tree: Tree, name: str) -> Tree:
 def _beside(name: str, folder: Path) -> str:
     """Return the absolute path of what exists at `folder / name`; leave other names, such as ids, alone."""
     place = folder / name
-    found = name not in ("", "demo") and (is_file(place) or is_folder(place))
+    found = name not in ("", *NAMED) and (is_file(place) or is_folder(place))
     return str(full_path(place)) if found else name
 
 

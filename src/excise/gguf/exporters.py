@@ -29,7 +29,7 @@ from excise.gguf.ollama import modelfile_of
 from excise.gguf.patching import patched_name
 from excise.model.anatomy import Writer
 from excise.record import Record, Scores
-from excise.report.formatting import public_source
+from excise.report.formatting import model_name
 
 
 class GgufExporter(Exporter):
@@ -105,4 +105,4 @@ class GgufAdapterExporter(Exporter):
 
 def _stem(record: Record) -> str:
     """Return what the files of an edited model are called, up to their type."""
-    return f"{file_stem(public_source(record.model.source).rpartition('/')[2])}-edited"
+    return f"{file_stem(model_name(record.model.source).rpartition('/')[2])}-edited"

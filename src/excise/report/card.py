@@ -99,9 +99,9 @@ def _of_the_run(record: Record) -> dict[str, Any]:
     return {
         "record": record,
         "model": record.model,
-        "name": formatting.public_source(record.model.source),
+        "name": formatting.model_name(record.model.source),
         "short_name": _short_name(record),
-        "hub_id": formatting.hub_id(record.model.source),
+        "origin": formatting.origin(record.model.source),
         "behaviour": views.behaviour(record),
         "strengthened": views.strengthened(record),
         "safeguard": views.is_safeguard(record) and not views.strengthened(record),
@@ -183,4 +183,4 @@ def _licences(stated: str | None) -> str | list[str] | None:
 
 
 def _short_name(record: Record) -> str:
-    return formatting.public_source(record.model.source).rpartition("/")[2]
+    return formatting.model_name(record.model.source).rpartition("/")[2]

@@ -13,6 +13,7 @@ from typing import Literal
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
+from excise.named_models import ORIGINS, TITLES
 from excise.record import ScoreRecord, Scores
 from excise.search.pareto import SHARES
 
@@ -248,6 +249,19 @@ def public_source(source: str) -> str:
     path = PurePosixPath(source)
     is_path = source.startswith(("/", ".", "~")) or source.count("/") > 1
     return (path.name or source) if is_path or _FILE.search(source) else source
+
+
+def model_name(source: str) -> str:
+    """Return a model as it may be published: a named one by its title, others as `public_source`."""
+    return TITLES.get(source) or public_source(source)
+
+
+def origin(source: str) -> str:
+    """Return where a model comes from that is on no Hub: 'a local folder'; empty for a Hub id."""
+    if hub_id(source):
+        return ""
+    local = "a local file" if source.lower().endswith(".gguf") else "a local folder"
+    return ORIGINS.get(source, local)
 
 
 def hub_id(source: str) -> str | None:

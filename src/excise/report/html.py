@@ -82,8 +82,8 @@ def html_report(record: Record) -> str:
     scripts = [get_plotlyjs(), (_DATA / "report.js").read_text(encoding="utf-8")]
     return _template().render(
         record=record,
-        title=f"{wording.public_source(record.model.source)}: {behaviour(record)}",
-        model=wording.public_source(record.model.source),
+        title=f"{wording.model_name(record.model.source)}: {behaviour(record)}",
+        model=wording.model_name(record.model.source),
         behaviour=behaviour(record),
         chosen=chosen,
         effect=_effect(record, chosen),
@@ -261,7 +261,8 @@ def _facts(record: Record) -> Table:
     model = record.model
     limit = setting(record, "scores", "max_new_tokens")
     facts = {
-        "Model": wording.public_source(model.source),
+        "Model": wording.model_name(model.source),
+        "Origin": wording.origin(model.source),
         "Revision": model.revision,
         "Licence": model.license,
         "Architecture": f"{model.model_type}, {model.layers} layers of width {model.width}",

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from excise.checkpoints.licence import licence_of
-from excise.checkpoints.loading import DEMO, Loaded
+from excise.checkpoints.loading import Loaded
 from excise.checkpoints.model_folder import read_config, read_generation
 from excise.engine.engine import Engine
 from excise.engine.requests import Responses
 from excise.engine.stacking import ORIGINAL, CandidateEdits
 from excise.folders import commit_of
+from excise.named_models import NAMED
 from excise.reading import replace_surrogates
 from excise.record import CoverageRecord, ModelRecord, PromptRecord, Record, Sample
 from excise.runs.session import EditingSession
@@ -154,8 +155,8 @@ def model_record(loaded: Loaded) -> ModelRecord:
 
 
 def public_name(loaded: Loaded) -> str:
-    """Name the source for the record: a Hub id as it is, a folder in full, so neither is mistaken."""
-    return DEMO if loaded.source == DEMO else loaded.place
+    """Name the source for the record: a name or Hub id as it is, a folder in full: none is mistaken."""
+    return loaded.source if loaded.source in NAMED else loaded.place
 
 
 def _sampling(folder: Path) -> dict[str, Any]:
