@@ -301,12 +301,23 @@ def validate(tree: dict[str, Any]) -> Config:
 
 def misfit(tree: dict[str, Any]) -> str | None:
     """Find what is wrong with a stored configuration; None where only keys of other versions differ."""
+    found = (_explain(e) for e in _faults(tree) if e["type"] != "extra_forbidden")
+    return next(found, None)
+
+
+def unknown_settings(tree: dict[str, Any]) -> set[str]:
+    """Find the dotted keys of a stored configuration that this version does not have."""
+    found = (e["loc"] for e in _faults(tree) if e["type"] == "extra_forbidden")
+    return {".".join(map(str, path)) for path in found}
+
+
+def _faults(tree: dict[str, Any]) -> list[Any]:
+    """Return pydantic's errors in a tree."""
     try:
         Config.model_validate(tree)
     except pydantic.ValidationError as error:
-        found = error.errors(include_url=False, include_context=False)
-        return next((_explain(e) for e in found if e["type"] != "extra_forbidden"), None)
-    return None
+        return list(error.errors(include_url=False, include_context=False))
+    return []
 
 
 def behaviours() -> dict[str, Path]:

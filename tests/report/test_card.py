@@ -294,6 +294,12 @@ def test_a_built_in_behaviour_is_named_and_its_settings_are_not_repeated() -> No
     assert "--seed 3" in text
 
 
+def test_the_command_leaves_out_settings_that_this_version_does_not_have() -> None:
+    config = dict(make_record().config)
+    config |= {"search": config["search"] | {"screen": True}, "refine": {"steps": 5}}
+    assert command(make_record(config=config)) == command(make_record())
+
+
 @pytest.mark.parametrize("artifact_format", FORMATS)
 def test_loading_code_is_for_the_format_and_parses(artifact_format: str) -> None:
     text = section(model_card(make_record(), artifact_format=artifact_format), "How to load it")

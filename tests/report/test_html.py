@@ -86,6 +86,12 @@ def test_figures_stand_in_the_page(whole: Page) -> None:
     assert "/home/someone" not in whole.text
 
 
+def test_phases_have_the_names_of_the_progress() -> None:
+    text = page(make_record(timing={"plan": 1.0, "capture": 2.0, "convert q8_0": 3.0})).text
+    for words in ("Finding the batch size", "Capturing residuals", "Converting to q8_0"):
+        assert words in text
+
+
 def test_the_page_needs_no_network(whole: Page) -> None:
     for tag, attrs in whole.elements:
         assert tag not in {"link", "iframe", "img", "base", "object"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from textwrap import wrap
 from typing import TYPE_CHECKING
 
 from rich.console import Console, RenderableType
@@ -70,8 +71,8 @@ def front_table(record: Record, *, most: int = 12) -> Table:
     table.add_column("trial", justify="right")
     names = list(dict.fromkeys([*record.objectives, "drift_first"]))
     for name in names:
-        # One word to a line, so that the words at the end fit a line of 80 characters.
-        head = Text("\n".join(visible(formatting.inline(name)).split()))
+        # Narrow, so that the words at the end fit a line of 80 characters.
+        head = Text("\n".join(wrap(visible(_called(name)), 9, break_long_words=False)))
         table.add_column(head, justify="right", vertical="bottom")
     table.add_column("", style="dim")
     for trial in shown:

@@ -23,40 +23,15 @@ from rich.text import Text
 
 from excise import events
 from excise.cli import terminal
-from excise.formats import FORMATS
 from excise.report import formatting
 from excise.visible import one_line, visible
 
 _NOTE = 2000  # characters of a note
 EVERY = 30.0  # seconds after which a line says that the work goes on, where nothing else did
 
-_NAMES = {
-    "prompts": "Reading prompts",
-    "load": "Loading the model",
-    "capture": "Capturing residuals",
-    "capture target": "  target prompts",
-    "capture contrast": "  contrast prompts",
-    "capture target writers": "  output projections, target prompts",
-    "capture contrast writers": "  output projections, contrast prompts",
-    "capture range": "  output projections, input subspace",
-    "capture responses": "  output projections, response tokens",
-    "capture prompts": "  output projections, prompt tokens",
-    "plan": "Finding the batch size",
-    "baseline": "Measuring the original model",
-    "search": "Searching",
-    "holdout": "Measuring on holdout prompts",
-    "export": "Exporting",
-    "load edited": "Loading the edited model",
-    **{f"measure {form.name}": f"Measuring the {form.label}" for form in FORMATS.values()},
-    "push": "Uploading",
-}
-_VERBS = {"convert": "Converting to", "quantise": "Quantising to", "measure": "Measuring"}
-
 
 def _name(phase: str) -> str:
-    """Return a phase as people read it; phases of file types are named by their verb."""
-    verb, _, kind = phase.partition(" ")
-    return _NAMES.get(phase) or visible(f"{_VERBS[verb]} {kind}" if verb in _VERBS else phase)
+    return visible(formatting.phase_words(phase))
 
 
 class _Count(ProgressColumn):
@@ -143,13 +118,14 @@ class Reporter:
         bars = self._progress
         assert bars is not None
         if phase not in self._tasks:
-            self._tasks[phase] = bars.add_task(escape(_name(phase)), total=total)
+            indent = "  " if phase.startswith("capture ") else ""
+            self._tasks[phase] = bars.add_task(f"{indent}{escape(_name(phase))}", total=total)
         return self._tasks[phase]
 
     def _line(self, event: events.Event) -> None:
         self._pulse.heard(event)
         if isinstance(event, events.PhaseEnded):
-            name = _name(event.phase).strip()
+            name = _name(event.phase)
             self._plain(f"{name}: done in {formatting.duration(event.seconds)}")
         elif isinstance(event, events.Progress) and event.phase == "search":
             self._plain(f"Searching: {event.done} of {event.total} trials")
@@ -209,9 +185,9 @@ class _Pulse:
                     self._say(self._still(*running[-1]))
 
     def _still(self, phase: str, begun: float) -> str:
-        steps, now, name = self._steps, time.monotonic(), _name(phase).strip()
+        steps, now, name = self._steps, time.monotonic(), _name(phase)
         if steps is None or not steps.total or not 0 < steps.done < steps.total:
             return f"{name}: {formatting.duration(now - begun)} so far"
-        inner = "" if steps.phase == phase else f", {_name(steps.phase).strip()}"
+        inner = "" if steps.phase == phase else f", {_name(steps.phase)}"
         left = formatting.duration((now - self._turn) * (steps.total - steps.done) / steps.done)
         return f"{name}{inner}: {steps.done} of {steps.total}, about {left} left"

@@ -13,6 +13,7 @@ from typing import Literal
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
+from excise.formats import FORMATS
 from excise.named_models import ORIGINS, TITLES
 from excise.record import ScoreRecord, Scores
 from excise.search.pareto import SHARES
@@ -38,6 +39,28 @@ _ROLES = {
     "target_holdout": "trigger the behaviour; final measurement",
     "contrast_holdout": "do not trigger it; final measurement",
 }
+
+_PHASES = {
+    "prompts": "Reading prompts",
+    "load": "Loading the model",
+    "capture": "Capturing residuals",
+    "capture target": "target prompts",
+    "capture contrast": "contrast prompts",
+    "capture target writers": "output projections, target prompts",
+    "capture contrast writers": "output projections, contrast prompts",
+    "capture range": "output projections, input subspace",
+    "capture responses": "output projections, response tokens",
+    "capture prompts": "output projections, prompt tokens",
+    "plan": "Finding the batch size",
+    "baseline": "Measuring the original model",
+    "search": "Searching",
+    "holdout": "Measuring on holdout prompts",
+    "export": "Exporting",
+    "load edited": "Loading the edited model",
+    **{f"measure {form.name}": f"Measuring the {form.label}" for form in FORMATS.values()},
+    "push": "Uploading",
+}
+_VERBS = {"convert": "Converting to", "quantise": "Quantising to", "measure": "Measuring"}
 
 # Share of the behaviour that is gone, (original - edited) / original, at or above which the words
 # apply.
@@ -80,6 +103,12 @@ def inline(name: str) -> str:
 def role_words(role: str) -> str:
     """Return what the prompts of a role are and are used for, or an empty string."""
     return _ROLES.get(role, "")
+
+
+def phase_words(phase: str) -> str:
+    """Return what a phase of a run does; phases of file types are named by their verb."""
+    verb, _, kind = phase.partition(" ")
+    return _PHASES.get(phase) or (f"{_VERBS[verb]} {kind}" if verb in _VERBS else phase)
 
 
 def number(name: str, value: float) -> str:

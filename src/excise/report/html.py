@@ -246,10 +246,13 @@ def _prompts(record: Record) -> Table:
 
 
 def _timing(record: Record) -> list[tuple[str, str, float]]:
-    """Return each phase, its time in words, and its share of the longest phase in percent."""
+    """Return each phase and its time in words, and its share of the longest phase in percent."""
     phases = {phase: s for phase, s in record.timing.items() if phase != "total"}
     longest = max(phases.values(), default=0.0) or 1.0
-    return [(phase, wording.duration(s), 100 * s / longest) for phase, s in phases.items()]
+    return [
+        (wording.phase_words(phase), wording.duration(s), 100 * s / longest)
+        for phase, s in phases.items()
+    ]
 
 
 def _versions(record: Record) -> Table:

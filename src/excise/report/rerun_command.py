@@ -10,7 +10,7 @@ import json
 import shlex
 from typing import Any
 
-from excise.config import Config, PromptSource, behaviours, load_config
+from excise.config import Config, PromptSource, behaviours, load_config, unknown_settings
 from excise.record import Record
 from excise.report.formatting import public_source
 
@@ -38,7 +38,7 @@ _ELSEWHERE = ("model.source", "behaviour")
 
 
 def command(record: Record, *, out: str = "DIR") -> str:
-    """Return the command in shell syntax, one option a line."""
+    """Return the command in shell syntax, one option a line, without settings that this version lacks."""
     config, base = _flatten(record.config), _base(record)
     config.setdefault("seed", record.seed)
     words = [["excise", "run", public_source(record.model.source)], ["--out", out]]
@@ -46,11 +46,12 @@ def command(record: Record, *, out: str = "DIR") -> str:
         words.append(["--behaviour", record.behaviour])
     elif config.get("behaviour"):
         words.append(["--set", f"behaviour={record.behaviour}"])
-    hidden = (*_WITHHELD, *_ELSEWHERE)
+    unknown = unknown_settings(record.config)  # or the command would be refused
+    hidden = tuple(f"{key}." for key in (*_WITHHELD, *_ELSEWHERE, *unknown))
     words += [
         _option(key, value)
         for key, value in sorted(config.items(), key=_order)
-        if key not in hidden
+        if not f"{key}.".startswith(hidden)
         and (key in _ALWAYS or _public(key, value) != _public(key, base.get(key)))
     ]
     return " \\\n    ".join(shlex.join(word) for word in words)
