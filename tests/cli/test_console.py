@@ -101,6 +101,17 @@ def test_group_names_come_from_users_and_are_shown_as_they_are(group):
     assert group in drawn(figures_table(record), 120)
 
 
+def test_groups_of_a_few_prompts_have_no_row():
+    record = make_record()
+    score = record.holdout["behaviour_rate"]
+    part = score.model_copy(update={"parts": None})
+    parts = {"pets": part.model_copy(update={"n": 4}), "driving": part.model_copy(update={"n": 5})}
+    holdout = {"behaviour_rate": score.model_copy(update={"parts": parts})}
+    shown = drawn(figures_table(record.model_copy(update={"holdout": holdout})), 120)
+    assert "driving" in shown
+    assert "pets" not in shown
+
+
 @pytest.mark.parametrize("width", [80, 120])
 def test_a_result_shows_front_figures_samples_and_places(width, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", str(width))

@@ -148,6 +148,18 @@ def test_groups_of_prompts_follow_their_score() -> None:
     assert measured("behaviour_rate", parts["unseen"]) in lines[first + 2]
 
 
+def test_groups_of_a_few_prompts_have_no_row_and_the_card_says_so() -> None:
+    record = make_record()
+    score = record.holdout["behaviour_rate"]
+    assert score.parts is not None
+    parts = score.parts | {"seen": score.parts["seen"].model_copy(update={"n": 4})}
+    small = score.model_copy(update={"parts": parts})
+    holdout = record.holdout | {"behaviour_rate": small}
+    figures = section(model_card(record.model_copy(update={"holdout": holdout})), "Figures")
+    assert "fewer than 5 prompts" in figures
+    assert "fewer than 5 prompts" not in section(model_card(record), "Figures")
+
+
 def test_every_table_is_rectangular() -> None:
     for record in (make_record(), minimal_record(), hostile_record()):
         for block in model_card(record).split("\n\n"):

@@ -71,6 +71,11 @@ def test_assessment_follows_the_thresholds(rate: float, drift: float, words: str
     assert formatting.assess(scores, {"behaviour_rate": score(1.0)}) == words
 
 
+def test_what_is_next_to_zero_has_no_interval() -> None:
+    assert formatting.measured("drift", score(1e-9, 10, (0.0, 2e-9))) == "< 0.000001"
+    assert formatting.measured("drift", score(0.0, 10, (0.0, 0.5))) == "0 (0 to 0.500)"
+
+
 def test_intervals_that_meet_are_no_measurable_change() -> None:
     before = {"behaviour_rate": score(0.9, 10, (0.6, 0.98))}
     after = {"behaviour_rate": score(0.6, 10, (0.31, 0.83))}

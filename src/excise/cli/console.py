@@ -16,6 +16,7 @@ from excise.cli import terminal
 from excise.formats import FORMATS
 from excise.record import Record, Scores, TrialRecord
 from excise.report import formatting
+from excise.report.views import large_groups
 from excise.visible import visible
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ def figures_table(record: Record) -> Table:
             n = formatting.sample(name, score)
             row = _value(name, before), formatting.measured(name, score), n
             _row(table, f"  {_called(name)}", *row)
-            for group, part in (score.parts or {}).items():
+            for group, part in large_groups(score).items():
                 old = (before[name].parts or {}).get(group) if name in before else None
                 was = "–" if old is None else formatting.number(name, old.value)
                 now = formatting.measured(name, part)

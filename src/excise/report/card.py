@@ -130,6 +130,7 @@ def _of_the_trial(record: Record, trial: TrialRecord) -> dict[str, Any]:
         "scores": views.score_names((), before, after),
         "objectives": [name for name in record.objectives if name in after],
         "figures": views.side_by_side(record, sets),
+        "few": views.FEW if views.leaves_out_groups(sets) else None,
         "front": front,
         "front_scores": views.score_names(record.objectives, *(p.trial.scores for p in front)),
     }

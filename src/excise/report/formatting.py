@@ -144,8 +144,8 @@ def significant(value: float) -> str:
 
 
 def interval(name: str, score: ScoreRecord) -> str:
-    """Return the 95 % interval in the value's unit, '3.4 to 13.7'; empty for none or an exact zero."""
-    if score.interval is None or score.interval == (score.value, score.value) == (0, 0):
+    """Return the 95 % interval in the value's unit, '3.4 to 13.7'; empty for none, or where all of it is next to zero."""
+    if score.interval is None or max(map(abs, score.interval)) < _TINY:
         return ""
     low, high = (number(name, bound).removesuffix(" %") for bound in score.interval)
     return f"{low} to {high}"

@@ -11,6 +11,7 @@ from excise.methods.profiles import Candidate, from_params, hill_of, shares_of
 from excise.record import ArtifactRecord, Record, ScoreRecord, Scores, TrialRecord
 from excise.report.formatting import assess
 
+FEW = 5  # a group of fewer prompts says too little for a row of its own
 _FIRST = ("behaviour_rate", "drift", "drift_first", "false_rate", "restored", "kept")
 # Behaviours that stand between a model and misuse: the card speaks of safeguards then.
 _SAFEGUARD = re.compile(
@@ -107,16 +108,26 @@ def evidence(record: Record, trial: TrialRecord) -> PromptSet:
 
 
 def side_by_side(record: Record, sets: list[PromptSet]) -> list[Row]:
-    """Return every score before and after, sets beside each other; a score's groups follow it."""
+    """Return every score before and after, sets beside each other; a score's large groups follow it."""
     rows = []
     for name in score_names(record.objectives, *(t for s in sets for t in (s.before, s.after))):
         whole = {s.name: Comparison(s.before.get(name), s.after.get(name)) for s in sets}
-        groups = dict.fromkeys(
-            g for c in whole.values() for g in [*_parts(c.before), *_parts(c.after)]
-        )
+        both = [score for c in whole.values() for score in (c.before, c.after)]
+        groups = dict.fromkeys(group for score in both for group in large_groups(score))
         rows.append(Row(name, None, whole))
         rows += [Row(name, group, _of_group(whole, group)) for group in groups]
     return rows
+
+
+def large_groups(score: ScoreRecord | None) -> Scores:
+    """Return a score of each group that is large enough to say something."""
+    return {group: part for group, part in _parts(score).items() if part.n >= FEW}
+
+
+def leaves_out_groups(sets: list[PromptSet]) -> bool:
+    """Return whether some score has groups too small to be shown."""
+    scores = [score for s in sets for t in (s.before, s.after) for score in t.values()]
+    return any(len(large_groups(score)) < len(_parts(score)) for score in scores)
 
 
 def _of_group(whole: dict[str, Comparison], group: str) -> dict[str, Comparison]:
