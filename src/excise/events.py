@@ -92,6 +92,22 @@ def phase(name: str, on_event: OnEvent, total: int | None = None) -> Iterator[No
     on_event(PhaseEnded(name, time.perf_counter() - begun))
 
 
+def at_most_every(seconds: float, on_event: OnEvent) -> OnEvent:
+    """Return an `OnEvent` that passes on `Progress` at most every so many seconds, and all other events."""
+    last = -seconds
+
+    def passed_on(event: Event) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if isinstance(event, Progress):
+            if now - last < seconds:
+                return
+            last = now
+        on_event(event)
+
+    return passed_on
+
+
 def track(items: Iterable[T], phase: str, total: int, on_event: OnEvent) -> Iterator[T]:
     """Yield `items` and report how many are done."""
     for done, item in enumerate(items, start=1):

@@ -191,6 +191,52 @@ def test_what_is_left_is_said_where_steps_are_counted(often, capsys):
     assert lines[0].endswith(" left")
 
 
+def test_the_outermost_steps_that_are_counted_say_what_is_left(often, capsys):
+    search = [PhaseStarted("search", 40), Progress("responses", 3, 4)]
+    lines_while(search)
+    assert "Searching, generating responses: 3 of 4, about " in capsys.readouterr().err
+    lines_while([*search, Progress("search", 10, 40), Progress("responses", 1, 4)])
+    lines = capsys.readouterr().err.splitlines()
+    assert all(line.startswith("Searching: 10 of 40, about ") for line in lines[1:])
+
+
+def test_steps_that_begin_again_are_timed_anew(often, capsys):
+    with Reporter() as report:
+        for event in (PhaseStarted("baseline"), Progress("responses", 39, 40)):
+            report(event)
+        time.sleep(0.3)
+        capsys.readouterr()
+        for event in (Progress("passes", 4, 4), Progress("responses", 20, 40)):
+            report(event)
+        time.sleep(0.07)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines
+    assert lines[0].startswith("Measuring the original model, generating responses: 20 of 40")
+    left = float(lines[0].partition("about ")[2].split()[0])
+    assert left < 0.3
+
+
+def test_what_a_search_does_within_has_no_bar(on_a_terminal, capsys):
+    with Reporter() as report:
+        for event in (
+            PhaseStarted("search", 4),
+            Progress("responses", 1, 4),
+            PhaseEnded("search", 1),
+        ):
+            report(event)
+    assert "generating" not in capsys.readouterr().err
+    with Reporter() as report:
+        for event in (
+            PhaseStarted("baseline"),
+            Progress("responses", 3, 4),
+            Progress("responses", 1, 4),
+        ):
+            report(event)
+    err = capsys.readouterr().err
+    assert "generating responses" in err
+    assert "1/4" in err
+
+
 @pytest.mark.parametrize("how", [{"quiet": True}, {"json_events": True}])
 def test_nothing_is_said_beside_silence_or_json(often, capsys, how):
     with Reporter(**how) as report:

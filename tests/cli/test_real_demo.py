@@ -52,7 +52,7 @@ def test_it_declines_requests_to_act_and_an_edit_is_found(record):
 def test_the_export_is_what_was_measured(record):
     (artifact,) = record["artifacts"]
     for name, score in artifact["expected"].items():
-        assert artifact["measured"][name]["value"] == pytest.approx(score["value"], abs=0.1), name
+        assert artifact["measured"][name]["value"] == pytest.approx(score["value"], abs=0.2), name
 
 
 def test_card_and_report_say_what_it_is(run_folder):

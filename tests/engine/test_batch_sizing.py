@@ -274,12 +274,12 @@ def test_responses_to_direction_prompts_are_had_within_the_free_memory(monkeypat
     prompts = {"contrast": builders.token_ids(40, 5)}
     asked = config(scores__max_new_tokens=8)
     roomy = batch_sizing.direction_engine(loaded, prompts, asked)
-    assert (roomy.plan.rows, roomy.plan.decode) == (Plan().rows, Plan().decode)
+    assert (roomy.fitted_plan.rows, roomy.fitted_plan.decode) == (Plan().rows, Plan().decode)
     few = SimpleNamespace(available=10**6)
     monkeypatch.setattr(batch_sizing.psutil, "virtual_memory", lambda: few)
     tight = batch_sizing.direction_engine(loaded, prompts, asked)
     longest = max(map(len, prompts["contrast"])) + 8
-    assert tight.plan.fits("rows", longest) < 40 < roomy.plan.fits("rows", longest)
+    assert tight.fitted_plan.fits("rows", longest) < 40 < roomy.fitted_plan.fits("rows", longest)
     for engine in (roomy, tight):
         engine.original("contrast")
     assert roomy.original("contrast").responses == tight.original("contrast").responses

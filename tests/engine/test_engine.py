@@ -376,3 +376,24 @@ def test_whole_ablation_leaves_nothing_in_what_a_writer_adds(family, post_norms)
         assert max(shares) > 1e-3  # ablating v itself does not remove it: why post-norms count
     else:
         assert max(shares) < 1e-5
+
+
+def test_it_tells_how_far_a_long_measurement_is(monkeypatch):
+    """Of whole rows and of decode steps, up to all of them."""
+    monkeypatch.setattr("excise.engine.engine.EVENT_EVERY", 0.0)
+    told = []
+    engine = small_engine(builders.loaded("qwen3"), Plan(rows=4, decode=6), on_event=told.append)
+    engine.original("target")
+    steps = [one for one in told if one.phase == "responses"]
+    assert {one.total for one in steps} == {13 * NEW_TOKENS}
+    assert [one.done for one in steps] == sorted(one.done for one in steps)
+    assert 0 < steps[0].done < steps[-1].done <= 13 * NEW_TOKENS
+    rows = [(one.done, one.total) for one in told if one.phase == "passes"]
+    assert rows == [(4, 13), (8, 13), (12, 13), (13, 13)]
+
+
+def test_progress_comes_at_most_once_a_second():
+    told = []
+    engine = small_engine(builders.loaded("qwen3"), Plan(rows=4, decode=6), on_event=told.append)
+    engine.original("target")
+    assert len(told) < 13

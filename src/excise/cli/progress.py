@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from rich.console import Console
 from rich.markup import escape
@@ -28,6 +29,8 @@ from excise.visible import one_line, visible
 
 _NOTE = 2000  # characters of a note
 EVERY = 30.0  # seconds after which a line says that the work goes on, where nothing else did
+
+_WITHIN = ("responses", "passes")  # what measuring is made of
 
 
 def _name(phase: str) -> str:
@@ -65,6 +68,7 @@ class Reporter:
         self._tasks: dict[str, TaskID] = {}
         self._progress: Progress | None = None
         self._best: dict[int, dict[str, float]] = {}
+        self._searching = False
         if not quiet and not json_events and self._console.is_terminal:
             self._progress = Progress(
                 SpinnerColumn(finished_text="[green]✓"),
@@ -91,6 +95,8 @@ class Reporter:
 
     def __call__(self, event: events.Event) -> None:
         """Show one event."""
+        if isinstance(event, events.PhaseStarted | events.PhaseEnded) and event.phase == "search":
+            self._searching = isinstance(event, events.PhaseStarted)
         if self._json:
             terminal.show_json(event.as_dict(), indent=None)
         elif not self._quiet:
@@ -102,7 +108,12 @@ class Reporter:
         if isinstance(event, events.PhaseStarted):
             self._task(event.phase, event.total)
         elif isinstance(event, events.Progress):
-            bars.update(self._task(event.phase, event.total), completed=event.done)
+            if event.phase in _WITHIN and self._searching:
+                return  # a search counts its trials
+            task = self._task(event.phase, event.total)
+            if event.done < bars.tasks[bars.task_ids.index(task)].completed:
+                bars.reset(task)  # the same kind of work once more
+            bars.update(task, completed=event.done, total=event.total)
         elif isinstance(event, events.PhaseEnded):
             task = self._task(event.phase, None)
             total = bars.tasks[bars.task_ids.index(task)].total or 1
@@ -118,7 +129,7 @@ class Reporter:
         bars = self._progress
         assert bars is not None
         if phase not in self._tasks:
-            indent = "  " if phase.startswith("capture ") else ""
+            indent = "  " if phase.startswith("capture ") or phase in _WITHIN else ""
             self._tasks[phase] = bars.add_task(f"{indent}{escape(_name(phase))}", total=total)
         return self._tasks[phase]
 
@@ -137,14 +148,23 @@ class Reporter:
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
+@dataclass(frozen=True)
+class _Steps:
+    """Steps that are done, of how many, and when the first began; a `total` of 0 is not known."""
+
+    done: int
+    total: int
+    begun: float
+
+
 class _Pulse:
     """A line every half minute for as long as nothing else is said: which phase it is, what is left."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self._say = say
         self._phases: dict[str, float] = {}  # those that run, innermost last, and when they began
-        self._steps: events.Progress | None = None
-        self._turn = self._heard = self._spoken = time.monotonic()
+        self._steps: dict[str, _Steps] = {}  # by what they are of, those heard of last at the end
+        self._heard = self._spoken = time.monotonic()
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="excise-pulse", daemon=True)
 
@@ -169,25 +189,35 @@ class _Pulse:
             self._phases.pop(event.phase, None)
             if isinstance(event, events.PhaseStarted):
                 self._phases[event.phase] = now
-            self._steps, self._turn = None, now
+            self._steps = {name: s for name, s in self._steps.items() if name in self._phases}
         elif isinstance(event, events.Progress):
-            if self._steps is not None and self._steps.phase != event.phase:
-                self._turn = self._heard  # these steps began when the others ended
-            self._steps = event
+            known = self._steps.pop(event.phase, None)
+            # Steps of a phase began with it, others when what came before ended.
+            begun = self._phases.get(event.phase, self._heard)
+            if known is not None and known.done <= event.done:
+                begun = known.begun
+            self._steps[event.phase] = _Steps(event.done, event.total or 0, begun)
         self._heard = now
 
     def _beat(self) -> None:
         while not self._end.wait(max(0.0, self._spoken + EVERY - time.monotonic())):
             if time.monotonic() >= self._spoken + EVERY:
                 self.spoken()
-                running = list(self._phases.items())
+                running = dict(self._phases)
                 if running:
-                    self._say(self._still(*running[-1]))
+                    self._say(self._still(running, dict(self._steps)))
 
-    def _still(self, phase: str, begun: float) -> str:
-        steps, now, name = self._steps, time.monotonic(), _name(phase)
-        if steps is None or not steps.total or not 0 < steps.done < steps.total:
-            return f"{name}: {formatting.duration(now - begun)} so far"
-        inner = "" if steps.phase == phase else f", {_name(steps.phase)}"
-        left = formatting.duration((now - self._turn) * (steps.total - steps.done) / steps.done)
-        return f"{name}{inner}: {steps.done} of {steps.total}, about {left} left"
+    def _still(self, running: dict[str, float], counted: dict[str, _Steps]) -> str:
+        """Say what is left of the outermost phase whose steps are counted, else of what is within."""
+        now, phase = time.monotonic(), list(running)[-1]
+        for name in [*running, *reversed(counted)]:
+            steps = counted.get(name)
+            if steps is None or not 0 < steps.done < steps.total:
+                continue
+            outer = _name(name if name in running else phase)
+            inner = "" if name in running else f", {_name(name)}"
+            left = formatting.duration(
+                (now - steps.begun) * (steps.total - steps.done) / steps.done
+            )
+            return f"{outer}{inner}: {steps.done} of {steps.total}, about {left} left"
+        return f"{_name(phase)}: {formatting.duration(now - running[phase])} so far"

@@ -130,14 +130,19 @@ def from_dict(known: dict[str, Any]) -> Sizing:
 
 
 def direction_engine(
-    loaded: Loaded, prompts: dict[str, list[list[int]]], config: Config, spoken: Sequence[int] = ()
+    loaded: Loaded,
+    prompts: dict[str, list[list[int]]],
+    config: Config,
+    spoken: Sequence[int] = (),
+    on_event: OnEvent = ignore,
 ) -> Engine:
     """Return an engine for the original model's own responses to these prompts, by side."""
     limit, usual = config.scores.max_new_tokens, Plan()
     lengths = [len(row) for rows in prompts.values() for row in rows]
     plan = Plan(rows=config.engine.rows or usual.rows)
     plan = within_memory(plan, loaded, config, usual_length(lengths))
-    return Engine(loaded, (), prompts, max_new_tokens=limit, plan=plan, spoken=spoken)
+    more: dict[str, Any] = {"plan": plan, "spoken": spoken, "on_event": on_event}
+    return Engine(loaded, (), prompts, max_new_tokens=limit, **more)
 
 
 def usual_length(lengths: Sequence[int]) -> int:

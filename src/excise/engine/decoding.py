@@ -90,11 +90,20 @@ class ResponseTree:
 class Transcript:
     """The tokens that every row has generated, and which rows are finished.
 
-    `ends` are the tokens that end a response, `limit` the most tokens of one.
+    `ends` are the tokens that end a response, `limit` the most tokens of one; `on_step` is told after each
+    decode step how many are done.
     """
 
-    def __init__(self, tree: ResponseTree, rows: int, ends: frozenset[int], limit: int) -> None:
+    def __init__(
+        self,
+        tree: ResponseTree,
+        rows: int,
+        ends: frozenset[int],
+        limit: int,
+        on_step: Callable[[int], None] = lambda _: None,
+    ) -> None:
         self._tree, self._ends, self._limit = tree, ends, limit
+        self._on_step, self._steps = on_step, 0
         self._nodes = [0] * rows
         self._done: dict[int, Response] = {}
 
@@ -104,6 +113,11 @@ class Transcript:
         ended = token in self._ends
         if ended or self.room(row) == 0 or self._tree.is_decided(node):
             self._done[row] = self._tree.response(node, ended)
+
+    def count_step(self) -> None:
+        """Count a decode step."""
+        self._steps += 1
+        self._on_step(self._steps)
 
     def tokens(self, row: int) -> tuple[int, ...]:
         """Return the tokens of a row so far."""
@@ -174,3 +188,4 @@ def greedy(
             hidden = forward.hidden(tokens[:, None], mask[:, :seen], positions[:, None], cache)
             positions = torch.minimum(positions + 1, last)
             tokens = forward.greedy(hidden[:, -1]).to(device)
+            transcript.count_step()

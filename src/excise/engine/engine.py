@@ -26,6 +26,7 @@ from excise.engine.requests import Decided, Divergence, Evidence, Request, Respo
 from excise.engine.responses import ResponseBatch
 from excise.engine.stacking import ORIGINAL, CandidateEdits, Stack, first_edited
 from excise.errors import MeasurementError, MemoryExhausted, is_out_of_memory
+from excise.events import OnEvent, Progress, at_most_every, ignore
 from excise.model.anatomy import Writer
 from excise.model.forward import Forward
 from excise.model.kv_cache import can_join
@@ -36,6 +37,7 @@ R = TypeVar("R")
 Limit = Literal["rows", "decode"]
 
 _FIRST_STACK = 4  # the first stack of a search is smaller by this factor
+EVENT_EVERY = 1.0  # seconds between two reports of progress
 _EDIT_BYTES = 4 * 2**30  # the edits of a stack are copied into one tensor per writer
 
 
@@ -111,8 +113,10 @@ class Engine:
         plan: Plan | None = None,
         reference: Reference | None = None,
         spoken: Sequence[int] = (),
+        on_event: OnEvent = ignore,
     ) -> None:
         self._plan = plan or Plan()
+        self._on_event = at_most_every(EVENT_EVERY, on_event)
         self.spoken = tuple(spoken)  # the last tokens of every prompt that belong to its response
         self.writers = writers
         self.prompts = prompts
@@ -287,6 +291,9 @@ class Engine:
                 continue
             for member, values in zip(members, answers, strict=True):
                 found.update(((member, n), v) for n, v in zip(chunk, values, strict=True))
+            if limit == "rows":
+                rows = passes.stack.size * len(numbers)
+                self._on_event(Progress("passes", len(found), rows))
         return [[found[member, n] for n in numbers] for member in range(passes.stack.size)]
 
     def _back_off(self, passes: Passes, limit: Limit, longest: int, rows: int) -> None:
@@ -318,8 +325,17 @@ class Engine:
         joins = self._joins
         drafts = self._drafts.get(side) if self._follows else None
 
+        rows, ended = passes.stack.size * len(numbers), 0
+
         def work(passes: Passes, members: list[int], chunk: list[int]) -> list[list[Response]]:
-            transcript = Transcript(tree, len(members) * len(chunk), self._ends, self.limit)
+            nonlocal ended
+            mine = len(members) * len(chunk)
+
+            def on_step(steps: int) -> None:
+                done = ended * self.limit + min(steps, self.limit) * mine
+                self._on_event(Progress("responses", done, rows * self.limit))
+
+            transcript = Transcript(tree, mine, self._ends, self.limit, on_step)
             batch = ResponseBatch(
                 passes,
                 members,
@@ -335,6 +351,7 @@ class Engine:
                 batch.decode_with_drafts(drafts)
             else:
                 batch.decode()
+            ended += mine
             return _per_member(transcript.responses(), len(members))
 
         return self._spread(work, passes, numbers, lengths, "decode" if joins else "rows")

@@ -163,6 +163,7 @@ class TransformersExporter(Exporter):
                 plan=searched.fitted_plan,
                 reference=reference,
                 spoken=searched.spoken,
+                on_event=on_event,
             )
             scores = by.scores(engine)
             del again, engine

@@ -54,6 +54,8 @@ _PHASES = {
     "plan": "Finding the batch size",
     "baseline": "Measuring the original model",
     "search": "Searching",
+    "responses": "generating responses",
+    "passes": "forward passes",
     "holdout": "Measuring on holdout prompts",
     "export": "Exporting",
     "load edited": "Loading the edited model",
@@ -144,7 +146,7 @@ def significant(value: float) -> str:
 
 
 def interval(name: str, score: ScoreRecord) -> str:
-    """Return the 95 % interval in the value's unit, '3.4 to 13.7'; empty for none, or where all of it is next to zero."""
+    """Return the 95 % interval in the value's unit, '3.4 to 13.7'; empty for none or next to zero."""
     if score.interval is None or max(map(abs, score.interval)) < _TINY:
         return ""
     low, high = (number(name, bound).removesuffix(" %") for bound in score.interval)

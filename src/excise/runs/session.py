@@ -62,6 +62,7 @@ class Session:
             plan=plan,
             reference=reference,
             spoken=self.sets.opening.spoken,
+            on_event=self.on_event,
         )
 
     def panel(self, engine: Measures, part: Part, scorers: Sequence[Scorer]) -> Panel:
@@ -79,7 +80,8 @@ class Session:
 
     def responses(self) -> list[Sequence[int]]:
         """Return the model's own responses to the contrast prompts of the directions."""
-        engine = direction_engine(self.loaded, {"contrast": self.sets["contrast"].ids}, self.config)
+        prompts = {"contrast": self.sets["contrast"].ids}
+        engine = direction_engine(self.loaded, prompts, self.config, on_event=self.on_event)
         return [response.tokens for response in engine.original("contrast").responses]
 
     def of(self, loaded: Loaded) -> Session:
