@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 from pathlib import Path
 
 import builders
@@ -12,6 +13,9 @@ import pytest
 
 # Tests never reach for the network: a model or data set that is not here must be said, not fetched.
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+# As a terminal has it: a background job of a shell ignores Ctrl-C, and so would all that it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _PASSED: dict[str, int] = {}
 

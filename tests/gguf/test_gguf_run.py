@@ -166,7 +166,7 @@ def test_the_card_lists_the_files_with_their_figures(
         assert measured("drift", drift) in row
         assert f"`{one['type']}`" in row
     assert "Recommended sampling" in card
-    assert "top-k: `40`" in card
+    assert "`top_k`: `40`" in card
     assert "llama.cpp project" in card
 
 
