@@ -75,7 +75,7 @@ def prepared(basis: int | None) -> tuple[Method, Panel]:
     bare = setup.open_responses(bare)
     directions, _ = setup.find_directions(bare)
     with tempfile.TemporaryDirectory() as folder:
-        session = setup.prepare(bare, directions, Path(folder), anew=True)
+        session = setup.prepare(bare, directions, Path(folder), setup.observe(bare))
     return session.method, holdout_panel(session, size(loaded, config, 40, 100).plan)
 
 

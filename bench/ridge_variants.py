@@ -18,8 +18,8 @@ layer, beside the edits as they were, and adds both to `bench/methods.json`.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,9 @@ from optuna.distributions import BaseDistribution, FloatDistribution
 from reopened import reopen
 from torch import Tensor
 
-from excise import events
 from excise.capture.directions import Directions
-from excise.capture.moments import TokenSpan, token_moments
+from excise.capture.moments import MomentObserver
+from excise.capture.sweep import ResidualsAlone, Seen, Sweep, Text, observe
 from excise.config import load_config
 from excise.engine.stacking import Stack
 from excise.methods import registry, ridge
@@ -118,6 +118,23 @@ def removed(writer: Any, edit: Edit, directions: Any, removal: float) -> Edit:
     return Edit(left, right, norms / after.clamp_min(1e-12), None)
 
 
+@dataclass(frozen=True)
+class Variant(ResidualsAlone):
+    """What ridge captures, in another way: in a sweep of its own."""
+
+    bench: Bench = field(kw_only=True)
+    how: str = field(kw_only=True)
+
+    def tensors(self, _seen: Seen, _directions: Directions) -> dict[str, Tensor]:
+        """Return what is stored with the run."""
+        return _captured(self.bench, self.how)
+
+
+def _ridge(bench: Bench, tokens: Mapping[str, Any], answers: Sequence[Any]) -> dict[str, Tensor]:
+    capture = ridge.RidgeCapture(edited_writers(bench), bench.config.ridge.basis)
+    return capture.tensors(observe(bench.loaded, capture, tokens, answers, on_event=bench.on_event))
+
+
 def _captured(bench: Bench, how: str) -> dict[str, Tensor]:
     assert isinstance(bench, Session)
     tokens: Mapping[str, Any] = bench.tokens
@@ -130,7 +147,7 @@ def _captured(bench: Bench, how: str) -> dict[str, Tensor]:
         answers = [*answers, *replace(bench, sets=replace(bench.sets, sets=sets)).responses()]
         contrast = [*tokens["contrast"], *tokens["contrast_eval"]]
         tokens = {"target": tokens["target"], "contrast": contrast}
-    found = ridge.capture(bench.loaded, writers, tokens, answers, bench.config, bench.on_event)
+    found = _ridge(bench, tokens, answers)
     if how in ("targets", "alike"):
         _keep_targets(bench, found)
     if how == "alike":
@@ -149,10 +166,11 @@ def _keep_targets(bench: Bench, found: dict[str, Tensor]) -> None:
     """Put the tokens of target prompts before the last into S_prompt."""
     writers = edited_writers(bench)
     bases = [found.get(f"{writer.name}/basis") for writer in writers]
-    texts = [TokenSpan(ids, spare=1) for ids in bench.tokens["target"]]
+    texts = list(map(Text.of, bench.tokens["target"]))
     own = sum(len(ids) - 1 for ids in bench.tokens["contrast"])
-    moments = token_moments(bench.loaded, writers, texts, bases, "targets", bench.on_event)
-    for writer, more in zip(writers, moments, strict=True):
+    moments = MomentObserver(writers, "before", dict(enumerate(bases)))
+    Sweep(bench.loaded, writers, [moments]).over(texts, "targets", bench.on_event)
+    for writer, more in zip(writers, moments.sums.values(), strict=True):
         key = f"{writer.name}/prompts"
         found[key] = _mixed(found[key], own, more.mean().cpu(), more.tokens)
 
@@ -181,14 +199,14 @@ def install(name: str | None) -> None:
         registry.KINDS["ridge"] = RIDGE
         return
     bind = KINDS.get(name, Bound)
-    registry.KINDS["ridge"] = Kind(lambda bench, _: _captured(bench, name), bind, RIDGE.check)
+    registry.KINDS["ridge"] = Kind(lambda bench: Variant(bench=bench, how=name), bind, RIDGE.check)
 
 
 @dataclass(frozen=True)
 class Again:
     """Edits of a candidate, each layer captured under the edits of the layers below it."""
 
-    bench: Bench
+    bench: Session
     method: RidgeMethod
 
     def edits(self, candidate: RidgeCandidate) -> list[Edit | None]:
@@ -201,14 +219,7 @@ class Again:
                 continue
             with_lower = Stack(writers, [edits])
             with with_lower.applied([0]):
-                captured = ridge.capture(
-                    self.bench.loaded,
-                    writers,
-                    self.bench.tokens,
-                    answers,
-                    self.bench.config,
-                    events.ignore,
-                )
+                captured = _ridge(self.bench, self.bench.tokens, answers)
             now = RidgeMethod(writers, self.method._layers, captured, self.bench.config)
             only = replace(candidate, profile=Profile(share, layer, 1.0, 0.5))
             for number, edit in enumerate(now.edits(only)):

@@ -65,7 +65,7 @@ class Job:
         sets = load_prompt_sets(self.config.prompts)
         bare = setup.open_session(self.config, self.loaded, sets, self.scoring, events.ignore)
         directions, _ = setup.find_directions(bare)
-        self.session = setup.prepare(bare, directions, Path(), anew=True)
+        self.session = setup.prepare(bare, directions, Path(), setup.observe(bare))
         self.method = self.session.method
         self.sizing: Sizing = size(self.loaded, self.config, 32, len(sets.target_eval))
 

@@ -10,6 +10,7 @@ from excise.capture.directions import Directions, from_means
 from excise.capture.residuals import mean, residual_pass
 from excise.methods.registry import kind_of
 from excise.prompts.tokens import batches
+from excise.runs import setup
 from excise.runs.session import Session
 
 LIMIT = 4
@@ -44,7 +45,7 @@ def bound(bench: Session, captured=None, directions=None):
         directions or directions_of(bench.loaded, bench.tokens),
     )
     if captured is None:
-        captured = kind.capture(bench, directions)
+        captured = setup.captured_of(bench, directions)
     return captured, kind.bind(bench, directions, captured)
 
 

@@ -86,8 +86,8 @@ MUTANTS = (
     Mutant(
         "directions are not winsorised",
         "runs/session",
-        "residual_pass(self.loaded.anatomy, chunks, self.config.directions.winsor)",
-        "residual_pass(self.loaded.anatomy, chunks, None)",
+        "winsor = self.config.directions.winsor",
+        "winsor = None",
         f"{RUN} -k directions",
     ),
     Mutant(
@@ -100,8 +100,8 @@ MUTANTS = (
     Mutant(
         "residuals keep the order of their batches",
         "runs/setup",
-        "found = torch.cat([x for _, x in parts])[order]",
-        "found = torch.cat([x for _, x in parts])",
+        "return torch.cat([x for _, x in parts])[order]",
+        "return torch.cat([x for _, x in parts])",
         "tests/runs/test_setup.py",
     ),
     Mutant(
@@ -121,10 +121,8 @@ MUTANTS = (
     Mutant(
         "the first token's residual is captured",
         "capture/residuals",
-        "hidden = output[0] if isinstance(output, tuple) else output\n"
-        "        rows.append(anatomy.residual(hidden)[:, -1]",
-        "hidden = output[0] if isinstance(output, tuple) else output\n"
-        "        rows.append(anatomy.residual(hidden)[:, 0]",
+        "places = torch.full((len(x),), -1)",
+        "places = torch.full((len(x),), 0)",
         "tests/capture/test_residuals.py -k hidden_states",
     ),
     Mutant(
@@ -478,9 +476,9 @@ MUTANTS = (
     # -- captures of the methods
     Mutant(
         "writers are captured at the first token",
-        "capture/moments",
-        "last = (at % width == width - 1).nonzero()[:, 0]",
-        "last = (at % width == 0).nonzero()[:, 0]",
+        "capture/sweep",
+        '"last": (place == 0).flatten(),',
+        '"last": (place == place[:, :1]).flatten(),',
         "tests/capture/test_moments.py -k last_rows",
     ),
     Mutant(
@@ -491,11 +489,32 @@ MUTANTS = (
         "tests/capture/test_moments.py -k last_rows",
     ),
     Mutant(
-        "the last token of a response is counted that predicts nothing",
+        "a range sketch leaves out the prompts",
         "capture/moments",
-        "(left > mine[:, 1:])).flatten()",
-        "(left >= mine[:, 1:])).flatten()",
-        "tests/capture/test_moments.py -k moments",
+        'counted = spans.among("written", at) | spans.among("before", at)',
+        'counted = spans.among("written", at)',
+        "tests/capture/test_moments.py -k sketches",
+    ),
+    Mutant(
+        "padding is counted as a prompt's tokens",
+        "capture/sweep",
+        '"before": ((place < 0) & real).flatten(),',
+        '"before": (place < 0).flatten(),',
+        "tests/capture/test_sweep.py -k one_sweep",
+    ),
+    Mutant(
+        "what a writer has taken is taken again in halves",
+        "capture/sweep",
+        "            if number in shown:\n                return\n",
+        "",
+        "tests/capture/test_sweep.py -k halved",
+    ),
+    Mutant(
+        "residuals are of the last token of a response",
+        "capture/sweep",
+        "last_token_residuals(anatomy, spans.ends)",
+        "last_token_residuals(anatomy)",
+        "tests/capture/test_sweep.py -k one_sweep",
     ),
     Mutant(
         "the responses that ridge keeps are those to target prompts",
@@ -507,8 +526,8 @@ MUTANTS = (
     Mutant(
         "methods capture residuals that are not winsorised",
         "runs/session",
-        "residual_pass(self.loaded.anatomy, chunks, self.config.directions.winsor)",
-        "residual_pass(self.loaded.anatomy, chunks, self.config.directions.winsor and 1.0)",
+        "winsor = self.config.directions.winsor",
+        "winsor = self.config.directions.winsor and 1.0",
         "tests/runs/test_setup.py",
     ),
     # -- fused layers
@@ -606,23 +625,23 @@ MUTANTS = (
     ),
     Mutant(
         "ridge does not keep what decides a response's first token",
-        "methods/ridge",
-        "begin=len(ids) - 1)",
-        "begin=len(ids))",
+        "capture/sweep",
+        '"written": (place >= 0).flatten(),',
+        '"written": (place > 0).flatten(),',
         "tests/methods/test_registry.py -k ridge_keeps",
     ),
     Mutant(
         "ridge keeps what follows a response's last token",
-        "methods/ridge",
-        "whole = [[*ids, *answer[:-1]] for ids, answer in pairs]",
-        "whole = [[*ids, *answer] for ids, answer in pairs]",
+        "capture/sweep",
+        "return cls([*prompt, *response[:-1]], len(prompt))",
+        "return cls([*prompt, *response], len(prompt))",
         "tests/methods/test_registry.py -k ridge_keeps",
     ),
     Mutant(
         "ridge takes a prompt's last token for one before it",
-        "methods/ridge",
-        "before = [TokenSpan(ids, spare=1) for ids, _ in pairs]",
-        "before = [TokenSpan(ids) for ids, _ in pairs]",
+        "capture/sweep",
+        '"before": ((place < 0) & real).flatten(),',
+        '"before": ((place <= 0) & real).flatten(),',
         "tests/methods/test_registry.py -k ridge_keeps",
     ),
     Mutant(

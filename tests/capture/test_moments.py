@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import weakref
+from itertools import product
 
 import builders
 import pytest
 import torch
 
 from excise import events
-from excise.capture import moments
-from excise.capture.moments import TokenSpan
+from excise.capture import sweep
+from excise.capture.moments import MomentObserver, RowObserver, SketchObserver
+from excise.capture.sweep import Sweep, Text
 from excise.errors import MeasurementError, MemoryExhausted
 
 ROWS = builders.token_ids(11, seed=4, shortest=2)
@@ -30,13 +32,23 @@ def plain(model, writer, ids):
     return seen[0]
 
 
+def last_rows(model, writers, rows=ROWS):
+    observer = RowObserver(writers)
+    observed(model, writers, [observer], list(map(Text.of, rows)))
+    return observer.rows()
+
+
+def observed(model, writers, observers, texts):
+    Sweep(model, writers, observers).over(texts, "capture", events.ignore)
+
+
 def writers_of(model):
     return model.anatomy.select(builders.COMPONENTS)[::5]
 
 
 def test_last_rows_are_those_of_each_prompt_alone(model):
     writers = writers_of(model)
-    found = moments.last_rows(model, writers, ROWS, "capture", events.ignore)
+    found = last_rows(model, writers)
     for writer, rows in zip(writers, found, strict=True):
         for number, ids in enumerate(ROWS):
             x, y = plain(model, writer, ids)
@@ -47,31 +59,44 @@ def test_last_rows_are_those_of_each_prompt_alone(model):
 @pytest.mark.parametrize("reduced", [False, True])
 def test_token_moments_count_every_token_but_those_left_out(model, reduced):
     writers = writers_of(model)
-    texts = [TokenSpan(ids, number % 3, number % 2) for number, ids in enumerate(ROWS)]
-    bases = [None] * len(writers)
+    texts = [Text(ids, 1 + number % len(ids)) for number, ids in enumerate(ROWS)]
+    bases = dict.fromkeys(range(len(writers)))
     if reduced:
         draw = torch.Generator().manual_seed(0)
         sizes = [writer.module.weight.shape[1] for writer in writers]
-        bases = [torch.linalg.qr(torch.randn(i, 7, generator=draw))[0].T for i in sizes]
-    found = moments.token_moments(model, writers, texts, bases, "capture", events.ignore)
-    for writer, basis, one in zip(writers, bases, found, strict=True):
-        x = torch.cat(
-            [plain(model, writer, t.ids)[0][t.begin : len(t.ids) - t.spare] for t in texts]
-        )
+        bases = {
+            n: torch.linalg.qr(torch.randn(i, 7, generator=draw))[0].T for n, i in enumerate(sizes)
+        }
+    both = {span: MomentObserver(writers, span, bases) for span in ("written", "before")}
+    observed(model, writers, list(both.values()), texts)
+    for (number, writer), (span, observer) in product(enumerate(writers), both.items()):
+        basis, one = bases[number], observer.sums[number]
+        x = torch.cat([plain(model, writer, t.ids)[0][counted_of(t, span)] for t in texts])
         z = (x if basis is None else x @ basis.T).double()
         assert one.tokens == len(x)
         assert torch.equal(one.mean(), (one.moment / len(x)).float())
         assert one.square == pytest.approx(float(x.double().square().sum()), rel=1e-4)
         scale = float((z.T @ z).norm())
         assert float((one.moment - z.T @ z).norm()) < 1e-4 * scale
+        if basis is None:
+            rows = torch.linalg.qr(torch.randn(x.shape[1], 7))[0].T
+            within = one.within(rows)
+            assert (within.tokens, within.square) == (one.tokens, one.square)
+            assert torch.allclose(within.moment, rows.double() @ one.moment @ rows.T.double())
+
+
+def counted_of(text, span):
+    last = text.prompt - 1
+    return slice(last, None) if span == "written" else slice(last)
 
 
 def test_sketches_span_where_the_tokens_lie(model):
     writers = writers_of(model)[:1]
-    texts = [
-        TokenSpan(ids) for ids in ROWS[:2]
-    ]  # fewer tokens than features: the span can be had whole
-    sketch = moments.token_sketches(model, writers, texts, 60, "capture", events.ignore)[0]
+    # Fewer tokens than features: the span can be had whole.
+    texts = [Text(ids, 1 + len(ids) // 2) for ids in ROWS[:2]]
+    observer = SketchObserver(writers, [0], 60)
+    observed(model, writers, [observer], texts)
+    sketch = observer.sums[0]
     basis = torch.linalg.svd(sketch.double(), full_matrices=False)[2]
     x = torch.cat([plain(model, writers[0], t.ids)[0] for t in texts]).double()
     assert len(x) < 60
@@ -81,7 +106,7 @@ def test_sketches_span_where_the_tokens_lie(model):
 def test_hooks_are_gone_and_memory_is_backed_off():
     model = builders.loaded("qwen3")
     writers = writers_of(model)
-    whole = moments.last_rows(model, writers, ROWS, "capture", events.ignore)
+    whole = last_rows(model, writers)
     seen = []
 
     def short(_module, args):
@@ -90,7 +115,7 @@ def test_hooks_are_gone_and_memory_is_backed_off():
             raise torch.OutOfMemoryError("out of memory")
 
     handle = model.anatomy.layers[2].self_attn.q_proj.register_forward_pre_hook(short)
-    halved = moments.last_rows(model, writers, ROWS, "capture", events.ignore)
+    halved = last_rows(model, writers)
     handle.remove()
     assert max(seen) > 3
     for a, b in zip(whole, halved, strict=True):
@@ -102,7 +127,7 @@ def test_hooks_are_gone_and_memory_is_backed_off():
 
     handle = model.anatomy.layers[2].self_attn.q_proj.register_forward_pre_hook(never)
     with pytest.raises(MemoryExhausted, match="one prompt"):
-        moments.last_rows(model, writers, ROWS, "capture", events.ignore)
+        last_rows(model, writers)
     handle.remove()
 
 
@@ -111,7 +136,7 @@ def test_broken_activations_are_said():
     writer = writers_of(model)[1]
     writer.module.weight[0, 0] = float("inf")
     with pytest.raises(MeasurementError, match=r"not finite.*float32"):
-        moments.last_rows(model, [writer], ROWS, "capture", events.ignore)
+        last_rows(model, [writer])
 
 
 # -- experts ---------------------------------------------------------------------------------------
@@ -131,7 +156,7 @@ def test_experts_show_what_is_routed_to_them(name):
     model, writers = experts_of(name)
     ids = torch.tensor([ROWS[0]])
     plainly = model.model(ids).logits
-    found = moments.last_rows(model, writers, ROWS, "capture", events.ignore)
+    found = last_rows(model, writers)
     assert torch.equal(model.model(ids).logits, plainly)  # the forward is the module's own again
     reached = dict.fromkeys((w.layer for w in writers), 0)
     for writer, rows in zip(writers, found, strict=True):
@@ -142,11 +167,9 @@ def test_experts_show_what_is_routed_to_them(name):
     per_prompt = {count / len(ROWS) for count in reached.values()}
     assert per_prompt <= {1.0, 2.0}  # as many experts as a token has
     assert len({len(rows.inputs) for rows in found}) > 1
-    texts = [TokenSpan(row) for row in ROWS]
-    sums = moments.token_moments(
-        model, writers, texts, [None] * len(writers), "capture", events.ignore
-    )
-    tokens = sum(map(len, ROWS))
+    observer = MomentObserver(writers, "before", dict.fromkeys(range(len(writers))))
+    observed(model, writers, [observer], list(map(Text.of, ROWS)))
+    sums, tokens = observer.sums.values(), sum(len(row) - 1 for row in ROWS)
     for layer in reached:
         shown = sum(m.tokens for w, m in zip(writers, sums, strict=True) if w.layer == layer)
         assert shown in (tokens, 2 * tokens)
@@ -179,7 +202,7 @@ def test_experts_that_few_prompts_reach_are_left_alone_and_named(name, method):
 
 def test_no_writers_inputs_are_kept_beside_anothers(model, monkeypatch):
     """All writers' inputs and outputs of a pass together would be many times the model's activations."""
-    alive, watched = [], moments._watched
+    alive, watched = [], sweep._watched
 
     def watching(writers, show):
         refs = []
@@ -191,11 +214,14 @@ def test_no_writers_inputs_are_kept_beside_anothers(model, monkeypatch):
 
         return watched(writers, look)
 
-    monkeypatch.setattr(moments, "_watched", watching)
+    monkeypatch.setattr(sweep, "_watched", watching)
     writers = model.anatomy.select(builders.COMPONENTS)
-    texts = [TokenSpan(ids) for ids in ROWS]
-    moments.last_rows(model, writers, ROWS, "capture", events.ignore)
-    moments.token_moments(model, writers, texts, [None] * len(writers), "capture", events.ignore)
-    moments.token_sketches(model, writers, texts, 4, "capture", events.ignore)
-    assert len(alive) == 3 * len(writers)
+    numbers = range(len(writers))
+    observers = [
+        RowObserver(writers),
+        MomentObserver(writers, "written", dict.fromkeys(numbers)),
+        SketchObserver(writers, numbers, 4),
+    ]
+    observed(model, writers, observers, [Text(ids, 1 + len(ids) // 2) for ids in ROWS])
+    assert len(alive) == len(writers)
     assert max(alive) <= 1

@@ -131,7 +131,7 @@ def demo():
     sets = load_prompt_sets(config.prompts)
     bare = setup.open_session(config, loaded, sets, scoring_of(config), events.ignore)
     directions, _ = setup.find_directions(bare)
-    session = setup.prepare(bare, directions, Path(), anew=True)
+    session = setup.prepare(bare, directions, Path(), setup.observe(bare))
     return session.engine("search", Plan(rows=256, stack=8)), session.method, loaded
 
 

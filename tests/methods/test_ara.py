@@ -94,7 +94,8 @@ def full_solve(w, x, xc, point, *, keep_norms):
 def captured():
     """Inputs of one writer of the demo model: where the behaviour is, targets and contrasts differ."""
     from excise import events
-    from excise.capture.moments import last_rows
+    from excise.capture.moments import RowObserver
+    from excise.capture.sweep import Sweep, Text
     from excise.checkpoints.loading import load
     from excise.config import load_config
     from excise.prompts.measured_sets import tokenise
@@ -104,12 +105,11 @@ def captured():
     loaded, sets = load(config.model), load_prompt_sets(config.prompts)
     tokens = tokenise(loaded, sets, config)
     writer = loaded.anatomy.select(("mlp.down_proj",))[3]
-    rows = [
-        last_rows(loaded, [writer], tokens[side].ids[:24], "capture", events.ignore)[
-            0
-        ].inputs.double()
-        for side in ("target", "contrast")
-    ]
+    rows = []
+    for side in ("target", "contrast"):
+        observer, texts = RowObserver([writer]), list(map(Text.of, tokens[side].ids[:24]))
+        Sweep(loaded, [writer], [observer]).over(texts, "capture", events.ignore)
+        rows.append(observer.rows()[0].inputs.double())
     return writer.module.weight.double(), *rows
 
 

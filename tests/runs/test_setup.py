@@ -52,8 +52,8 @@ def test_it_is_found_after_the_layer_that_writes_it(planted, center):
     assert float(directions.unit[PLANTED] @ v) > 0.99  # from contrast to target, not the other way
     assert abs(float(directions.unit[PLANTED - 1] @ v)) < 0.6
     assert separation.auc[PLANTED] == 1.0
-    rows = {side: setup.residuals(session, side) for side in ("target", "contrast")}
-    along = (rows["target"] - rows["contrast"]).mean(0) @ v
+    target, contrast = setup.residuals(session)
+    along = (target - contrast).mean(0) @ v
     assert float(along[PLANTED]) == pytest.approx(50, rel=0.1)
     assert abs(float(along[PLANTED - 1])) < 1
 
@@ -78,9 +78,10 @@ def test_residuals_come_in_the_order_of_the_prompts_whatever_their_lengths(plant
     model, _, tokens = planted
     rows = tokens["target"]
     assert sorted(map(len, rows), reverse=True) != list(map(len, rows))
-    found = setup.residuals(builders.session(model, tokens), "target")
+    found, _ = setup.residuals(builders.session(model, tokens))
     for ids, x in zip(rows, found, strict=True):
-        (alone,) = setup.residuals(builders.session(model, {"target": [ids]}), "target")
+        some = tokens | {"target": [ids]}
+        (alone,) = setup.residuals(builders.session(model, some))[0]
         assert torch.allclose(x, alone, rtol=1e-3, atol=1e-3)
 
 
@@ -89,8 +90,7 @@ def test_a_geometric_median_is_taken_where_it_is_asked_for(planted):
     session = builders.session(model, tokens, directions={"center": "geometric_median"})
     found, _ = setup.find_directions(session)
     centres = []
-    for side in ("target", "contrast"):
-        x = setup.residuals(session, side).double()
+    for x in map(torch.Tensor.double, setup.residuals(session)):
         centre = x.mean(0)
         for _ in range(300):
             w = 1 / (x - centre).norm(dim=-1, keepdim=True).clamp_min(1e-9)
@@ -136,8 +136,8 @@ def test_methods_are_given_what_the_run_is_about(planted):
     for ids, said in zip(tokens["contrast"], session.responses(), strict=True):
         whole = model.model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=3)
         assert list(said) == whole[0, len(ids) :].tolist()
-    (_, x), *_ = session.residuals("target")()
-    plain = setup.residuals(builders.session(model, tokens), "target")
+    (_, x), *_ = setup.observe(session).residuals["target"]()
+    plain, _ = setup.residuals(builders.session(model, tokens))
     limits = x[:, 1:].abs().amax(-1)
     assert bool((limits < plain.abs().amax(-1).max()).all())
     share = (x[:, 1:].abs() >= limits[..., None]).double().mean(-1)

@@ -1,32 +1,24 @@
-"""Capture writers' inputs and outputs once: rows at the last prompt token, second moments over tokens.
+"""Observers of writers: rows at the prompt's last token, second moments over tokens, range sketches.
 
-Rows are kept per prompt; over all tokens only moments are kept, so memory does not grow with the text.
-Knows hooks and batches; knows no method.
+Rows are kept per prompt; over all tokens only sums are kept, so memory does not grow with the text.
+Knows no method.
 
-Shapes: B rows, T tokens, P prompts, O and I a writer's out and in features, Q rows of a basis.
+Shapes: B rows, T tokens, P prompts, S tokens that are shown, O and I a writer's out and in features, Q rows
+of a basis.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from excise.checkpoints.loading import Loaded
-from excise.errors import MeasurementError, MemoryExhausted, is_out_of_memory
-from excise.events import OnEvent, track
+from excise.capture.sweep import Span, Spans
+from excise.errors import MeasurementError
 from excise.model.anatomy import Writer
-from excise.model.experts import ExpertWatch, edited_forward
-from excise.model.overrides import replaced_forward
-from excise.prompts.tokens import Batch, batches, pad_token
 
-R = TypeVar("R")
-
-_ROWS = 64
 # Fewest prompts that an edit is fitted to: with fewer it would fit noise.
 FEWEST_PROMPTS = 8
 
@@ -42,158 +34,40 @@ class LastRows:
     outputs: Tensor
 
 
-@dataclass(frozen=True)
-class TokenSpan:
-    """Token ids, of which those from `begin` on count, without the last `spare`."""
-
-    ids: Sequence[int]
-    begin: int = 0
-    spare: int = 0
+_Last = tuple[Tensor, Tensor, Tensor]  # which prompts (S,), inputs (S, I), outputs (S, O)
 
 
-# Called with a writer's number, its inputs (S, I) and outputs (S, O), and their flat positions in the
-# batch, row * T + position (S,).
-_Show = Callable[[int, Tensor, Tensor, Tensor], None]
-# The same with the batch; returns a small summary of them.
-_Reduce = Callable[[int, Tensor, Tensor, Tensor, Batch], R]
-# Receives a summary once its pass has succeeded.
-_Take = Callable[[int, R], None]
-
-
-@contextmanager
-def _watched(writers: Sequence[Writer], show: _Show) -> Iterator[None]:
-    """Call `show` with every writer's inputs and outputs within this context.
-
-    Each fused expert is shown the tokens that are routed to it, outputs before the routing weight.
-    """
-    handles = []
-    fused: dict[nn.Module, dict[int, int]] = {}
-    for number, writer in enumerate(writers):
-        if writer.expert is None:
-            handles.append(writer.module.register_forward_hook(_hook(number, show)))
-        else:
-            fused.setdefault(writer.module, {})[writer.expert] = number
-    watching = {module: _watching(module, numbers, show) for module, numbers in fused.items()}
-    try:
-        with replaced_forward(watching, fetched=True):
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _hook(number: int, show: _Show) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-    def look(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        x, y = (t.detach().reshape(-1, t.shape[-1]) for t in (args[0], output))
-        show(number, x, y, torch.arange(len(x), device=x.device))
-
-    return look
-
-
-def _watching(module: Any, numbers: dict[int, int], show: _Show) -> Callable[..., Tensor]:
-    """Return a forward of fused experts that shows each expert's share; `numbers`: expert -> writer."""
-
-    def see(expert: Tensor, token: Tensor, x: Tensor, y: Tensor) -> None:
-        for one, number in numbers.items():
-            mine = (expert == one).nonzero()[:, 0]
-            if len(mine):
-                show(number, x[mine], y[mine], token[mine])
-
-    watch = ExpertWatch(see, module.down_proj.shape[0])
-
-    def forward(*args: Any, **kwargs: Any) -> Tensor:
-        return edited_forward(module, watch, torch.zeros(1, dtype=torch.long), *args, **kwargs)
-
-    return forward
-
-
-def _pass(
-    loaded: Loaded,
-    writers: Sequence[Writer],
-    rows: Sequence[Sequence[int]],
-    reduce: _Reduce[R],
-    take: _Take[R],
-    name: str,
-    on_event: OnEvent,
-) -> None:
-    """Run all rows through the model; pass every writer's reduced inputs and outputs to `take`."""
-    pad = pad_token(loaded.model, loaded.tokenizer)
-    chunks = batches(rows, _ROWS, pad, loaded.device, padding=loaded.anatomy.padding)
-    for batch in track(chunks, name, len(chunks), on_event):
-        _run(loaded, writers, batch, reduce, take)
-
-
-def _run(
-    loaded: Loaded, writers: Sequence[Writer], batch: Batch, reduce: _Reduce[R], take: _Take[R]
-) -> None:
-    """Run one batch, in halves where memory is short; nothing is taken before the pass has succeeded."""
-    found: dict[int, R] = {}
-
-    def show(number: int, x: Tensor, y: Tensor, at: Tensor) -> None:
-        found[number] = reduce(number, x, y, at, batch)
-
-    try:
-        with _watched(writers, show), torch.inference_mode():
-            loaded.anatomy.backbone(
-                input_ids=batch.ids,
-                attention_mask=batch.mask,
-                position_ids=batch.positions,
-                use_cache=False,
-            )
-    except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        halved = True
-    else:
-        halved = False
-    if not halved:
-        for number, one in found.items():
-            take(number, one)
-        return
-    found.clear()
-    if len(batch.rows) == 1:
-        raise MemoryExhausted("out of memory while capturing the writers of one prompt")
-    for half in batch.halves():
-        _run(loaded, writers, half, reduce, take)
-
-
-def last_rows(
-    loaded: Loaded,
-    writers: Sequence[Writer],
-    rows: Sequence[Sequence[int]],
-    name: str,
-    on_event: OnEvent,
-) -> list[LastRows]:
-    """Capture every writer's inputs and outputs at the last token of every prompt, on the CPU in float32.
+class RowObserver:
+    """Keeps every writer's inputs and outputs at the prompts' last token, on the CPU in float32.
 
     Outputs are as the matrix gives them, bias included.
-
-    Raises:
-        MeasurementError: they are not finite.
-        MemoryExhausted: one prompt does not fit.
     """
-    parts: list[list[_Last]] = [[] for _ in writers]
 
-    def reduce(_number: int, x: Tensor, y: Tensor, at: Tensor, batch: Batch) -> _Last:
-        width = batch.ids.shape[1]
-        last = (at % width == width - 1).nonzero()[:, 0]
-        prompts = batch.rows[(at[last] // width).cpu()]
-        return prompts, x[last].float().cpu(), y[last].float().cpu()
+    def __init__(self, writers: Sequence[Writer]) -> None:
+        self._writers = writers
+        self._parts: list[list[_Last]] = [[] for _ in writers]
 
-    def take(number: int, found: _Last) -> None:
-        parts[number].append(found)
+    def reduce(
+        self, number: int, x: Tensor, y: Tensor, at: Tensor, spans: Spans
+    ) -> Callable[[], None]:
+        """Copy the rows of this batch."""
+        last = spans.among("last", at).nonzero()[:, 0]
+        found = spans.texts(at[last]), x[last].float().cpu(), y[last].float().cpu()
+        return lambda: self._parts[number].append(found)
 
-    _pass(loaded, writers, rows, reduce, take, name, on_event)
-    found = [_in_order(writer, some) for writer, some in zip(writers, parts, strict=True)]
-    for writer, one in zip(writers, found, strict=True):
-        if not bool(torch.isfinite(one.inputs).all() and torch.isfinite(one.outputs).all()):
-            raise MeasurementError(
-                f"{writer.key}: its inputs or outputs are not finite: try --set model.dtype=float32"
-            )
-    return found
+    def rows(self) -> list[LastRows]:
+        """Return the rows of every writer.
 
-
-_Last = tuple[Tensor, Tensor, Tensor]  # which prompts (S,), inputs (S, I), outputs (S, O)
+        Raises:
+            MeasurementError: they are not finite.
+        """
+        found = [_in_order(*pair) for pair in zip(self._writers, self._parts, strict=True)]
+        for writer, one in zip(self._writers, found, strict=True):
+            if not bool(torch.isfinite(one.inputs).all() and torch.isfinite(one.outputs).all()):
+                raise MeasurementError(
+                    f"{writer.key}: its inputs or outputs are not finite: try --set model.dtype=float32"
+                )
+        return found
 
 
 def _in_order(writer: Writer, parts: list[_Last]) -> LastRows:
@@ -222,119 +96,98 @@ class TokenMoments:
     square: float = 0.0
     tokens: int = 0
 
-    def add(self, x: Tensor) -> None:
-        """Add the inputs (T, I) of some tokens."""
-        self.square += float(x.square().sum(dtype=torch.float64))
-        self.tokens += x.shape[0]
+    @classmethod
+    def none(cls, writer: Writer, basis: Tensor | None) -> TokenMoments:
+        """Return the moments of no tokens, on the writer's device."""
+        device, size = writer.like.device, writer.shape[1] if basis is None else len(basis)
+        own = None if basis is None else basis.to(device, torch.float32)
+        return cls(own, torch.zeros(size, size, dtype=torch.float64, device=device))
+
+    def adding(self, x: Tensor) -> Callable[[], None]:
+        """Reduce the inputs (S, I) of some tokens; return what adds them."""
+        square, tokens = float(x.square().sum(dtype=torch.float64)), len(x)
         z = x if self.basis is None else x @ self.basis.T
-        self.moment += (z.T @ z).double()
+        product = z.T @ z
 
-    def join(self, more: TokenMoments) -> None:
-        """Add the sums over another batch's tokens; both must share the basis."""
-        self.square += more.square
-        self.tokens += more.tokens
-        self.moment += more.moment
+        def add() -> None:
+            self.square += square
+            self.tokens += tokens
+            self.moment += product  # in float64
 
-    def empty(self) -> TokenMoments:
-        """Return the moments of no tokens, in the same basis."""
-        return TokenMoments(self.basis, torch.zeros_like(self.moment))
+        return add
+
+    def within(self, basis: Tensor) -> TokenMoments:
+        """Return moments in all of input space as they are in a basis (Q, I)."""
+        rows = basis.to(self.moment)
+        own = basis.to(self.moment.device, torch.float32)
+        return TokenMoments(own, rows @ self.moment @ rows.T, self.square, self.tokens)
 
     def mean(self) -> Tensor:
         """Return the moment per token (Q, Q), in float32; zero where there was no token."""
         return (self.moment / max(self.tokens, 1)).float()
 
 
-def token_moments(
-    loaded: Loaded,
-    writers: Sequence[Writer],
-    texts: Sequence[TokenSpan],
-    bases: Sequence[Tensor | None],
-    name: str,
-    on_event: OnEvent,
-) -> list[TokenMoments]:
-    """Sum every writer's second input moment over tokens.
+class MomentObserver:
+    """Sums some writers' second input moments over the tokens of a span.
 
-    Args:
-        loaded: the model.
-        writers: the writers to capture.
-        texts: the tokens to count.
-        bases: (Q, I) a basis per writer, or None.
-        name: of the phase, for progress.
-        on_event: told of progress.
-
-    Raises:
-        MemoryExhausted: one text does not fit.
+    Attributes:
+        sums: by the writer's number.
     """
-    sizes = [
-        basis.shape[0] if basis is not None else writer.shape[1]
-        for writer, basis in zip(writers, bases, strict=True)
-    ]
-    out = [
-        TokenMoments(
-            None if basis is None else basis.to(writer.like.device, torch.float32),
-            torch.zeros(q, q, dtype=torch.float64, device=writer.like.device),
-        )
-        for writer, basis, q in zip(writers, bases, sizes, strict=True)
-    ]
-    bounds = _span_bounds(texts)
 
-    def reduce(number: int, x: Tensor, _y: Tensor, at: Tensor, batch: Batch) -> TokenMoments:
-        part = out[number].empty()
-        part.add(x[_counted_positions(batch, bounds, x.device)[at]].float())
-        return part
+    def __init__(
+        self, writers: Sequence[Writer], span: Span, bases: Mapping[int, Tensor | None]
+    ) -> None:
+        """`bases`: writer's number -> basis (Q, I), or None for all of input space."""
+        self._span: Span = span
+        self.sums = {n: TokenMoments.none(writers[n], basis) for n, basis in bases.items()}
 
-    def take(number: int, found: TokenMoments) -> None:
-        out[number].join(found)
-
-    _pass(loaded, writers, [text.ids for text in texts], reduce, take, name, on_event)
-    return out
+    def reduce(
+        self, number: int, x: Tensor, _y: Tensor, at: Tensor, spans: Spans
+    ) -> Callable[[], None] | None:
+        """Reduce this batch's tokens to their moment."""
+        if number not in self.sums:
+            return None
+        return self.sums[number].adding(x[spans.among(self._span, at)].float())
 
 
-def token_sketches(
-    loaded: Loaded,
-    writers: Sequence[Writer],
-    texts: Sequence[TokenSpan],
-    size: int,
-    name: str,
-    on_event: OnEvent,
-) -> list[Tensor]:
-    """Sketch, for every writer, the range of its inputs over tokens: `size` rows (size, I).
+class SketchObserver:
+    """Sketches the range of some writers' inputs over all tokens: `size` rows (size, I) each.
 
     A randomised range sketch (Halko, Martinsson and Tropp 2011): S Omega with a random Omega (I, size),
     where S is the second moment, without ever forming S.
 
-    Raises:
-        MemoryExhausted: one text does not fit.
+    Attributes:
+        sums: by the writer's number.
     """
-    bounds = _span_bounds(texts)
-    draws, sums = [], []
-    for number, writer in enumerate(writers):
-        generator = torch.Generator().manual_seed(number)
-        weight = writer.weight
-        draws.append(torch.randn(weight.shape[1], size, generator=generator).to(weight.device))
-        sums.append(torch.zeros(size, weight.shape[1], device=weight.device))
 
-    def reduce(number: int, x: Tensor, _y: Tensor, at: Tensor, batch: Batch) -> Tensor:
-        rows = x[_counted_positions(batch, bounds, x.device)[at]].float()
-        return (rows @ draws[number]).T @ rows
+    def __init__(self, writers: Sequence[Writer], numbers: Sequence[int], size: int) -> None:
+        self._draws = sketch_draws(writers, numbers, size)
+        self.sums = {n: torch.zeros_like(omega.T) for n, omega in self._draws.items()}
 
-    def take(number: int, found: Tensor) -> None:
-        sums[number] += found
+    def reduce(
+        self, number: int, x: Tensor, _y: Tensor, at: Tensor, spans: Spans
+    ) -> Callable[[], None] | None:
+        """Reduce this batch's tokens to their sketch."""
+        if number not in self.sums:
+            return None
+        counted = spans.among("written", at) | spans.among("before", at)
+        rows = x[counted].float()
+        found = (rows @ self._draws[number]).T @ rows
 
-    _pass(loaded, writers, [text.ids for text in texts], reduce, take, name, on_event)
-    return sums
+        def add() -> None:
+            self.sums[number] += found
 
-
-def _span_bounds(texts: Sequence[TokenSpan]) -> Tensor:
-    """Return where the counted tokens of every text begin and end, in tokens from its end (N, 2)."""
-    return torch.tensor([[len(text.ids) - text.begin, text.spare] for text in texts])
+        return add
 
 
-def _counted_positions(batch: Batch, bounds: Tensor, device: torch.device) -> Tensor:
-    """Return which positions (B * T) of a left-padded batch count, by `_span_bounds` of all texts."""
-    mine = bounds[batch.rows].to(device)  # (B, 2)
-    left = torch.arange(batch.ids.shape[1], 0, -1, device=mine.device)[None]  # tokens to the end
-    return ((left <= mine[:, :1]) & (left > mine[:, 1:])).flatten()
+def sketch_draws(writers: Sequence[Writer], numbers: Sequence[int], size: int) -> dict[int, Tensor]:
+    """Draw Omega (I, size) for each of these writers; the same each time."""
+    found = {}
+    for seed, number in enumerate(numbers):
+        like, generator = writers[number].like, torch.Generator().manual_seed(seed)
+        omega = torch.randn(writers[number].shape[1], size, generator=generator)
+        found[number] = omega.to(like.device)
+    return found
 
 
 def rarely_reached(

@@ -26,17 +26,24 @@ Pass = Callable[[], Iterator[tuple[Batch, Tensor]]]
 
 
 @contextmanager
-def last_token_residuals(anatomy: Anatomy) -> Iterator[list[Tensor]]:
-    """Collect the last token's residual in each forward pass: embedding, then each layer's output."""
+def last_token_residuals(anatomy: Anatomy, ends: Tensor | None = None) -> Iterator[list[Tensor]]:
+    """Collect a token's residual in each forward pass: embedding, then each layer's output.
+
+    `ends`: that token's position in every row (B,); None takes the last.
+    """
     rows: list[Tensor] = []
 
+    def collect(hidden: Tensor) -> None:
+        x = anatomy.residual(hidden)
+        places = torch.full((len(x),), -1) if ends is None else ends
+        each = torch.arange(len(x), device=x.device)
+        rows.append(x.detach()[each, places.to(x.device)])  # a copy
+
     def before_first(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        rows.append(anatomy.residual(hidden)[:, -1].detach().clone())
+        collect(args[0] if args else kwargs["hidden_states"])
 
     def after(_module: nn.Module, _args: Any, output: Any) -> None:
-        hidden = output[0] if isinstance(output, tuple) else output
-        rows.append(anatomy.residual(hidden)[:, -1].detach().clone())
+        collect(output[0] if isinstance(output, tuple) else output)
 
     hooks = [anatomy.layers[0].register_forward_pre_hook(before_first, with_kwargs=True)]
     hooks += [layer.register_forward_hook(after) for layer in anatomy.layers]

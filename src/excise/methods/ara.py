@@ -10,11 +10,11 @@ import torch
 from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
 from torch import Tensor
 
-from excise.capture.moments import last_rows, rarely_reached, stacked_biases
-from excise.checkpoints.loading import Loaded
+from excise.capture.directions import Directions
+from excise.capture.moments import RowObserver, rarely_reached, stacked_biases
+from excise.capture.sweep import SIDES, Observer, Seen
 from excise.config import Config
 from excise.errors import ConfigError
-from excise.events import OnEvent
 from excise.methods.ara_math import AraPoint, AraStats, build, prepare
 from excise.methods.ridge_math import basis_for
 from excise.model.anatomy import Anatomy, Writer
@@ -35,23 +35,30 @@ class AraCandidate:
     point: AraPoint
 
 
-def capture(
-    loaded: Loaded,
-    writers: Sequence[Writer],
-    tokens: Mapping[str, list[list[int]]],
-    on_event: OnEvent,
-) -> dict[str, Tensor]:
-    """Capture every writer's inputs at the last prompt token, under "WRITER/target" and "WRITER/contrast".
+class AraCapture:
+    """Every writer's inputs at the last prompt token, under "WRITER/target" and "WRITER/contrast"."""
 
-    Raises:
-        MeasurementError: they are not finite.
-        MemoryExhausted: one prompt does not fit.
-    """
-    out: dict[str, Tensor] = {}
-    for side in ("target", "contrast"):
-        rows = last_rows(loaded, writers, tokens[side], f"capture {side} writers", on_event)
-        out |= {f"{w.name}/{side}": r.inputs for w, r in zip(writers, rows, strict=True)}
-    return out
+    responses = False
+
+    def __init__(self, writers: Sequence[Writer]) -> None:
+        self.writers = writers
+        self._rows = {side: RowObserver(writers) for side in SIDES}
+
+    def observers(self, side: str) -> Sequence[Observer]:
+        """Return the observer of a side's prompts."""
+        return [self._rows[side]]
+
+    def tensors(self, _seen: Seen, _directions: Directions) -> dict[str, Tensor]:
+        """Return what is stored with the run.
+
+        Raises:
+            MeasurementError: inputs or outputs are not finite.
+        """
+        return {
+            f"{writer.name}/{side}": rows.inputs
+            for side, one in self._rows.items()
+            for writer, rows in zip(self.writers, one.rows(), strict=True)
+        }
 
 
 class AraMethod:

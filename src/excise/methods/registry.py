@@ -14,7 +14,7 @@ from optuna.distributions import BaseDistribution
 from torch import Tensor
 
 from excise.capture.directions import Directions
-from excise.capture.residuals import Pass
+from excise.capture.sweep import Capture, ResidualsAlone
 from excise.checkpoints.loading import Loaded
 from excise.config import Config, SettledConfig
 from excise.events import OnEvent
@@ -64,12 +64,6 @@ class Bench(Protocol):
     def on_event(self) -> OnEvent:
         """Told of progress."""
 
-    def responses(self) -> Sequence[Sequence[int]]:
-        """Return the model's own greedy responses to the contrast prompts of the directions."""
-
-    def residuals(self, side: str) -> Pass:
-        """Return a side's pass over residuals at the last prompt token."""
-
 
 def edited_writers(bench: Bench) -> Sequence[Writer]:
     """Return the writers that the configuration edits."""
@@ -84,23 +78,16 @@ class Kind:
     """One method of the registry.
 
     Attributes:
-        capture: measures what the method needs of the model, once per run; stored with the run.
+        capture: says what the method needs of the direction prompts, captured once and stored with the run.
         bind: makes the method from what was captured.
         check: raises `ConfigError` where settings, the number of prompts and the model do not fit.
         layout: version of what is captured; a run of another one is refused.
     """
 
-    capture: Callable[[Bench, Directions], dict[str, Tensor]]
+    capture: Callable[[Bench], Capture]
     bind: Callable[[Bench, Directions, Tensors], Method]
     check: Callable[[Config, int, Anatomy], None]
     layout: str = "1"
-
-
-def _ridge_capture(bench: Bench, _directions: Directions) -> dict[str, Tensor]:
-    writers, responses = edited_writers(bench), bench.responses()
-    return ridge.capture(
-        bench.loaded, writers, bench.tokens, responses, bench.config, bench.on_event
-    )
 
 
 def _ridge(bench: Bench, _directions: Directions, captured: Tensors) -> Method:
@@ -108,18 +95,9 @@ def _ridge(bench: Bench, _directions: Directions, captured: Tensors) -> Method:
     return ridge.RidgeMethod(edited_writers(bench), layers, captured, bench.config)
 
 
-def _ara_capture(bench: Bench, _directions: Directions) -> dict[str, Tensor]:
-    return ara.capture(bench.loaded, edited_writers(bench), bench.tokens, bench.on_event)
-
-
 def _ara(bench: Bench, _directions: Directions, captured: Tensors) -> Method:
     layers = len(bench.loaded.anatomy.layers)
     return ara.AraMethod(edited_writers(bench), layers, captured, bench.config)
-
-
-def _subspace_capture(bench: Bench, directions: Directions) -> dict[str, Tensor]:
-    target, contrast = bench.residuals("target"), bench.residuals("contrast")
-    return subspace.capture(target, contrast, directions, bench.config)
 
 
 def _subspace(bench: Bench, directions: Directions, captured: Tensors) -> Method:
@@ -135,10 +113,17 @@ def _directional(bench: Bench, directions: Directions, _captured: Tensors) -> Me
 
 
 KINDS: dict[str, Kind] = {
-    "directional": Kind(lambda *_: {}, _directional, lambda *_: None),
-    "subspace": Kind(_subspace_capture, _subspace, subspace.check),
-    "ara": Kind(_ara_capture, _ara, ara.check),
-    "ridge": Kind(_ridge_capture, _ridge, ridge.check, layout="2"),
+    "directional": Kind(lambda _: ResidualsAlone(), _directional, lambda *_: None),
+    "subspace": Kind(
+        lambda b: subspace.SubspaceCapture(config=b.config), _subspace, subspace.check
+    ),
+    "ara": Kind(lambda b: ara.AraCapture(edited_writers(b)), _ara, ara.check),
+    "ridge": Kind(
+        lambda b: ridge.RidgeCapture(edited_writers(b), b.config.ridge.basis),
+        _ridge,
+        ridge.check,
+        layout="2",
+    ),
 }
 
 

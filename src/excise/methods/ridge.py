@@ -10,19 +10,20 @@ import torch
 from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
 from torch import Tensor
 
+from excise.capture.directions import Directions
 from excise.capture.moments import (
     LastRows,
-    TokenSpan,
-    last_rows,
+    MomentObserver,
+    RowObserver,
+    SketchObserver,
+    TokenMoments,
     rarely_reached,
+    sketch_draws,
     stacked_biases,
-    token_moments,
-    token_sketches,
 )
-from excise.checkpoints.loading import Loaded
+from excise.capture.sweep import Observer, Seen
 from excise.config import Config
 from excise.errors import ConfigError
-from excise.events import OnEvent
 from excise.methods.profiles import Profile, hill_of, share_key, shares_of
 from excise.methods.ridge_math import RidgePoint, RidgeStats, basis_for, build, nearest
 from excise.methods.search_space import followers, hill
@@ -30,6 +31,8 @@ from excise.model.anatomy import Anatomy, Writer
 from excise.model.edits import Edit
 
 MOST_NEIGHBOURS = 60
+MOMENT_BYTES = 2 * 2**30  # of sums in all of input space, for writers that are kept in a basis
+_SUMS_BYTES = 2 * 8  # of an entry of those: two sums in float64
 
 
 @dataclass(frozen=True)
@@ -48,78 +51,97 @@ class RidgeCandidate:
         return self.profile.strength(writer.layer) * self.shares.get(writer.component, 1.0)
 
 
-def capture(
-    loaded: Loaded,
-    writers: Sequence[Writer],
-    tokens: Mapping[str, list[list[int]]],
-    responses: Sequence[Sequence[int]],
-    config: Config,
-    on_event: OnEvent,
-) -> dict[str, Tensor]:
-    """Capture what ridge ablation needs of every writer, under "WRITER/what".
+class RidgeCapture:
+    """What ridge ablation captures of every writer, under "WRITER/what".
 
-    S_keep is over the tokens that predict the model's own `responses` to contrast prompts, from the
+    S_keep is over the tokens that predict the model's own responses to contrast prompts, from the
     prompt's last token on; S_prompt over the tokens before that one. Where a writer has more in
-    features than `ridge.basis`, everything is kept in a basis of that many dimensions.
-
-    Raises:
-        MeasurementError: inputs or outputs are not finite.
-        MemoryExhausted: one prompt does not fit.
+    features than `ridge.basis`, everything is kept in a basis of that many dimensions. The basis depends on
+    all tokens: moments are summed in all of input space where they fit `MOMENT_BYTES`, else by a second
+    sweep.
     """
-    target = last_rows(loaded, writers, tokens["target"], "capture target writers", on_event)
-    contrast = last_rows(loaded, writers, tokens["contrast"], "capture contrast writers", on_event)
-    pairs = list(zip(tokens["contrast"], responses, strict=True))
-    whole = [[*ids, *answer[:-1]] for ids, answer in pairs]
-    size = config.ridge.basis
-    bases = _bases(loaded, writers, target, contrast, list(map(TokenSpan, whole)), size, on_event)
-    written = [
-        TokenSpan(text, begin=len(ids) - 1) for text, (ids, _) in zip(whole, pairs, strict=True)
-    ]
-    before = [TokenSpan(ids, spare=1) for ids, _ in pairs]
-    keep = token_moments(loaded, writers, written, bases, "capture responses", on_event)
-    prompts = token_moments(loaded, writers, before, bases, "capture prompts", on_event)
-    out: dict[str, Tensor] = {}
-    for writer, x, xc, kept, read in zip(writers, target, contrast, keep, prompts, strict=True):
-        basis = kept.basis.cpu() if kept.basis is not None else None
-        seen = x.inputs if basis is None else x.inputs @ basis.T
-        first = xc.inputs if basis is None else xc.inputs @ basis.T
-        parts = {
-            "keep": kept.mean().cpu(),
-            "prompts": read.mean().cpu(),
-            "first": first.T @ first / max(len(first), 1),
-            "target": seen,
-            "outputs": x.outputs,
-            "contrast": xc.outputs,
-            "diagonal": torch.tensor(kept.square / max(kept.tokens, 1) / writer.shape[1]),
+
+    responses = True
+
+    def __init__(self, writers: Sequence[Writer], size: int) -> None:
+        """`size`: dimensions of a basis."""
+        self.writers = writers
+        self._size = size
+        self._large = [n for n, w in enumerate(writers) if w.shape[1] > size]
+        whole = sum(_SUMS_BYTES * writers[n].shape[1] ** 2 for n in self._large) <= MOMENT_BYTES
+        wide = set() if whole else set(self._large)
+        self._target, self._contrast = RowObserver(writers), RowObserver(writers)
+        bases = {n: None for n in range(len(writers)) if n not in wide}
+        self._keep = MomentObserver(writers, "written", bases)
+        self._prompts = MomentObserver(writers, "before", bases)
+        self._sketches = SketchObserver(writers, sorted(wide), size // 2)
+
+    def observers(self, side: str) -> Sequence[Observer]:
+        """Return the observers of a side's texts."""
+        if side == "target":
+            return [self._target]
+        return [self._contrast, self._keep, self._prompts, self._sketches]
+
+    def tensors(self, seen: Seen, _directions: Directions | None = None) -> dict[str, Tensor]:
+        """Return what is stored with the run.
+
+        Raises:
+            MeasurementError: inputs or outputs are not finite.
+            MemoryExhausted: one prompt does not fit in the second sweep.
+        """
+        target, contrast = self._target.rows(), self._contrast.rows()
+        bases = self._bases(target, contrast)
+        keep, prompts = self._moments(seen, bases)
+        out: dict[str, Tensor] = {}
+        for number, (writer, x, xc) in enumerate(zip(self.writers, target, contrast, strict=True)):
+            basis, kept = bases.get(number), keep[number]
+            parts = {
+                "keep": kept.mean().cpu(),
+                "prompts": prompts[number].mean().cpu(),
+                "first": _gram(xc.inputs if basis is None else xc.inputs @ basis.T),
+                "target": x.inputs if basis is None else x.inputs @ basis.T,
+                "outputs": x.outputs,
+                "contrast": xc.outputs,
+                "diagonal": torch.tensor(kept.square / max(kept.tokens, 1) / writer.shape[1]),
+            }
+            if basis is not None:
+                parts["basis"] = basis
+            out |= {f"{writer.name}/{what}": t.contiguous() for what, t in parts.items()}
+        return out
+
+    def _bases(self, target: Sequence[LastRows], contrast: Sequence[LastRows]) -> dict[int, Tensor]:
+        """Choose a basis for each writer whose input space is too large as it is.
+
+        It spans target rows first, then contrast rows, then where most of the tokens lie.
+        """
+        sketches = self._sketches.sums
+        if not sketches:
+            draws = sketch_draws(self.writers, self._large, self._size // 2)
+            sums = {n: self._keep.sums[n].moment + self._prompts.sums[n].moment for n in draws}
+            sketches = {n: draws[n].T @ sums[n].float() for n in draws}
+        return {
+            n: joint_basis([target[n].inputs, contrast[n].inputs, sketch.cpu()], self._size)
+            for n, sketch in sketches.items()
         }
-        if basis is not None:
-            parts["basis"] = basis
-        out |= {f"{writer.name}/{what}": t.contiguous() for what, t in parts.items()}
-    return out
+
+    def _moments(
+        self, seen: Seen, bases: Mapping[int, Tensor]
+    ) -> tuple[dict[int, TokenMoments], dict[int, TokenMoments]]:
+        """Return S_keep and S_prompt of every writer, in its basis where it has one."""
+        if self._sketches.sums:
+            both = [MomentObserver(self.writers, span, bases) for span in ("written", "before")]
+            seen.again("contrast", both, "capture moments")
+            keep, prompts = (one.sums for one in both)
+            return self._keep.sums | keep, self._prompts.sums | prompts
+        keep, prompts = (
+            {n: some.within(bases[n]) if n in bases else some for n, some in one.sums.items()}
+            for one in (self._keep, self._prompts)
+        )
+        return keep, prompts
 
 
-def _bases(
-    loaded: Loaded,
-    writers: Sequence[Writer],
-    target: Sequence[LastRows],
-    contrast: Sequence[LastRows],
-    texts: Sequence[TokenSpan],
-    size: int,
-    on_event: OnEvent,
-) -> list[Tensor | None]:
-    """Choose a basis per writer; None where its input space is small enough as it is.
-
-    It spans target rows first, then contrast rows, then where most of the tokens lie.
-    """
-    large = [n for n, w in enumerate(writers) if w.shape[1] > size]
-    bases: list[Tensor | None] = [None] * len(writers)
-    if not large:
-        return bases
-    chosen = [writers[n] for n in large]
-    sketches = token_sketches(loaded, chosen, texts, size // 2, "capture range", on_event)
-    for n, sketch in zip(large, sketches, strict=True):
-        bases[n] = joint_basis([target[n].inputs, contrast[n].inputs, sketch.cpu()], size)
-    return bases
+def _gram(rows: Tensor) -> Tensor:
+    return rows.T @ rows / max(len(rows), 1)
 
 
 def joint_basis(parts: Sequence[Tensor], size: int) -> Tensor:

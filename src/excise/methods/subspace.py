@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from excise.capture.directions import Directions
 from excise.capture.residuals import Pass
+from excise.capture.sweep import SIDES, ResidualsAlone, Seen
 from excise.config import Config, EditSection
 from excise.errors import ConfigError
 from excise.methods.directional import DirectionalMethod
@@ -30,6 +31,18 @@ class SubspaceCandidate:
 
     main: Candidate
     shares: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class SubspaceCapture(ResidualsAlone):
+    """What subspace ablation makes of the residuals."""
+
+    config: Config = field(kw_only=True)
+
+    def tensors(self, seen: Seen, directions: Directions) -> dict[str, Tensor]:
+        """Return what is stored with the run."""
+        target, contrast = (seen.residuals[side] for side in SIDES)
+        return capture(target, contrast, directions, self.config)
 
 
 def capture(

@@ -156,7 +156,7 @@ def survey(
     with hold(folder):
         record, config = _reopen(folder, config)
         session = _same(record, config, scoring, folder, on_event)
-        target, contrast = (setup.residuals(session, side) for side in ("target", "contrast"))
+        target, contrast = setup.residuals(session)
         layers = [layer.as_dict() for layer in describe_layers(target, contrast)]
         record = record.with_geometry(layers)
         write_record(folder, record)

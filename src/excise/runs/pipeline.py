@@ -216,10 +216,11 @@ def _capture(session: Session, out: Path, *, resumed: bool) -> tuple[EditingSess
     known = read_directions(path) if resumed else None
     if resumed and known is None:
         raise RunStateError(f"{path} cannot be read: put it back as it was, or choose a new --out")
-    directions, separation = known or setup.find_directions(session)
+    seen = None if known else setup.observe(session)
+    directions, separation = known or setup.find_directions(session, seen)
     if known is None:
         save_directions(path, directions, separation, session.sets.opening)
-    return setup.prepare(session, directions, out, anew=not resumed), separation
+    return setup.prepare(session, directions, out, seen), separation
 
 
 def _open_search(

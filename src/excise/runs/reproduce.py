@@ -186,9 +186,10 @@ def _edits(
     """Make a trial's edits, with all that its run captured captured anew."""
     check_method(session)
     with phase("capture", session.on_event):
-        directions, separation = setup.find_directions(session)
+        seen = setup.observe(session)
+        directions, separation = setup.find_directions(session, seen)
         save_directions(room / DIRECTIONS, directions, separation, session.sets.opening)
-        prepared = setup.prepare(session, directions, room, anew=True)
+        prepared = setup.prepare(session, directions, room, seen)
         return setup.own_edits(prepared, params, room)
 
 

@@ -6,22 +6,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from excise.capture.residuals import Pass, residual_pass
+from excise.capture.sweep import Capture, Seen, observe
 from excise.checkpoints.loading import Loaded
 from excise.config import SettledConfig
 from excise.engine.batch_sizing import direction_engine
 from excise.engine.engine import Engine, Plan, Reference
-from excise.events import OnEvent, track
+from excise.engine.requests import Responses
+from excise.engine.stacking import ORIGINAL
+from excise.events import OnEvent
 from excise.methods.registry import Method
 from excise.model.anatomy import Writer
 from excise.model.edits import Edit
 from excise.prompts.measured_sets import MeasuredSets, Part
-from excise.prompts.tokens import batches, pad_token
 from excise.search.evaluation import Measures, Panel
 from excise.search.scorers import Scorer
 from excise.search.scoring import Scoring
-
-_CAPTURE_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -69,20 +68,18 @@ class Session:
         """Return a panel of `scorers` on an engine that measures on the prompts of `part`."""
         return Panel(engine, scorers, self.scoring.context(self.sets.part(part)))
 
-    def residuals(self, side: str) -> Pass:
-        """Return the pass over a side's direction prompts that gives their residuals."""
-        pad = pad_token(self.loaded.model, self.loaded.tokenizer)
-        padding = self.loaded.anatomy.padding
-        device = self.loaded.device
-        chunks = batches(self.sets[side].ids, _CAPTURE_ROWS, pad, device, padding=padding)
-        run = residual_pass(self.loaded.anatomy, chunks, self.config.directions.winsor)
-        return lambda: track(run(), f"capture {side}", len(chunks), self.on_event)
+    def observe(self, capture: Capture) -> Seen:
+        """Run the direction prompts through the model once, for residuals and for `capture`."""
+        responses = self.responses() if capture.responses else None
+        winsor = self.config.directions.winsor
+        return observe(self.loaded, capture, self.tokens, responses, winsor, self.on_event)
 
     def responses(self) -> list[Sequence[int]]:
         """Return the model's own responses to the contrast prompts of the directions."""
         prompts = {"contrast": self.sets["contrast"].ids}
         engine = direction_engine(self.loaded, prompts, self.config, on_event=self.on_event)
-        return [response.tokens for response in engine.original("contrast").responses]
+        evidence = engine.measure([ORIGINAL], [Responses("contrast")])[0]
+        return [response.tokens for response in evidence.responses["contrast"]]
 
     def of(self, loaded: Loaded) -> Session:
         """Return the session of another model, which has its edit in its weights if any."""

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from excise.capture.directions import Directions, auc, from_means
-from excise.capture.residuals import geometric_median, mean, projections
+from excise.capture.residuals import Pass, geometric_median, mean, projections
+from excise.capture.sweep import SIDES, ResidualsAlone, Seen
 from excise.checkpoints.loading import Loaded, load
 from excise.config import Config
 from excise.errors import MeasurementError, RunStateError
@@ -64,14 +65,25 @@ def open_responses(session: Session, known: Opening | None = None) -> Session:
     return replace(session, sets=session.sets.opened(opening))
 
 
-def find_directions(session: Session) -> tuple[Directions, Separation]:
+def observe(session: Session) -> Seen:
+    """Run the direction prompts through the model once, for directions and the method.
+
+    Raises:
+        MemoryExhausted: one prompt does not fit.
+    """
+    return session.observe(kind_of(session.config).capture(session))
+
+
+def find_directions(session: Session, seen: Seen | None = None) -> tuple[Directions, Separation]:
     """Find directions in the direction prompts' residuals, and how well each separates the two sets.
+
+    `seen` is what `observe` left; without it, residuals alone are captured.
 
     Raises:
         MeasurementError: residuals are not finite or do not differ.
     """
     section = session.config.directions
-    passes = {side: session.residuals(side) for side in ("target", "contrast")}
+    passes = (seen or session.observe(ResidualsAlone())).residuals
     centre = geometric_median if section.center == "geometric_median" else mean
     means = {side: centre(run)[1:] for side, run in passes.items()}
     directions = from_means(means["target"], means["contrast"], projected=section.projected)
@@ -81,26 +93,32 @@ def find_directions(session: Session) -> tuple[Directions, Separation]:
     return directions, Separation(auc=values)
 
 
-def residuals(session: Session, side: str) -> Tensor:
-    """Return residuals (P, L, D) of a side's direction prompts after each layer, on the CPU.
+def residuals(session: Session) -> list[Tensor]:
+    """Return residuals (P, L, D) of target and contrast prompts after each layer, on the CPU.
 
     Raises:
         MeasurementError: they are not finite.
     """
-    parts = [(batch.rows, x[:, 1:].float().cpu()) for batch, x in session.residuals(side)()]
-    order = torch.cat([rows for rows, _ in parts]).argsort()
-    found = torch.cat([x for _, x in parts])[order]
-    if not bool(torch.isfinite(found).all()):
+    seen = session.observe(ResidualsAlone())
+    found = [_in_order(seen.residuals[side]) for side in SIDES]
+    if not all(bool(torch.isfinite(x).all()) for x in found):
         raise MeasurementError("residuals are not finite: try --set model.dtype=float32")
     return found
 
 
+def _in_order(run: Pass) -> Tensor:
+    parts = [(batch.rows, x[:, 1:].float().cpu()) for batch, x in run()]
+    order = torch.cat([rows for rows, _ in parts]).argsort()
+    return torch.cat([x for _, x in parts])[order]
+
+
 def prepare(
-    session: Session, directions: Directions, folder: Path, *, anew: bool
+    session: Session, directions: Directions, folder: Path, seen: Seen | None = None
 ) -> EditingSession:
     """Prepare the method for the writers that the configuration edits.
 
-    What it captures of the model is stored in `folder`, and read back from there unless `anew`.
+    What it captured of the model when it was `seen` is stored in `folder`; without that, what stands there
+    is read back.
 
     Raises:
         MeasurementError: what was captured cannot be used.
@@ -108,12 +126,24 @@ def prepare(
         RunStateError: it was written by a version that captured other things.
     """
     kind, stored = kind_of(session.config), folder / CAPTURED
-    captured = None if anew else read_tensors(stored, kind.layout)
+    captured = read_tensors(stored, kind.layout) if seen is None else None
     if captured is None:
-        captured = kind.capture(session, directions)
+        captured = captured_of(session, directions, seen)
         if captured:
             save_tensors(stored, captured, {"format": "pt", LAYOUT: kind.layout})
     return EditingSession(**vars(session), method=kind.bind(session, directions, captured))
+
+
+def captured_of(
+    session: Session, directions: Directions, seen: Seen | None = None
+) -> dict[str, Tensor]:
+    """Return what the method captures of the model: none where directions are all that it needs."""
+    if seen is None:
+        capture = kind_of(session.config).capture(session)
+        if capture == ResidualsAlone():
+            return {}
+        seen = session.observe(capture)
+    return seen.capture.tensors(seen, directions)
 
 
 def restore(session: Session, folder: Path) -> EditingSession:
@@ -125,7 +155,7 @@ def restore(session: Session, folder: Path) -> EditingSession:
     known = read_directions(folder / DIRECTIONS)
     if known is None:
         raise RunStateError(f"{folder} has no readable {DIRECTIONS}")
-    return prepare(session, known[0], folder, anew=False)
+    return prepare(session, known[0], folder)
 
 
 def own_edits(
