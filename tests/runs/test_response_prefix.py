@@ -20,6 +20,7 @@ from excise.checkpoints.loading import Loaded
 from excise.cli import main as cli
 from excise.model.anatomy import describe
 from excise.prompts.measured_sets import LONGEST, Opening
+from excise.runs import response_prefix
 from excise.runs.response_prefix import (
     find_opening,
     given_opening,
@@ -130,6 +131,25 @@ def test_a_block_that_most_responses_open_is_closed():
     assert "close the thinking block" in opening.note
     kept = found(loaded, thinking=True)
     assert spell(loaded, kept.ids) == "<think>so it"
+
+
+@pytest.mark.parametrize(("text", "looks"), [("I am", [8]), ("abcdefghijklm", [8, LONGEST])])
+def test_more_tokens_are_decoded_only_where_the_first_are_all_shared(text, looks, monkeypatch):
+    limits, begin = [], response_prefix._begin
+
+    def beginning(loaded, prompts, ids, limit):
+        limits.append(limit)
+        return begin(loaded, prompts, ids, limit)
+
+    monkeypatch.setattr(response_prefix, "_begin", beginning)
+    loaded = habitual(text)
+    ids = loaded.tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert list(found(loaded).ids[: len(ids)]) == ids
+    assert limits == looks
+    monkeypatch.setattr(response_prefix, "_FIRST", LONGEST)
+    whole = found(loaded)
+    monkeypatch.undo()
+    assert found(loaded) == whole
 
 
 def test_responses_that_never_differ_have_no_beginning():

@@ -118,7 +118,7 @@ class RidgeCapture:
         if not sketches:
             draws = sketch_draws(self.writers, self._large, self._size // 2)
             sums = {n: self._keep.sums[n].moment + self._prompts.sums[n].moment for n in draws}
-            sketches = {n: draws[n].T @ sums[n].float() for n in draws}
+            sketches = {n: (draws[n].T.to(sums[n]) @ sums[n]).float() for n in draws}
         return {
             n: joint_basis([target[n].inputs, contrast[n].inputs, sketch.cpu()], self._size)
             for n, sketch in sketches.items()

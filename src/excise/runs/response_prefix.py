@@ -20,6 +20,7 @@ from excise.prompts.tokens import end_tokens
 
 PROMPTS = 32  # of each side: enough to see what a majority does
 _TOKENS = 2**15  # of a pass: all prompts of usual length at once
+_FIRST = 8  # tokens of each response that are looked at first
 _ROUNDS = 3  # a thinking block that is closed by us shows what comes after it
 
 
@@ -49,8 +50,7 @@ def find_opening(
     ids: list[int] = []
     shares: dict[str, float] = {}
     for _ in range(_ROUNDS):
-        responses = _begin(loaded, prompts, ids)
-        found = shared_beginning(responses, end_tokens(loaded.model, tokenizer))
+        responses, found = _look(loaded, prompts, ids)
         if not thinking:
             found = _up_to_thinking(tokenizer, found)
         if len(found) >= LONGEST:
@@ -115,12 +115,27 @@ def _up_to_thinking(tokenizer: Any, found: list[int]) -> list[int]:
     return found
 
 
-def _begin(
+def _look(
     loaded: Loaded, prompts: dict[str, list[list[int]]], ids: list[int]
+) -> tuple[dict[str, list[tuple[int, ...]]], list[int]]:
+    """Return how responses after `ids` begin, and the tokens that they share.
+
+    A few tokens are enough where they share fewer.
+    """
+    for limit in (_FIRST, LONGEST):
+        responses = _begin(loaded, prompts, ids, limit)
+        found = shared_beginning(responses, end_tokens(loaded.model, loaded.tokenizer))
+        if len(found) < limit:
+            break
+    return responses, found
+
+
+def _begin(
+    loaded: Loaded, prompts: dict[str, list[list[int]]], ids: list[int], limit: int
 ) -> dict[str, list[tuple[int, ...]]]:
-    """Decode the first tokens of the original's responses to some prompts of each side."""
+    """Decode the first `limit` tokens of the original's responses to some prompts of each side."""
     rows = {side: [[*row, *ids] for row in rows[:PROMPTS]] for side, rows in prompts.items()}
-    engine = Engine(loaded, (), rows, max_new_tokens=LONGEST, plan=Plan(tokens=_TOKENS))
+    engine = Engine(loaded, (), rows, max_new_tokens=limit, plan=Plan(tokens=_TOKENS))
     evidence = engine.measure([ORIGINAL], [Responses(side) for side in rows])[0]
     return {side: [r.tokens for r in evidence.responses[side]] for side in rows}
 
