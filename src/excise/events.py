@@ -93,14 +93,17 @@ def phase(name: str, on_event: OnEvent, total: int | None = None) -> Iterator[No
 
 
 def at_most_every(seconds: float, on_event: OnEvent) -> OnEvent:
-    """Return an `OnEvent` that passes on `Progress` at most every so many seconds, and all other events."""
+    """Return an `OnEvent` that passes on `Progress` at most every so many seconds, but for the last step.
+
+    All other events are passed on.
+    """
     last = -seconds
 
     def passed_on(event: Event) -> None:
         nonlocal last
         now = time.monotonic()
         if isinstance(event, Progress):
-            if now - last < seconds:
+            if now - last < seconds and event.done != event.total:
                 return
             last = now
         on_event(event)

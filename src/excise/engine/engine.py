@@ -325,17 +325,17 @@ class Engine:
         joins = self._joins
         drafts = self._drafts.get(side) if self._follows else None
 
-        rows, ended = passes.stack.size * len(numbers), 0
+        ended, most = 0, passes.stack.size * len(numbers) * self.limit  # in tokens
 
         def work(passes: Passes, members: list[int], chunk: list[int]) -> list[list[Response]]:
             nonlocal ended
-            mine = len(members) * len(chunk)
+            rows = len(members) * len(chunk)
 
             def on_step(steps: int) -> None:
-                done = ended * self.limit + min(steps, self.limit) * mine
-                self._on_event(Progress("responses", done, rows * self.limit))
+                now = ended + rows * min(steps, self.limit)
+                self._on_event(Progress("responses", now, most))
 
-            transcript = Transcript(tree, mine, self._ends, self.limit, on_step)
+            transcript = Transcript(tree, rows, self._ends, self.limit, on_step)
             batch = ResponseBatch(
                 passes,
                 members,
@@ -343,15 +343,14 @@ class Engine:
                 prompts,
                 transcript,
                 # Caches that do not join have to be filled in one pass.
-                rows=self._plan.fits("rows", lengths[chunk[0]])
-                if joins
-                else len(members) * len(chunk),
+                rows=self._plan.fits("rows", lengths[chunk[0]]) if joins else rows,
             )
             if drafts is not None:
                 batch.decode_with_drafts(drafts)
             else:
                 batch.decode()
-            ended += mine
+            on_step(self.limit)  # the rest of them ended before
+            ended += rows * self.limit
             return _per_member(transcript.responses(), len(members))
 
         return self._spread(work, passes, numbers, lengths, "decode" if joins else "rows")
