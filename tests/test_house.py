@@ -57,6 +57,7 @@ INTEGRATION = {
     "checkpoints/test_real_classes": "what Transformers' own classes do to names and layouts",
     "engine/test_large_vocab": "memory of the whole engine where V is large",
     "gguf/test_gguf_run": "GGUF files from a run to a chat",
+    "prompts/test_keep_set": "the wide set of prompts that ships",
     "runs/test_family_runs": "whole runs on several architectures",
     "prompts/test_disclaimers": "the prompt sets for a real model, as files and as their script",
     "cli/test_real_demo": "a whole run on a real model",
