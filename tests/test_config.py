@@ -259,7 +259,11 @@ def test_every_section_comes_back_from_toml(tmp_path):
             "behaviour": "x",
             "seed": 3,
             "model": {"source": "owner/name", "revision": "main", "trust_remote_code": True},
-            "prompts": {"target": {"source": "a/b", "answer_column": "t"}, "holdout_size": 5},
+            "prompts": {
+                "target": {"source": "a/b", "answer_column": "t"},
+                "holdout_size": 5,
+                "keep": [{"source": "builtin"}, {"source": "c/d", "column": 'q"'}],
+            },
             "directions": {"center": "geometric_median", "winsor": 0.995, "projected": True},
             "edit": {"components": ["mlp.down_proj"], "row_norms": "pre", "post_norms": False},
             "scores": {"objectives": ["drift"], "report": [], "show": [], "max_new_tokens": 1},
@@ -310,9 +314,10 @@ def test_any_value_comes_back_from_toml(text, number):
 def test_file_names_in_a_file_are_relative_to_it(tmp_path, monkeypatch):
     folder = tmp_path / "there"
     folder.mkdir()
-    for name in ("t.txt", "m.txt", "own.py"):
+    for name in ("t.txt", "m.txt", "k.txt", "own.py"):
         write(folder / name, "")
     text = (
+        'prompts.keep = [{source = "builtin"}, {source = "k.txt"}]\n'
         '[prompts.target]\nsource = "t.txt"\n[prompts.contrast]\nsource = "owner/name"\n'
         '[scores]\nmarkers_file = "../there/m.txt"\nfiles = ["own.py", "none.py"]\n'
     )
@@ -324,6 +329,7 @@ def test_file_names_in_a_file_are_relative_to_it(tmp_path, monkeypatch):
     ):
         assert config.prompts.target.source == str(folder / "t.txt")
         assert config.prompts.contrast.source == "owner/name"
+        assert [one.source for one in config.prompts.keep] == ["builtin", str(folder / "k.txt")]
         assert config.scores == ScoreSection(
             markers_file=str(folder / "m.txt"), files=(str(folder / "own.py"), "none.py")
         )
@@ -355,6 +361,21 @@ def test_a_run_started_with_relative_names_is_resumed_from_anywhere(tmp_path, mo
     found = [again.prompts.target.source, again.prompts.contrast.source, again.scores.markers_file]
     assert [Path(name).is_file() for name in found] == [True, True, True]
     assert Path(again.model.source).is_dir()
+
+
+@pytest.mark.parametrize(
+    ("flags", "sources"),
+    [
+        ("", ["builtin"]),
+        ("--no-keep", []),
+        ("--keep builtin owner/name", ["builtin", "owner/name"]),
+    ],
+)
+def test_what_to_keep_is_the_wide_set_unless_flags_say_otherwise(flags, sources):
+    from excise.cli import main as cli
+
+    arguments = cli.build_parser().parse_args(f"run model --out run {flags}".split())
+    assert [one.source for one in cli._config(arguments, "model").prompts.keep] == sources
 
 
 def test_a_behaviour_of_ones_own_is_named_after_its_file_unless_it_says_otherwise(tmp_path):

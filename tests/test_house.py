@@ -228,7 +228,7 @@ def test_the_command_line_is_what_the_contract_says():
     prompts += (
         "--eval-size --markers --max-new-tokens --method --quantize --set --strengthen --target "
     )
-    prompts += "--target-eval"
+    prompts += "--target-eval --keep --no-keep"
     expected = {
         "demo": ["--out", "--real", "--seed", "--trials", *progress],
         "run": [

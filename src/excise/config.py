@@ -24,6 +24,7 @@ from excise.trees import merge, nest, parse_value, resolve_paths, walk_texts
 RowNorms = Literal["none", "pre", "full"]
 MethodName = Literal["directional", "subspace", "ridge", "ara"]
 
+BUILTIN = "builtin"  # among the sources of `prompts.keep`: the set that ships
 _MOST = 10**9  # upper bound of every count
 _NAME_BYTES, _PATH_BYTES = 255, 4096  # limits of file systems
 _SHOWN = 3  # errors of one configuration that a message names
@@ -93,6 +94,7 @@ class PromptSource(Section):
 class PromptSection(Section):
     """Sources of prompts, and how they are put to the model. Sizes count rows.
 
+    `keep` are ordinary prompts whose responses should stay, of every source that it names.
     `response_prefix` is the text that every response begins with; None finds what most of them share.
     """
 
@@ -102,6 +104,7 @@ class PromptSection(Section):
     contrast_eval: PromptSource | None = None
     target_holdout: PromptSource | None = None
     contrast_holdout: PromptSource | None = None
+    keep: Annotated[tuple[PromptSource, ...], Distinct] = (PromptSource(source=BUILTIN),)
     direction_size: Count = 400
     eval_size: Count = 100
     holdout_size: Count | None = None
@@ -356,13 +359,14 @@ def _emit(table: dict[str, Any], path: tuple[str, ...], lines: list[str]) -> Non
     scalars = {key: value for key, value in table.items() if not isinstance(value, dict)}
     if path and (scalars or not table):
         lines.append(f"\n[{'.'.join(path)}]")
-    lines.extend(f"{key} = {_toml_value(value)}" for key, value in scalars.items())
+    lines.extend(f"{key} = {toml_value(value)}" for key, value in scalars.items())
     for key, value in table.items():
         if isinstance(value, dict):
             _emit(value, (*path, key), lines)
 
 
-def _toml_value(value: Any) -> str:
+def toml_value(value: Any) -> str:
+    """Return plain data as TOML on one line."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
@@ -373,7 +377,9 @@ def _toml_value(value: Any) -> str:
             + '"'
         )
     if isinstance(value, list):
-        return "[" + ", ".join(_toml_value(item) for item in value) + "]"
+        return "[" + ", ".join(toml_value(item) for item in value) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {toml_value(item)}" for key, item in value.items()) + "}"
     return repr(value)
 
 

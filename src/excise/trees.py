@@ -32,9 +32,13 @@ def walk_texts(data: Any, path: str = "") -> Iterator[tuple[str, str]]:
 def resolve_paths(tree: Tree, folder: Path) -> Tree:
     """Make the file names in a tree absolute, taken relative to `folder`."""
     places: list[tuple[Any, tuple[str, ...]]]
-    places = [(value, ("source",)) for value in _table(tree, "prompts").values()]
+    prompts = _table(tree, "prompts")
+    places = [(value, ("source",)) for value in prompts.values()]
+    if isinstance(prompts.get("keep"), list):
+        named = [value for value in prompts["keep"] if value != {"source": "builtin"}]
+        places += [(value, ("source",)) for value in named]
     places += [
-        (_table(tree, "prompts"), ("chat_template",)),
+        (prompts, ("chat_template",)),
         (_table(tree, "model"), ("source",)),
         (_table(tree, "scores"), ("markers_file", "files")),
         (_table(tree, "export"), ("llama_cpp", "from_gguf")),

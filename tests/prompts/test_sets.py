@@ -222,7 +222,7 @@ def numbered(tmp_path, name, count):
 
 
 def sets_of(tmp_path, files, **sizes):
-    """The six sets when `files` maps role -> number of rows; each role has its own file."""
+    """The sets when `files` maps role -> number of rows; each role has its own file."""
     sources = {role: numbered(tmp_path, role, count) for role, count in files.items()}
     return load_prompt_sets(PromptSection(**sources, **sizes))
 
@@ -279,6 +279,7 @@ def test_the_rows_of_each_role(tmp_path, files, more, expected):
     names = [s.role for s in found.all()]
     assert names == [
         "target", "contrast", "target_eval", "contrast_eval", "target_holdout", "contrast_holdout",
+        "keep",
     ]  # fmt: skip
     held = more.get("holdout_size", 25)
     assert span(found.contrast_holdout) == ("contrast", 15, 15 + held)
@@ -320,7 +321,7 @@ def test_each_set_says_where_it_came_from(tmp_path):
         direction_size=10,
         eval_size=5,
     )
-    names = {s.role: s.source.rsplit("/", 1)[1] for s in found.all()}
+    names = {s.role: s.source.rsplit("/", 1)[-1] for s in found.all()}
     assert names == {
         "target": "target.txt",
         "target_eval": "target_eval.txt",
@@ -328,6 +329,7 @@ def test_each_set_says_where_it_came_from(tmp_path):
         "contrast": "contrast.txt",
         "contrast_eval": "contrast.txt",
         "contrast_holdout": "contrast_holdout.txt",
+        "keep": "builtin",
     }
 
 
@@ -383,3 +385,28 @@ def test_the_hash_does_not_depend_on_role_source_or_file_format(tmp_path):
         path = str(write_rows(tmp_path / f"p{suffix}", ROWS))
         hashes.add(PromptSet(suffix, path, read_prompts(PromptSource(source=path))).sha256)
     assert len(hashes) == 1
+
+
+def test_what_to_keep_is_read_from_every_source_once_and_never_from_another_set(tmp_path):
+    sources = {name: numbered(tmp_path, name, 20) for name in ("target", "contrast")}
+    mine = tmp_path / "mine.txt"
+    mine.write_text("one\ncontrast 15\ntwo\ntarget 3\none\n")
+    more = write_rows(tmp_path / "more.jsonl", [{"text": "two"}, {"text": "three"}])
+    keep = tuple(PromptSource(source=str(path)) for path in (mine, more))
+    sizes = {"direction_size": 10, "eval_size": 5}
+    found = load_prompt_sets(PromptSection(**sources, **sizes, keep=keep)).keep
+    assert (found.role, found.source) == ("keep", "mine.txt, more.jsonl")
+    assert texts(found.prompts) == ["one", "two", "three"]
+    nothing = load_prompt_sets(PromptSection(**sources, **sizes, keep=()))
+    assert len(nothing.keep) == 0
+    mine.write_text("contrast 15\n")
+    with pytest.raises(PromptError, match=r"mine\.txt: the other sets of prompts hold all"):
+        load_prompt_sets(PromptSection(**sources, **sizes, keep=keep[:1]))
+
+
+def test_the_wide_set_that_ships_is_kept_unless_another_is_named(tmp_path):
+    sources = {name: numbered(tmp_path, name, 20) for name in ("target", "contrast")}
+    found = load_prompt_sets(PromptSection(**sources, direction_size=10)).keep
+    assert found.source == "builtin"
+    assert len(found) > 700
+    assert len({prompt.group for prompt in found.prompts}) > 50

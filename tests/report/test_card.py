@@ -298,6 +298,27 @@ def test_the_command_repeats_the_configuration() -> None:
     assert again == expected
 
 
+@pytest.mark.parametrize(
+    ("keep", "words"),
+    [
+        ([{"source": "builtin"}], ""),
+        ([], "--no-keep"),
+        ([{"source": "builtin"}, {"source": "/home/someone/own.txt"}], "--keep builtin own.txt"),
+        (
+            [{"source": "/home/someone/own.csv", "column": "ask"}],
+            """--set 'prompts.keep=[{source = "own.csv", column = "ask"}]'""",
+        ),
+    ],
+)
+def test_the_command_says_what_was_kept(keep: list[dict[str, str]], words: str) -> None:
+    config = load_config(flags={"prompts.keep": keep}).model_dump(mode="json", exclude_none=True)
+    text = command(make_record(config=config))
+    assert words in text
+    assert "keep" in text or not words
+    assert "keep" not in text or words
+    assert "someone" not in text
+
+
 def test_a_built_in_behaviour_is_named_and_its_settings_are_not_repeated() -> None:
     config = load_config(behaviour="refusal", flags={"seed": 3}).model_dump(mode="json")
     text = command(make_record(behaviour="refusal", config=config, seed=3))

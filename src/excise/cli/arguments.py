@@ -215,6 +215,13 @@ def _prompts(group: argparse._ArgumentGroup) -> None:
     for name, text in zip(PROMPT_FLAGS, texts, strict=True):
         flag = f"--{name.replace('_', '-')}"
         group.add_argument(flag, metavar="FILE|ID", help=text)
+    keep = group.add_mutually_exclusive_group()
+    text = (
+        "ordinary prompts whose responses should stay (default: builtin, the wide set that ships)"
+    )
+    keep.add_argument("--keep", nargs="+", metavar="FILE|ID", help=text)
+    text = "keep the responses to contrast prompts only"
+    keep.add_argument("--no-keep", action="store_true", help=text)
     text = "rows used for directions (default: 400)"
     group.add_argument("--direction-size", type=int, metavar="N", help=text)
     text = "rows that score trials; the rest is the holdout (default: 100)"

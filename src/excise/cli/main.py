@@ -82,7 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _config(arguments: argparse.Namespace, model: str) -> Any:
     """Return the configuration that the flags make."""
-    from excise.config import load_config
+    from excise.config import BUILTIN, load_config
 
     given = vars(arguments)
     flags: dict[str, Any] = {"model.source": _absolute(model)}
@@ -106,6 +106,9 @@ def _config(arguments: argparse.Namespace, model: str) -> Any:
     for name in PROMPT_FLAGS:
         if given[name] is not None:
             flags[f"prompts.{name}"] = {"source": _absolute(given[name])}
+    if given["keep"] is not None or given["no_keep"]:
+        names = [n if n == BUILTIN else _absolute(n) for n in given["keep"] or ()]
+        flags["prompts.keep"] = [{"source": name} for name in names]
     return load_config(
         behaviour=arguments.behaviour,
         file=arguments.config,

@@ -6,16 +6,21 @@ Knows nothing of file formats (`prompt_files`), nor of tokenizers or models.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from decimal import Decimal
+from importlib import resources
+from pathlib import Path
 from typing import Any
 
-from excise.config import PromptSection, PromptSource
+from excise.config import BUILTIN, PromptSection, PromptSource
 from excise.errors import PromptError
 from excise.prompts.prompt_files import LONGEST, read_rows
-from excise.reading import is_unicode
+from excise.reading import is_file, is_unicode
 
+_SHIPPED = PromptSource(
+    source=str(resources.files("excise") / "data" / "keep" / "prompts.jsonl"), group_column="kind"
+)
 _MOST = 100_000  # prompts of one set
 _LARGEST = 1 << 28  # characters of one set
 
@@ -57,7 +62,7 @@ def _digest(texts: list[str]) -> str:
 
 @dataclass(frozen=True)
 class PromptSets:
-    """Prompt sets of all six roles of a run. The holdout may be empty: then nothing is measured on it."""
+    """Prompt sets of all roles of a run. The holdout and `keep` may be empty: then neither is used."""
 
     target: PromptSet
     contrast: PromptSet
@@ -65,6 +70,7 @@ class PromptSets:
     contrast_eval: PromptSet
     target_holdout: PromptSet
     contrast_holdout: PromptSet
+    keep: PromptSet = PromptSet("keep", "", ())
 
     def all(self) -> tuple[PromptSet, ...]:
         """Return the sets, in the order of their roles."""
@@ -84,7 +90,7 @@ def load_prompt_sets(section: PromptSection) -> PromptSets:
     sides = {side: _load_side(section, side) for side in ("target", "contrast")}
     sets = PromptSets(**{s.role: s for side in sides.values() for s in side})
     _check_distinct(sets)
-    return sets
+    return replace(sets, keep=_load_keep(section, sets))
 
 
 def _load_side(section: PromptSection, side: str) -> tuple[PromptSet, PromptSet, PromptSet]:
@@ -114,6 +120,23 @@ def _load_side(section: PromptSection, side: str) -> tuple[PromptSet, PromptSet,
         PromptSet(f"{side}_eval", where.source, rest[:m]),
         PromptSet(f"{side}_holdout", held.source, holdout[:h]),
     )
+
+
+def _load_keep(section: PromptSection, sets: PromptSets) -> PromptSet:
+    """Read the keep set: each prompt once, and none of another role, which edits must not see."""
+    rows: dict[str, Prompt] = {}
+    for source in section.keep:
+        for prompt in read_prompts(_SHIPPED if source.source == BUILTIN else source):
+            rows.setdefault(prompt.text, prompt)
+    kept = _without(tuple(rows.values()), tuple(p for s in sets.all() for p in s.prompts))
+    # Names alone: a record holds no path of the user's machine.
+    names = [Path(s.source).name if is_file(Path(s.source)) else s.source for s in section.keep]
+    if names and not kept:
+        raise PromptError(
+            f"{', '.join(names)}: the other sets of prompts hold all of its rows: "
+            "give --keep with other prompts, or --no-keep"
+        )
+    return PromptSet("keep", ", ".join(names), kept)
 
 
 def _without(rows: tuple[Prompt, ...], seen: tuple[Prompt, ...]) -> tuple[Prompt, ...]:

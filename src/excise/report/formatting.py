@@ -38,6 +38,7 @@ _ROLES = {
     "contrast_eval": "do not trigger it; score trials",
     "target_holdout": "trigger the behaviour; final measurement",
     "contrast_holdout": "do not trigger it; final measurement",
+    "keep": "ordinary use; their responses are kept",
 }
 
 _PHASES = {

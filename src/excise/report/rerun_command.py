@@ -6,11 +6,17 @@ published; `withheld` says which settings those are.
 
 from __future__ import annotations
 
-import json
 import shlex
 from typing import Any
 
-from excise.config import Config, PromptSource, behaviours, load_config, unknown_settings
+from excise.config import (
+    Config,
+    PromptSource,
+    behaviours,
+    load_config,
+    toml_value,
+    unknown_settings,
+)
 from excise.record import Record
 from excise.report.formatting import public_source
 
@@ -32,6 +38,7 @@ _FLAGS = {
 }
 # The card never holds text that is put to the model.
 _WITHHELD = ("prompts.system", "prompts.prefix", "prompts.suffix", "prompts.response_prefix")
+_KEEP = "prompts.keep"
 _ALWAYS = ("search.trials", "seed")
 # Said in a place of their own, or not part of what was measured.
 _ELSEWHERE = ("model.source", "behaviour")
@@ -88,12 +95,21 @@ def _flatten(tree: dict[str, Any], path: str = "") -> dict[str, Any]:
 
 def _public(key: str, value: Any) -> Any:
     """Return the value as it may be published: names of files without their folders."""
+    if key == _KEEP:
+        return [_given(source) for source in value or ()]
     paths = (".source", ".files", ".markers_file", ".chat_template", ".llama_cpp", ".from_gguf")
     if not key.endswith(paths):
         return value
     if isinstance(value, list):
         return [public_source(str(item)) for item in value]
     return public_source(value) if isinstance(value, str) else value
+
+
+def _given(source: dict[str, Any]) -> dict[str, Any]:
+    """Return one source of several, publishable, without its fields that have their defaults."""
+    usual = PromptSource(source="").model_dump(mode="json")
+    own = {key: value for key, value in source.items() if value != usual.get(key)}
+    return {**own, "source": public_source(source["source"])}
 
 
 def _order(item: tuple[str, Any]) -> tuple[int, str]:
@@ -104,6 +120,7 @@ def _order(item: tuple[str, Any]) -> tuple[int, str]:
 def _option(key: str, value: Any) -> list[str]:
     if key in _FLAGS:
         return [_FLAGS[key], str(_public(key, value))]
-    # JSON's strings, numbers, booleans and lists are TOML's too.
-    text = json.dumps(_public(key, value), ensure_ascii=False)
-    return ["--set", f"{key}={text}"]
+    shown = _public(key, value)
+    if key == _KEEP and all(len(source) == 1 for source in shown):
+        return ["--keep", *(source["source"] for source in shown)] if shown else ["--no-keep"]
+    return ["--set", f"{key}={toml_value(shown)}"]

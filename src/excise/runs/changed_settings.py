@@ -20,7 +20,7 @@ _FREE = (
     *("behaviour", "description", "export.", "engine.memory_fraction"),
     *("search.trials", "search.select", "scores.final", "scores.show"),
     *("model.source", "model.revision", "model.gguf_file", "model.device_map"),
-    *("scores.files", "scores.markers", "prompts.chat_template"),
+    *("scores.files", "scores.markers", "prompts.chat_template", "prompts.keep"),
     *(
         f"prompts.{side}{part}."
         for side in ("target", "contrast")

@@ -39,7 +39,7 @@ from excise.search.scoring import Scoring
 
 # Software that computes or stores weights; the rest searches, draws or shows.
 _COMPUTING = frozenset({"excise", "torch", "transformers", "tokenizers", "safetensors"})
-_SETS = ("target", "contrast")  # the prompts that edits are made from
+_SETS = ("target", "contrast", "keep")  # the prompts that edits are made from
 
 
 @dataclass(frozen=True)
