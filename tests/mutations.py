@@ -645,6 +645,27 @@ MUTANTS = (
         "tests/methods/test_registry.py -k ridge_keeps",
     ),
     Mutant(
+        "ridge makes nothing of the keep set",
+        "methods/ridge",
+        "parts = [part for part in (a, b) if part is not None and part.tokens] or [a]",
+        "parts = [a]",
+        "tests/methods/test_registry.py -k half_of_what_ridge",
+    ),
+    Mutant(
+        "what is kept lies on the behaviour's side",
+        "runs/setup",
+        "(along < boundary.at)",
+        "(along > boundary.at)",
+        "tests/runs/test_setup.py -k contrast_side",
+    ),
+    Mutant(
+        "ara holds the keep set on top of all else",
+        "methods/ara_math",
+        ".square().mean((1, 2))) / 2",
+        ".square().mean((1, 2)))",
+        "tests/methods/test_ara.py -k half_of_what",
+    ),
+    Mutant(
         "ridge moves outputs to where they are",
         "methods/ridge",
         '"contrast": xc.outputs,',
@@ -654,8 +675,8 @@ MUTANTS = (
     Mutant(
         "ara moves contrast to target",
         "methods/ara",
-        "    target, contrast = (\n",
-        "    contrast, target = (\n",
+        'stack("target"),\n        stack("contrast"),',
+        'stack("contrast"),\n        stack("target"),',
         "tests/methods/test_registry.py -k ara_moves",
     ),
     Mutant(

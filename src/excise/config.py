@@ -94,7 +94,8 @@ class PromptSource(Section):
 class PromptSection(Section):
     """Sources of prompts, and how they are put to the model. Sizes count rows.
 
-    `keep` are ordinary prompts whose responses should stay, of every source that it names.
+    `keep` are ordinary prompts whose responses should stay, of every source that it names; at most
+    `keep_size` of them are used, sources and kinds in turn.
     `response_prefix` is the text that every response begins with; None finds what most of them share.
     """
 
@@ -107,6 +108,7 @@ class PromptSection(Section):
     keep: Annotated[tuple[PromptSource, ...], Distinct] = (PromptSource(source=BUILTIN),)
     direction_size: Count = 400
     eval_size: Count = 100
+    keep_size: Count = 256
     holdout_size: Count | None = None
     system: str | None = None
     prefix: str = ""

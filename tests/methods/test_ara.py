@@ -27,6 +27,24 @@ def world(seed, i=I, dtype=torch.float64):
     return normal(G, O, i), normal(G, P, i) + 0.5, normal(G, N, i), normal(G, O)
 
 
+def test_half_of_what_is_held_are_outputs_of_the_keep_set():
+    w, x, xc, b = world(5)
+    rows = world(6)[1]
+    span = torch.stack([basis_for(torch.cat([x[g], xc[g], rows[g]]), I) for g in range(G)])
+    point = POINTS[0]
+
+    def objective(basis, keep):
+        stats = ara_math.prepare(w, x, xc, basis, b, keep_norms=True, keep=keep)
+        moved = w.roll(1, dims=-1) @ span.mT @ span + w - w @ span.mT @ span
+        return ara_math.objective(stats, moved if basis is None else moved @ span.mT, point), moved
+
+    (none, moved), (reduced, _) = objective(None, None), objective(span, rows)
+    assert torch.allclose(objective(None, xc)[0], none)
+    edited = w.norm(dim=-1, keepdim=True) * moved / moved.norm(dim=-1, keepdim=True)
+    held, also = (((s @ edited.mT - s @ w.mT).square().mean((1, 2))) for s in (xc, rows))
+    assert torch.allclose(reduced, none + point.preserve * (also - held) / 2)
+
+
 def stats_of(seed, *, reduced=True, keep_norms=True, i=I, dtype=torch.float64):
     w, x, xc, b = world(seed, i, dtype)
     basis = None

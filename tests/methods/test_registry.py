@@ -20,6 +20,7 @@ from bound_methods import (
 )
 from conftest import job
 
+from excise.capture.keep_set import Kept
 from excise.cli import arguments as command_line
 from excise.cli import main as cli
 from excise.config import validate
@@ -30,6 +31,7 @@ from excise.methods.ara import AraCandidate
 from excise.methods.ara_math import AraPoint
 from excise.methods.registry import KINDS, edited_writers, settle
 from excise.report.stored_record import read_record
+from excise.runs import setup
 
 METHODS = sorted(KINDS)
 
@@ -108,6 +110,8 @@ def test_a_run_resumes_and_exports(name, tiny: Path, tmp_path: Path, capsys):
     record = read_record(out)
     assert record.method == name
     assert {a.format for a in record.artifacts} == {"safetensors", "adapter"}
+    keeps = name in ("ridge", "ara")
+    assert ("keep" in record.engine) == ("keep" in record.prompts) == keeps
     model = next(a for a in record.artifacts if a.format == "safetensors")
     for score in ("behaviour_rate", "drift"):
         expected, measured = model.expected[score].value, model.measured[score].value
@@ -119,6 +123,7 @@ def test_a_run_resumes_and_exports(name, tiny: Path, tmp_path: Path, capsys):
     assert cli.main(["resume", str(cut), "--trials", "12", "--quiet"]) == 0
     a, b = ([t.params for t in read_record(run).trials] for run in (out, cut))
     assert a == b
+    assert read_record(cut).engine.get("keep") == record.engine.get("keep")
     to = tmp_path / "again"
     assert cli.main(["export", str(out), "--to", str(to), "--quiet"]) == 0
     first, second = (folder / "model.safetensors" for folder in (out / "model", to))
@@ -246,6 +251,59 @@ def test_ridge_keeps_what_responses_write_apart_from_their_prompts_and_no_token_
         expected = (rows.T @ rows / len(rows)).float()
         found = captured[f"{writer.name}/{what}"]
         assert float((found - expected).norm()) < 1e-3 * float(expected.norm())
+
+
+@pytest.mark.parametrize("basis", [4096, 40])
+def test_half_of_what_ridge_keeps_are_responses_to_the_keep_set(basis):
+    loaded, bench, captured, method = method_of("ridge", ridge={"basis": basis})
+    kept = Kept(bench.tokens["target"][:3], [[5, 6, 7, 8]] * 3)
+    found = kept_too(bench, kept)
+    assert found.keys() == captured.keys()
+    writer = method.writers[-1]
+    means = []
+    for prompts, answers in (
+        (bench.tokens["contrast"], bench.responses()),
+        (kept.ids, kept.responses),
+    ):
+        pairs = zip(prompts, answers, strict=True)
+        xs = [inputs_of(loaded, writer, [*ids, *a[:-1]])[len(ids) - 1 :] for ids, a in pairs]
+        x = torch.cat(xs).double()
+        means.append(x.T @ x / len(x))
+    expected = (means[0] + means[1]) / 2
+    diagonal = expected.diagonal().mean()
+    assert float(found[f"{writer.name}/diagonal"]) == pytest.approx(float(diagonal), rel=1e-3)
+    if basis < 64:
+        q = found[f"{writer.name}/basis"].double()
+        expected = q @ expected @ q.T
+    error = (found[f"{writer.name}/keep"].double() - expected).norm()
+    assert float(error) < 1e-3 * float(expected.norm())
+    for what in ("prompts", "first", "target", "contrast"):
+        if basis >= 64:
+            name = f"{writer.name}/{what}"
+            assert torch.equal(found[name], captured[name])
+
+
+def test_ara_is_given_the_last_tokens_of_the_keep_set():
+    loaded, bench, captured, method = method_of("ara")
+    assert not any(name.endswith("/keep") for name in captured)
+    kept = Kept(bench.tokens["target"][:3], [[5]] * 3)
+    found = kept_too(bench, kept)
+    _, with_keep = bound(bench, found)
+    writer = method.writers[-1]
+    expected = torch.stack([inputs_of(loaded, writer, ids)[-1] for ids in kept.ids])
+    assert float((found[f"{writer.name}/keep"] - expected).abs().max()) < 1e-4
+    assert all(edit is None or torch.isfinite(edit.left).all() for edit in edits_of(with_keep))
+
+
+def kept_too(bench, kept):
+    """What the bench's method captures where this is kept too."""
+    capture = KINDS[bench.config.method].capture(bench)
+    seen = setup.with_keep(bench.observe(capture), kept)
+    return setup.captured_of(bench, directions_of(bench.loaded, bench.tokens), seen)
+
+
+def edits_of(method):
+    return method.edits(method.candidate(params_of(method, 1)[0]))
 
 
 def test_ridge_lets_mlps_go_a_share_of_the_way_or_none_of_it():

@@ -408,5 +408,19 @@ def test_the_wide_set_that_ships_is_kept_unless_another_is_named(tmp_path):
     sources = {name: numbered(tmp_path, name, 20) for name in ("target", "contrast")}
     found = load_prompt_sets(PromptSection(**sources, direction_size=10)).keep
     assert found.source == "builtin"
-    assert len(found) > 700
+    assert len(found) == 256
     assert len({prompt.group for prompt in found.prompts}) > 50
+    fewer = load_prompt_sets(PromptSection(**sources, direction_size=10, keep_size=60)).keep
+    assert len({prompt.group for prompt in fewer.prompts}) > 50
+
+
+def test_sources_of_what_to_keep_take_turns_and_so_do_their_kinds(tmp_path):
+    sources = {name: numbered(tmp_path, name, 20) for name in ("target", "contrast")}
+    rows = [{"text": f"a {n}", "kind": "a"} for n in range(5)]
+    rows += [{"text": f"b {n}", "kind": "b"} for n in range(5)]
+    plain = numbered(tmp_path, "plain", 20)
+    grouped = PromptSource(source=str(write_rows(tmp_path / "g.jsonl", rows)), group_column="kind")
+    section = PromptSection(**sources, direction_size=10, keep=(plain, grouped), keep_size=6)
+    found = load_prompt_sets(section)
+    assert texts(found.keep.prompts) == ["plain 0", "a 0", "plain 1", "b 0", "plain 2", "a 1"]
+    assert "keep" not in {s.role for s in found.without_keep().all() if len(s)}

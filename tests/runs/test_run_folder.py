@@ -11,7 +11,7 @@ from conftest import job
 from safetensors.torch import load_file, save_file
 
 from excise.cli import main as cli
-from excise.config import Config, load_config
+from excise.config import Config, load_config, to_toml
 from excise.errors import ConfigError, OutputError, RunStateError
 from excise.report import card, pages
 from excise.report.stored_record import read_record, write_record
@@ -133,6 +133,13 @@ def test_a_folder_with_settings_of_another_version_says_what_to_do(tmp_path):
     (tmp_path / "config.toml").write_text("[search]\nrefine = 0\n")
     with pytest.raises(RunStateError, match=r"config\.toml: unknown .* search\.refine"):
         read_settings(tmp_path)
+
+
+def test_a_run_of_a_version_without_a_keep_set_goes_on_without_one(tmp_path):
+    (tmp_path / "config.toml").write_text("[prompts]\ndirection_size = 7\n")
+    assert read_settings(tmp_path).prompts.keep == ()
+    (tmp_path / "config.toml").write_text(to_toml(Config()))
+    assert [one.source for one in read_settings(tmp_path).prompts.keep] == ["builtin"]
 
 
 def test_what_a_configuration_leaves_open_is_as_it_was():

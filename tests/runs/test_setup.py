@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import builders
 import pytest
 import torch
 
+from excise import events
 from excise.capture.directions import normalise
-from excise.config import EditSection, validate
+from excise.checkpoints.loading import load
+from excise.config import EditSection, load_config, validate
 from excise.methods.directional import DirectionalMethod
 from excise.methods.profiles import Candidate, Profile
 from excise.prompts.measured_sets import Opening
+from excise.prompts.sets import load_prompt_sets
 from excise.record import Separation
 from excise.runs import setup
 from excise.runs.run_folder import read_directions, read_opening, save_directions
-from excise.search.scoring import scoring_of
+from excise.search.scorers import Markers
+from excise.search.scoring import Scoring, scoring_of
+from excise.search.text_folding import fold
 
 PLANTED, MARK, OTHER = 3, 7, 8  # the layer, and the last tokens of target and contrast prompts
 
@@ -126,6 +134,71 @@ def test_a_run_that_strengthens_seeks_all_of_the_behaviour():
         ("drift", 1),
     ]
     assert [goal.sign for goal in strengthen.goals()] == [-1, 1]
+
+
+def test_what_is_kept_lies_on_the_contrast_side_and_shows_nothing_of_the_behaviour(planted):
+    """What tokenizer and positions cannot take is left out too, and nothing of it is an error."""
+    model, tokens = builders.loaded("qwen3"), planted[2]
+    rows = builders.token_ids(14, 9)
+    near, plain = ([[*row, mark] for row in rows[:5]] for mark in (MARK, OTHER))
+    sets = {**tokens, "keep": [*near, *plain]}
+    said: list[Any] = []
+    session = builders.session(model, sets, method="ridge", scores={"max_new_tokens": 4})
+    session = replace(session, on_event=said.append)
+    directions, _ = setup.find_directions(session)
+    kept = setup.choose_keep(session, directions)
+    assert kept.ids == plain
+    assert kept.left_out == {"unknown": 0, "too_long": 0, "near_target": 5, "shows_behaviour": 0}
+    for ids, answer in zip(kept.ids, kept.responses, strict=True):
+        whole = model.model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=4)
+        assert list(answer) == whole[0, len(ids) :].tolist()
+    assert any("5 of 10 prompts are used" in str(event) for event in said)
+    # One whose response shows the behaviour in its first tokens.
+    shown = model.tokenizer.decode(kept.responses[2])
+    marked = replace(session, scoring=Scoring(Markers((fold(shown).strip(),))))
+    fewer = setup.choose_keep(marked, directions)
+    assert fewer.left_out["shows_behaviour"] >= 1
+    assert plain[2] not in fewer.ids
+    # One that leaves no room for a response, where positions are learned.
+    model.model.config.rope_parameters, known = None, model.model.config.rope_parameters
+    model.model.config.max_position_embeddings = len(plain[0]) + 3
+    try:
+        found = setup.choose_keep(session, directions)
+    finally:
+        model.model.config.rope_parameters = known
+    assert found.left_out["too_long"] >= 1
+    assert plain[0] not in found.ids
+
+
+def test_the_demos_tokenizer_does_not_know_the_keep_set_and_nothing_changes():
+    sizes = {"direction_size": 12, "eval_size": 4, "holdout_size": 1}
+    flags = {"model.source": "demo", "method": "ridge", "scores.max_new_tokens": 4}
+    flags |= {f"prompts.{name}": size for name, size in sizes.items()}
+    found = []
+    for keep in ({}, {"prompts.keep": []}):
+        config = load_config(behaviour="demo", flags={**flags, **keep})
+        loaded, sets = load(config.model), load_prompt_sets(config.prompts)
+        session = setup.open_session(config, loaded, sets, scoring_of(config), events.ignore)
+        seen = setup.observe(session)
+        directions, _ = setup.find_directions(session, seen)
+        kept = setup.choose_keep(session, directions)
+        assert not kept.ids
+        assert kept.left_out.get("unknown", 0) == len(sets.keep)
+        seen = setup.with_keep(seen, kept)
+        found.append(setup.captured_of(session, directions, seen))
+    assert len(sets.keep) == 0
+    first, second = found
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_methods_without_use_for_a_keep_set_are_given_none():
+    config = load_config(behaviour="demo", flags={"model.source": "demo", "method": "directional"})
+    sets = load_prompt_sets(config.prompts)
+    assert len(sets.keep) == 256
+    loaded = load(config.model)
+    session = setup.open_session(config, loaded, sets, scoring_of(config), events.ignore)
+    assert "keep" not in session.sets
 
 
 def test_methods_are_given_what_the_run_is_about(planted):

@@ -19,6 +19,19 @@ _ROUNDING = 1e-5  # share of a residual's norm by which means of equal tokens di
 
 
 @dataclass(frozen=True)
+class Boundary:
+    """Halfway between two sets of prompts, on the direction of the layer that separates them most.
+
+    Attributes:
+        layer: the one where their means lie furthest apart, in standard deviations.
+        at: the projection halfway between the means there; target prompts lie above.
+    """
+
+    layer: int
+    at: float
+
+
+@dataclass(frozen=True)
 class Directions:
     """Unit difference of means and unit contrast mean of every layer.
 
@@ -26,11 +39,13 @@ class Directions:
         unit: (L, D) float32, normalised target mean - contrast mean after each layer.
         contrast: (L, D) float32, normalised contrast mean after each layer.
         projected: remove the component along the contrast mean of the layer that is edited.
+        boundary: between the direction prompts; None where they were not captured in this process.
     """
 
     unit: Tensor
     contrast: Tensor
     projected: bool = False
+    boundary: Boundary | None = None
 
     def at(self, layer: int, index: float | None) -> Tensor:
         """Return the direction (D,) used at `layer`: its own, or the one at a float `index`.
@@ -83,6 +98,16 @@ def from_means(target: Tensor, contrast: Tensor, *, projected: bool = False) -> 
     return Directions(
         normalise(difference).float(), normalise(contrast.double()).float(), projected
     )
+
+
+def boundary_of(target: Tensor, contrast: Tensor) -> Boundary:
+    """Find the boundary between projections (P, L) and (N, L) on each layer's direction."""
+    means = [side.double().mean(0) for side in (target, contrast)]
+    spread = sum(side.double().var(0, correction=0) for side in (target, contrast))
+    assert isinstance(spread, Tensor)
+    apart = (means[0] - means[1]) / (spread / 2).sqrt().clamp_min(_TINY)
+    layer = int(apart.argmax())
+    return Boundary(layer, float(means[0][layer] + means[1][layer]) / 2)
 
 
 def normalise(x: Tensor) -> Tensor:

@@ -138,7 +138,7 @@ class MomentObserver:
         self, writers: Sequence[Writer], span: Span, bases: Mapping[int, Tensor | None]
     ) -> None:
         """`bases`: writer's number -> basis (Q, I), or None for all of input space."""
-        self._span: Span = span
+        self.span: Span = span
         self.sums = {n: TokenMoments.none(writers[n], basis) for n, basis in bases.items()}
 
     def reduce(
@@ -147,7 +147,7 @@ class MomentObserver:
         """Reduce this batch's tokens to their moment."""
         if number not in self.sums:
             return None
-        return self.sums[number].adding(x[spans.among(self._span, at)].float())
+        return self.sums[number].adding(x[spans.among(self.span, at)].float())
 
 
 class SketchObserver:

@@ -36,7 +36,10 @@ class AraCandidate:
 
 
 class AraCapture:
-    """Every writer's inputs at the last prompt token, under "WRITER/target" and "WRITER/contrast"."""
+    """Every writer's inputs at the last prompt token, under "WRITER/target" and "WRITER/contrast".
+
+    Those of the keep set, where any of it is used, are under "WRITER/keep".
+    """
 
     responses = False
 
@@ -48,15 +51,20 @@ class AraCapture:
         """Return the observer of a side's prompts."""
         return [self._rows[side]]
 
-    def tensors(self, _seen: Seen, _directions: Directions) -> dict[str, Tensor]:
+    def tensors(self, seen: Seen, _directions: Directions) -> dict[str, Tensor]:
         """Return what is stored with the run.
 
         Raises:
             MeasurementError: inputs or outputs are not finite.
+            MemoryExhausted: one prompt of the keep set does not fit.
         """
+        found = dict(self._rows)
+        if seen.texts.get("keep"):
+            found["keep"] = RowObserver(self.writers)
+            seen.again("keep", [found["keep"]], "capture keep")
         return {
             f"{writer.name}/{side}": rows.inputs
-            for side, one in self._rows.items()
+            for side, one in found.items()
             for writer, rows in zip(self.writers, one.rows(), strict=True)
         }
 
@@ -79,7 +87,11 @@ class AraMethod:
         for number, writer in enumerate(writers):
             if number in few:
                 continue
-            rows = [captured[f"{writer.name}/{side}"] for side in ("target", "contrast")]
+            rows = [
+                captured[f"{writer.name}/{side}"]
+                for side in ("target", "contrast", "keep")
+                if f"{writer.name}/{side}" in captured
+            ]
             bases[number] = basis = _basis(torch.cat(rows))
             span = rows[0].shape[1] if basis is None else len(basis)
             key = (writer.like.device, *writer.shape, *map(len, rows), span)
@@ -157,18 +169,21 @@ def _stats(
     keep_norms: bool,
 ) -> AraStats:
     device = writers[0].like.device
-    target, contrast = (
-        torch.stack([captured[f"{w.name}/{side}"] for w in writers]).to(device)
-        for side in ("target", "contrast")
-    )
+
+    def stack(side: str) -> Tensor:
+        return torch.stack([captured[f"{w.name}/{side}"] for w in writers]).to(device)
+
+    name = f"{writers[0].name}/keep"
+    kept = name in captured and len(captured[name])  # none of an expert that no such prompt reaches
     some = [basis for basis in bases if basis is not None]
     return prepare(
         torch.stack([w.weight.float() for w in writers]),
-        target,
-        contrast,
+        stack("target"),
+        stack("contrast"),
         torch.stack(some).to(device) if some else None,
         stacked_biases(writers),
         keep_norms=keep_norms,
+        keep=stack("keep") if kept else None,
     )
 
 

@@ -5,16 +5,18 @@ Y = X W^T, minimise over W'
 
     w_p mean((X_c W'^T - Y_c)^2) + w_s [D_k(X_t W'^T, Y_c) - c D_k(X_t W'^T, Y_t)]
 
-where D_k is the mean Euclidean distance to the k nearest rows. W' = M, or W' = n * rownormalise(M) with n
-the row norms of W. The gradient in M lies in the span of the captured inputs, apart from each row's own
-direction where norms are kept, which changes nothing. So with Q (S, I) orthonormal rows that span the
-inputs, M = W_perp + C Q with W_perp fixed: outputs need only C and Z = X Q^T, and the rows' norms only
-|W_perp|^2 + |C|^2. S is at most P + N where plain coordinates have I.
+where D_k is the mean Euclidean distance to the k nearest rows. Where a keep set's inputs X_k and outputs
+Y_k stand beside the contrast prompts', the first mean is half of each set's. W' = M, or
+W' = n * rownormalise(M) with n the row norms of W. The gradient in M lies in the span of the captured
+inputs, apart from each row's own direction where norms are kept, which changes nothing. So with Q (S, I)
+orthonormal rows that span the inputs, M = W_perp + C Q with W_perp fixed: outputs need only C and
+Z = X Q^T, and the rows' norms only |W_perp|^2 + |C|^2. S is at most the number of prompts where plain
+coordinates have I.
 
 For c > 1 without kept norms the target term is unbounded below: edits that diverge are refused with a
 reason.
 
-Shapes: G writers of one shape, P target and N contrast prompts, O and I out and in features, S the
+Shapes: G writers of one shape, P target, N contrast and K' keep prompts, O and I out and in features, S the
 span's dimensions, K neighbours.
 """
 
@@ -58,6 +60,8 @@ class AraStats:
         centre: (G, 1, O) mean contrast output: distances do not change with it, and rounding is less.
         biases: (G, O), or None.
         keep_norms: W' has the row norms of W.
+        keep: (G, K', S) inputs of the keep set in the basis, or None.
+        keep_out: (G, K', O) outputs of the keep set, as the others are, or None.
     """
 
     basis: Tensor | None
@@ -71,6 +75,8 @@ class AraStats:
     centre: Tensor
     biases: Tensor | None
     keep_norms: bool
+    keep: Tensor | None = None
+    keep_out: Tensor | None = None
 
     def take(self, members: Tensor) -> AraStats:
         """Select the statistics of some of the writers."""
@@ -90,6 +96,8 @@ class AraStats:
             self.centre[members],
             of(self.biases),
             self.keep_norms,
+            of(self.keep),
+            of(self.keep_out),
         )
 
 
@@ -101,8 +109,9 @@ def prepare(
     biases: Tensor | None,
     *,
     keep_norms: bool,
+    keep: Tensor | None = None,
 ) -> AraStats:
-    """Prepare the statistics of weights (G, O, I) with inputs (G, P, I) and (G, N, I).
+    """Prepare the statistics of weights (G, O, I) with inputs (G, P, I), (G, N, I) and `keep` (G, K', I).
 
     `basis` (G, S, I) must span the inputs; None works in plain coordinates, S = I.
     """
@@ -112,6 +121,8 @@ def prepare(
     t, c = ((x if basis is None else x @ basis.mT) for x in (target, contrast))
     target_out, contrast_out = t @ start.mT, c @ start.mT
     centre = contrast_out.mean(1, keepdim=True)
+    if keep is not None and basis is not None:
+        keep = keep @ basis.mT
     return AraStats(
         basis,
         start,
@@ -124,6 +135,8 @@ def prepare(
         centre,
         biases,
         keep_norms,
+        keep,
+        None if keep is None else keep @ start.mT - centre,
     )
 
 
@@ -133,6 +146,9 @@ def objective(stats: AraStats, c: Tensor, point: AraPoint) -> Tensor:
     kept = stats.contrast @ matrix.mT - stats.centre
     moved = stats.target @ matrix.mT - stats.centre
     preserve = (kept - stats.contrast_out).square().mean((1, 2))
+    if stats.keep is not None and stats.keep_out is not None:
+        others = stats.keep @ matrix.mT - stats.centre
+        preserve = (preserve + (others - stats.keep_out).square().mean((1, 2))) / 2
     away = nearest_distance(moved, stats.contrast_out, point.neighbours)
     home = nearest_distance(moved, stats.target_out, point.neighbours)
     return point.preserve * preserve + point.steer * (away - point.overshoot * home)

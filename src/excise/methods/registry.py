@@ -82,12 +82,14 @@ class Kind:
         bind: makes the method from what was captured.
         check: raises `ConfigError` where settings, the number of prompts and the model do not fit.
         layout: version of what is captured; a run of another one is refused.
+        keeps: it makes use of the keep set.
     """
 
     capture: Callable[[Bench], Capture]
     bind: Callable[[Bench, Directions, Tensors], Method]
     check: Callable[[Config, int, Anatomy], None]
     layout: str = "1"
+    keeps: bool = False
 
 
 def _ridge(bench: Bench, _directions: Directions, captured: Tensors) -> Method:
@@ -117,12 +119,13 @@ KINDS: dict[str, Kind] = {
     "subspace": Kind(
         lambda b: subspace.SubspaceCapture(config=b.config), _subspace, subspace.check
     ),
-    "ara": Kind(lambda b: ara.AraCapture(edited_writers(b)), _ara, ara.check),
+    "ara": Kind(lambda b: ara.AraCapture(edited_writers(b)), _ara, ara.check, keeps=True),
     "ridge": Kind(
         lambda b: ridge.RidgeCapture(edited_writers(b), b.config.ridge.basis),
         _ridge,
         ridge.check,
         layout="2",
+        keeps=True,
     ),
 }
 

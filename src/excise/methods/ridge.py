@@ -32,7 +32,7 @@ from excise.model.edits import Edit
 
 MOST_NEIGHBOURS = 60
 MOMENT_BYTES = 2 * 2**30  # of sums in all of input space, for writers that are kept in a basis
-_SUMS_BYTES = 2 * 8  # of an entry of those: two sums in float64
+_SUMS_BYTES = 3 * 8  # of an entry of those: three sums in float64
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,8 @@ class RidgeCapture:
     """What ridge ablation captures of every writer, under "WRITER/what".
 
     S_keep is over the tokens that predict the model's own responses to contrast prompts, from the
-    prompt's last token on; S_prompt over the tokens before that one. Where a writer has more in
+    prompt's last token on; S_prompt over the tokens before that one. Responses to prompts of the keep set
+    make half of S_keep where there are any, whatever their number. Where a writer has more in
     features than `ridge.basis`, everything is kept in a basis of that many dimensions. The basis depends on
     all tokens: moments are summed in all of input space where they fit `MOMENT_BYTES`, else by a second
     sweep.
@@ -72,6 +73,7 @@ class RidgeCapture:
         wide = set() if whole else set(self._large)
         self._target, self._contrast = RowObserver(writers), RowObserver(writers)
         bases = {n: None for n in range(len(writers)) if n not in wide}
+        self._in_full = bases
         self._keep = MomentObserver(writers, "written", bases)
         self._prompts = MomentObserver(writers, "before", bases)
         self._sketches = SketchObserver(writers, sorted(wide), size // 2)
@@ -90,26 +92,36 @@ class RidgeCapture:
             MemoryExhausted: one prompt does not fit in the second sweep.
         """
         target, contrast = self._target.rows(), self._contrast.rows()
-        bases = self._bases(target, contrast)
-        keep, prompts = self._moments(seen, bases)
+        others = [MomentObserver(self.writers, "written", self._in_full)] * ("keep" in seen.texts)
+        if others:
+            seen.again("keep", [*others, self._sketches], "capture keep")
+        bases = self._bases(target, contrast, others)
+        keep, prompts = self._moments(seen, "contrast", bases, self._keep, self._prompts)
+        (also,) = self._moments(seen, "keep", bases, *others) if others else ({},)
         out: dict[str, Tensor] = {}
         for number, (writer, x, xc) in enumerate(zip(self.writers, target, contrast, strict=True)):
-            basis, kept = bases.get(number), keep[number]
+            basis = bases.get(number)
+            moment, square = _half_each(keep[number], also.get(number))
             parts = {
-                "keep": kept.mean().cpu(),
+                "keep": moment.cpu(),
                 "prompts": prompts[number].mean().cpu(),
                 "first": _gram(xc.inputs if basis is None else xc.inputs @ basis.T),
                 "target": x.inputs if basis is None else x.inputs @ basis.T,
                 "outputs": x.outputs,
                 "contrast": xc.outputs,
-                "diagonal": torch.tensor(kept.square / max(kept.tokens, 1) / writer.shape[1]),
+                "diagonal": torch.tensor(square / writer.shape[1]),
             }
             if basis is not None:
                 parts["basis"] = basis
             out |= {f"{writer.name}/{what}": t.contiguous() for what, t in parts.items()}
         return out
 
-    def _bases(self, target: Sequence[LastRows], contrast: Sequence[LastRows]) -> dict[int, Tensor]:
+    def _bases(
+        self,
+        target: Sequence[LastRows],
+        contrast: Sequence[LastRows],
+        others: Sequence[MomentObserver],
+    ) -> dict[int, Tensor]:
         """Choose a basis for each writer whose input space is too large as it is.
 
         It spans target rows first, then contrast rows, then where most of the tokens lie.
@@ -118,6 +130,8 @@ class RidgeCapture:
         if not sketches:
             draws = sketch_draws(self.writers, self._large, self._size // 2)
             sums = {n: self._keep.sums[n].moment + self._prompts.sums[n].moment for n in draws}
+            for one in others:
+                sums = {n: some + one.sums[n].moment for n, some in sums.items()}
             sketches = {n: (draws[n].T.to(sums[n]) @ sums[n]).float() for n in draws}
         return {
             n: joint_basis([target[n].inputs, contrast[n].inputs, sketch.cpu()], self._size)
@@ -125,19 +139,27 @@ class RidgeCapture:
         }
 
     def _moments(
-        self, seen: Seen, bases: Mapping[int, Tensor]
-    ) -> tuple[dict[int, TokenMoments], dict[int, TokenMoments]]:
-        """Return S_keep and S_prompt of every writer, in its basis where it has one."""
+        self, seen: Seen, texts: str, bases: Mapping[int, Tensor], *observers: MomentObserver
+    ) -> list[dict[int, TokenMoments]]:
+        """Return what these observers sum over some texts, in a writer's basis where it has one."""
         if self._sketches.sums:
-            both = [MomentObserver(self.writers, span, bases) for span in ("written", "before")]
-            seen.again("contrast", both, "capture moments")
-            keep, prompts = (one.sums for one in both)
-            return self._keep.sums | keep, self._prompts.sums | prompts
-        keep, prompts = (
+            again = [MomentObserver(self.writers, one.span, bases) for one in observers]
+            seen.again(texts, again, "capture moments")
+            return [one.sums | more.sums for one, more in zip(observers, again, strict=True)]
+        return [
             {n: some.within(bases[n]) if n in bases else some for n, some in one.sums.items()}
-            for one in (self._keep, self._prompts)
-        )
-        return keep, prompts
+            for one in observers
+        ]
+
+
+def _half_each(a: TokenMoments, b: TokenMoments | None) -> tuple[Tensor, float]:
+    """Return the mean of two moments per token, and of their squares per token.
+
+    One of no tokens, as of an expert that these texts do not reach, does not count.
+    """
+    parts = [part for part in (a, b) if part is not None and part.tokens] or [a]
+    moment = torch.stack([part.mean() for part in parts]).mean(0)
+    return moment, sum(part.square / max(part.tokens, 1) for part in parts) / len(parts)
 
 
 def _gram(rows: Tensor) -> Tensor:

@@ -13,7 +13,14 @@ from excise.errors import PromptError
 from excise.prompts.chat_template import ChatFormat, after_answer, choose_format
 from excise.prompts.sets import PromptSet, PromptSets
 from excise.prompts.template_rendering import Renderer
-from excise.prompts.tokens import check_known, encode, end_tokens, unnamed_end, vocabulary
+from excise.prompts.tokens import (
+    check_known,
+    encode,
+    end_tokens,
+    token_ids,
+    unnamed_end,
+    vocabulary,
+)
 
 Part = Literal["search", "holdout"]  # what candidates are measured on
 LONGEST = 24  # tokens of an opening: what responses share for longer than this is not a beginning
@@ -97,6 +104,8 @@ class MeasuredSets(Mapping[str, MeasuredSet]):
 def tokenise(loaded: Loaded, sets: PromptSets, config: Config) -> MeasuredSets:
     """Apply the chat template and tokenise the prompts of every role.
 
+    What cannot be read of the keep set is no error: `keep_set` leaves it out.
+
     Raises:
         ModelError: the chat template cannot render a prompt, or no token ends a response.
         PromptError: prompts and responses are longer than the model has positions.
@@ -109,20 +118,31 @@ def tokenise(loaded: Loaded, sets: PromptSets, config: Config) -> MeasuredSets:
         ids = {
             s.role: encode(tokenizer, s, section, chat_format, renderer) if len(s) else []
             for s in sets.all()
+            if s.role != "keep"
         }
-    for rows in ids.values():
-        check_known(tokenizer, rows, vocabulary(loaded.model))
-    _check_positions(loaded, ids, config)
+        for rows in ids.values():
+            check_known(tokenizer, rows, vocabulary(loaded.model))
+        _check_positions(loaded, ids, config)
+        if len(sets.keep):
+            ids["keep"] = token_ids(tokenizer, sets.keep, section, chat_format, renderer)
     notes = (*chat_format.notes, *filter(None, (note,)))
-    measured = {s.role: MeasuredSet(**vars(s), ids=ids[s.role]) for s in sets.all()}
+    measured = {
+        s.role: MeasuredSet(**vars(s), ids=ids[s.role]) for s in sets.all() if s.role in ids
+    }
     return MeasuredSets(measured, replace(chat_format, notes=notes))
+
+
+def learned_positions(model: Any) -> int | None:
+    """Return how many positions a model has learned a vector for; None where it works with any."""
+    text = model.config.get_text_config()
+    most: int | None = getattr(text, "max_position_embeddings", None)
+    return None if getattr(text, "rope_parameters", None) else most
 
 
 def _check_positions(loaded: Loaded, ids: dict[str, list[list[int]]], config: Config) -> None:
     """Refuse prompts longer than the positions of models that learn a vector for each."""
-    text = loaded.model.config.get_text_config()
-    most = getattr(text, "max_position_embeddings", None)
-    if most is None or getattr(text, "rope_parameters", None):
+    most = learned_positions(loaded.model)
+    if most is None:
         return
     prompt, new = max(map(len, chain(*ids.values()))), max(config.scores.max_new_tokens, LONGEST)
     if prompt + new > most:

@@ -6,10 +6,12 @@ Knows nothing of file formats (`prompt_files`), nor of tokenizers or models.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from decimal import Decimal
 from importlib import resources
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +78,10 @@ class PromptSets:
         """Return the sets, in the order of their roles."""
         return tuple(vars(self).values())
 
+    def without_keep(self) -> PromptSets:
+        """Return the sets for work that has no use for the keep set."""
+        return replace(self, keep=PromptSet("keep", "", ()))
+
 
 def load_prompt_sets(section: PromptSection) -> PromptSets:
     """Read every role of `section`.
@@ -123,11 +129,16 @@ def _load_side(section: PromptSection, side: str) -> tuple[PromptSet, PromptSet,
 
 
 def _load_keep(section: PromptSection, sets: PromptSets) -> PromptSet:
-    """Read the keep set: each prompt once, and none of another role, which edits must not see."""
+    """Read the keep set: each prompt once, and none of another role, which edits must not see.
+
+    Sources take turns, and so do the groups of each, so that the first `keep_size` rows hold them all.
+    """
+    sources = [
+        read_prompts(_SHIPPED if source.source == BUILTIN else source) for source in section.keep
+    ]
     rows: dict[str, Prompt] = {}
-    for source in section.keep:
-        for prompt in read_prompts(_SHIPPED if source.source == BUILTIN else source):
-            rows.setdefault(prompt.text, prompt)
+    for prompt in _in_turn(map(_groups_in_turn, sources)):
+        rows.setdefault(prompt.text, prompt)
     kept = _without(tuple(rows.values()), tuple(p for s in sets.all() for p in s.prompts))
     # Names alone: a record holds no path of the user's machine.
     names = [Path(s.source).name if is_file(Path(s.source)) else s.source for s in section.keep]
@@ -136,7 +147,18 @@ def _load_keep(section: PromptSection, sets: PromptSets) -> PromptSet:
             f"{', '.join(names)}: the other sets of prompts hold all of its rows: "
             "give --keep with other prompts, or --no-keep"
         )
-    return PromptSet("keep", ", ".join(names), kept)
+    return PromptSet("keep", ", ".join(names), kept[: section.keep_size])
+
+
+def _groups_in_turn(rows: Sequence[Prompt]) -> list[Prompt]:
+    groups: dict[str | None, list[Prompt]] = {}
+    for prompt in rows:
+        groups.setdefault(prompt.group, []).append(prompt)
+    return _in_turn(groups.values())
+
+
+def _in_turn(groups: Iterable[Sequence[Prompt]]) -> list[Prompt]:
+    return [prompt for row in zip_longest(*groups) for prompt in row if prompt is not None]
 
 
 def _without(rows: tuple[Prompt, ...], seen: tuple[Prompt, ...]) -> tuple[Prompt, ...]:

@@ -72,6 +72,26 @@ def encode(
         ModelError: the chat template cannot render a prompt, or leaves its text out.
         PromptError: a prompt has no tokens.
     """
+    ids = token_ids(tokenizer, prompts, section, chat_format, renderer)
+    if any(not row for row in ids):
+        raise PromptError(
+            f"a prompt of {prompts.source} has no tokens: are the model's tokenizer files there?"
+        )
+    return ids
+
+
+def token_ids(
+    tokenizer: Any,
+    prompts: PromptSet,
+    section: PromptSection,
+    chat_format: ChatFormat,
+    renderer: Renderer,
+) -> list[list[int]]:
+    """Tokenise as `encode` does; a prompt may have no tokens.
+
+    Raises:
+        ModelError: the chat template cannot render a prompt, or leaves its text out.
+    """
     texts = [f"{section.prefix}{prompt.text}{section.suffix}" for prompt in prompts.prompts]
     rendered = chat_format.render(renderer, texts)
     # The template writes its own <bos>; adding another would change every position.
@@ -79,10 +99,6 @@ def encode(
     ids = tokenizer(rendered, add_special_tokens=special)["input_ids"]
     if special:
         ids = [_unended(tokenizer, text, row) for text, row in zip(rendered, ids, strict=True)]
-    if any(not row for row in ids):
-        raise PromptError(
-            f"a prompt of {prompts.source} has no tokens: are the model's tokenizer files there?"
-        )
     return [list(map(int, row)) for row in ids]
 
 

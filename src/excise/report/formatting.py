@@ -15,7 +15,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from excise.formats import FORMATS
 from excise.named_models import ORIGINS, TITLES
-from excise.record import ScoreRecord, Scores
+from excise.record import Record, ScoreRecord, Scores
 from excise.search.pareto import SHARES
 
 Change = Literal["less", "same", "more", "unmeasured"]
@@ -99,8 +99,12 @@ def inline(name: str) -> str:
     return words if words[:2].isupper() else words[:1].lower() + words[1:]
 
 
-def role_words(role: str) -> str:
-    """Return what the prompts of a role are and are used for, or an empty string."""
+def role_words(role: str, record: Record) -> str:
+    """Return what a record's prompts of a role are and are used for, or an empty string."""
+    known = record.engine.get("keep")
+    used = known.get("used") if isinstance(known, dict) else None
+    if role == "keep" and isinstance(used, int):
+        return f"{_ROLES[role]} ({used} of them used)"
     return _ROLES.get(role, "")
 
 

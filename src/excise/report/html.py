@@ -237,7 +237,7 @@ def _marked(points: list[FrontPoint]) -> int | None:
 def _prompts(record: Record) -> Table:
     rows = [
         [
-            Cell(role, wording.role_words(role)),
+            Cell(role, wording.role_words(role, record)),
             *_cells(wording.public_source(p.source), p.sha256[:_HASH_CHARS], f"{p.n:,}"),
         ]
         for role, p in record.prompts.items()

@@ -12,6 +12,7 @@ from typing import Any
 
 from excise.config import Config, load_config, validate
 from excise.errors import ConfigError, RunStateError
+from excise.reading import read_toml
 
 CONFIG = "config.toml"
 # Settings that may be others when a run goes on: they decide no figure, or what they lead to (a model,
@@ -52,8 +53,11 @@ def read_settings(
     Raises:
         RunStateError: it names code and is not trusted, or cannot be read.
     """
-    flags = {} if trials is None else {"search.trials": trials}
+    flags: dict[str, Any] = {} if trials is None else {"search.trials": trials}
     try:
+        known = read_toml(folder / CONFIG, "configuration file", ConfigError).get("prompts")
+        if isinstance(known, dict) and "keep" not in known:  # written before there was a keep set
+            flags["prompts.keep"] = []
         config = load_config(file=folder / CONFIG, flags=flags)
     except ConfigError as error:
         raise RunStateError(f"{folder / CONFIG}: {error}. Set it back; else {_ANOTHER}") from None

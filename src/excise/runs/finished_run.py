@@ -175,7 +175,7 @@ def evaluate(
         ModelError: one of them cannot be loaded.
         ConfigError: their tokens are not the same.
     """
-    scoring, sets = scoring_of(config), load_prompt_sets(config.prompts)
+    scoring, sets = scoring_of(config), load_prompt_sets(config.prompts).without_keep()
     scorers = scoring.every_trial + scoring.final
     section = config.model.model_copy(update={"source": edited, "revision": None})
     shapes = _stored_shapes(section)  # before the base is measured, which takes its time

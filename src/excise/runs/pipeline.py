@@ -114,7 +114,8 @@ def run(
             session, separation = _capture(bare, out, resumed=known is not None)
         with clock.phase("plan"):
             sizing, search = _open_search(session, out, known)
-        facts = {"model": source, "separation": separation, "engine": sizing.as_dict()}
+        engine = {**sizing.as_dict(), **_keep_facts(search.study)}
+        facts = {"model": source, "separation": separation, "engine": engine}
         record = _measure(session, search, sizing.plan, facts, out, clock, anyway=anyway)
     on_event(events.Finished(str(out)))
     return record
@@ -236,12 +237,19 @@ def _open_search(
             "config": config.model_dump(mode="json", exclude_none=True),
             "files": hash_files(out),
         }
+        if "keep" in session.sets:
+            facts["keep"] = session.kept.as_dict()
         study = journal.create_study(out, ways, mine, sizing.as_dict(), **facts)
     else:
         study = known
         journal.check_identity(out, study, mine)
         check_study(study, space, goals, str(out / journal.FILE))
     return sizing, Search(study, space, goals, config.search, batch=sizing.batch, seed=config.seed)
+
+
+def _keep_facts(study: journal.Study) -> dict[str, Any]:
+    """Return how many prompts of the keep set a study's method was given, for the record."""
+    return {"keep": study.user_attrs["keep"]} if "keep" in study.user_attrs else {}
 
 
 def _choose(session: Session, search: Search, out: Path) -> tuple[list[int], TrialRecord]:

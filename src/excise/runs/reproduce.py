@@ -152,8 +152,13 @@ def reproduce(
 
 
 def _without_code(config: dict[str, Any]) -> dict[str, Any]:
-    """Revoke a configuration's permission to run code: a record may come from anyone."""
+    """Revoke a configuration's permission to run code: a record may come from anyone.
+
+    One of a version without a keep set has none.
+    """
     tree = deepcopy(config)
+    if isinstance(tree.get("prompts"), dict):
+        tree["prompts"].setdefault("keep", [])
     for section, key in (
         ("model", "trust_remote_code"),
         ("scores", "files"),

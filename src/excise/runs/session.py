@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from excise.capture.keep_set import NOTHING_KEPT, Kept
 from excise.capture.sweep import Capture, Seen, observe
 from excise.checkpoints.loading import Loaded
 from excise.config import SettledConfig
 from excise.engine.batch_sizing import direction_engine
 from excise.engine.engine import Engine, Plan, Reference
-from excise.engine.requests import Responses
+from excise.engine.requests import Response, Responses
 from excise.engine.stacking import ORIGINAL
 from excise.events import OnEvent
 from excise.methods.registry import Method
@@ -33,6 +34,7 @@ class Session:
         sets: the prompt sets with their token ids, by role.
         scoring: the scorers, where there are any, and the markers.
         on_event: told of progress.
+        kept: what edits are made to keep outside the contrast set, once it is chosen.
     """
 
     config: SettledConfig
@@ -40,6 +42,7 @@ class Session:
     sets: MeasuredSets
     scoring: Scoring
     on_event: OnEvent
+    kept: Kept = field(default=NOTHING_KEPT, kw_only=True)
 
     @property
     def tokens(self) -> dict[str, list[list[int]]]:
@@ -76,10 +79,13 @@ class Session:
 
     def responses(self) -> list[Sequence[int]]:
         """Return the model's own responses to the contrast prompts of the directions."""
-        prompts = {"contrast": self.sets["contrast"].ids}
-        engine = direction_engine(self.loaded, prompts, self.config, on_event=self.on_event)
-        evidence = engine.measure([ORIGINAL], [Responses("contrast")])[0]
-        return [response.tokens for response in evidence.responses["contrast"]]
+        return [response.tokens for response in self.respond("contrast", self.sets["contrast"].ids)]
+
+    def respond(self, role: str, ids: list[list[int]]) -> list[Response]:
+        """Return the model's own responses to some prompts of a role."""
+        spoken, on_event = self.sets.opening.spoken, self.on_event
+        engine = direction_engine(self.loaded, {role: ids}, self.config, spoken, on_event=on_event)
+        return engine.measure([ORIGINAL], [Responses(role)])[0].responses[role]
 
     def of(self, loaded: Loaded) -> Session:
         """Return the session of another model, which has its edit in its weights if any."""

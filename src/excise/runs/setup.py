@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,16 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from excise.capture.directions import Directions, auc, from_means
+from excise.capture.directions import Directions, auc, boundary_of, from_means
+from excise.capture.keep_set import BEGINNING, NOTHING_KEPT, Kept, known_texts
 from excise.capture.residuals import Pass, geometric_median, mean, projections
-from excise.capture.sweep import SIDES, ResidualsAlone, Seen
+from excise.capture.sweep import SIDES, ResidualsAlone, Seen, Text, streamed
 from excise.checkpoints.loading import Loaded, load
 from excise.config import Config
 from excise.errors import MeasurementError, RunStateError
-from excise.events import OnEvent
+from excise.events import Notice, OnEvent
 from excise.methods.registry import kind_of, settle
 from excise.model.edits import Edit
-from excise.prompts.measured_sets import Opening, tokenise
+from excise.prompts.measured_sets import Opening, learned_positions, tokenise
 from excise.prompts.sets import PromptSets
 from excise.prompts.tokens import check_known, vocabulary
 from excise.record import Separation
@@ -46,6 +48,8 @@ def open_session(
         ModelError, PromptError: as `tokenise`.
     """
     settled = settle(config, loaded)
+    if not kind_of(settled).keeps:
+        sets = sets.without_keep()
     return Session(settled, loaded, tokenise(loaded, sets, settled), scoring, on_event)
 
 
@@ -88,9 +92,65 @@ def find_directions(session: Session, seen: Seen | None = None) -> tuple[Directi
     means = {side: centre(run)[1:] for side, run in passes.items()}
     directions = from_means(means["target"], means["contrast"], projected=section.projected)
     along = {side: projections(run, directions.unit) for side, run in passes.items()}
+    directions = replace(directions, boundary=boundary_of(along["target"], along["contrast"]))
     layers = directions.unit.shape[0]
     values = [auc(along["target"][:, i], along["contrast"][:, i]) for i in range(layers)]
     return directions, Separation(auc=values)
+
+
+def choose_keep(session: Session, directions: Directions) -> Kept:
+    """Choose the prompts of the keep set that edits leave alone, and decode the responses to them.
+
+    One is left out, by its number in `Kept.left_out`, where the tokenizer does not know its text, it is
+    too long for the model, or the original comes near the behaviour on it.
+    """
+    keep = session.sets.get("keep")
+    if keep is None:
+        return NOTHING_KEPT
+    rows, left_out = list(range(len(keep))), dict[str, int]()
+
+    def leave(why: str, good: Sequence[bool]) -> None:
+        left_out[why] = list(good).count(False)
+        rows[:] = [number for number, fine in zip(rows, good, strict=True) if fine]
+
+    loaded, new = session.loaded, session.config.scores.max_new_tokens
+    texts, contrast = ([p.text for p in s.prompts] for s in (keep, session.sets["contrast"]))
+    leave("unknown", known_texts(loaded.tokenizer, texts, contrast, vocabulary(loaded.model)))
+    most = learned_positions(loaded.model) or math.inf
+    leave("too_long", [len(keep.ids[number]) + new <= most for number in rows])
+    leave("near_target", _on_contrast_side(session, directions, [keep.ids[n] for n in rows]))
+    responses = session.respond("keep", [keep.ids[n] for n in rows]) if rows else []
+    begun = [loaded.tokenizer.decode(r.tokens[:BEGINNING]) for r in responses]
+    good = [not session.scoring.markers.holds(text) for text in begun]
+    leave("shows_behaviour", good)
+    answers = [r.tokens for r, fine in zip(responses, good, strict=True) if fine]
+    kept = Kept([keep.ids[number] for number in rows], answers, left_out)
+    if kept.note:
+        session.on_event(Notice(kept.note))
+    return kept
+
+
+def _on_contrast_side(
+    session: Session, directions: Directions, prompts: Sequence[Sequence[int]]
+) -> list[bool]:
+    """Return which prompts lie on the contrast side of the boundary."""
+    boundary, found = directions.boundary, dict[int, bool]()
+    if not prompts:
+        return []
+    assert boundary is not None
+    unit, winsor = directions.unit[boundary.layer], session.config.directions.winsor
+    for batch, x in streamed(session.loaded, prompts, winsor, "keep", session.on_event)():
+        along = x[:, boundary.layer + 1].float().cpu() @ unit
+        found |= zip(batch.rows.tolist(), (along < boundary.at).tolist(), strict=True)
+    return [found[place] for place in range(len(prompts))]
+
+
+def with_keep(seen: Seen, kept: Kept) -> Seen:
+    """Add what edits are to keep to the texts that a method's capture reads."""
+    if not kept.ids:
+        return seen
+    answers = kept.responses if seen.capture.responses else [()] * len(kept.ids)
+    return replace(seen, texts={**seen.texts, "keep": list(map(Text.of, kept.ids, answers))})
 
 
 def residuals(session: Session) -> list[Tensor]:
@@ -127,6 +187,9 @@ def prepare(
     """
     kind, stored = kind_of(session.config), folder / CAPTURED
     captured = read_tensors(stored, kind.layout) if seen is None else None
+    if seen is not None and kind.keeps:
+        session = replace(session, kept=choose_keep(session, directions))
+        seen = with_keep(seen, session.kept)
     if captured is None:
         captured = captured_of(session, directions, seen)
         if captured:
