@@ -53,7 +53,7 @@ def test_the_behaviour_takes_all_of_them():
     """So none is empty, blank, or left out because another part has it."""
     whole = CONFIG.prompts.model_copy(update={"eval_size": SIZES["search"]})
     sets = load_prompt_sets(whole)
-    assert [len(each) for each in sets.all()] == [400, 400, 200, 200, 200, 200]
+    assert [len(each) for each in sets.all()] == [400, 400, 200, 200, 200, 200, 256]
     assert all(prompt.group for each in sets.all() for prompt in each.prompts)
 
 
