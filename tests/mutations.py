@@ -519,8 +519,8 @@ MUTANTS = (
     Mutant(
         "the responses that ridge keeps are those to target prompts",
         "runs/session",
-        '{"contrast": self.sets["contrast"].ids}',
-        '{"contrast": self.sets["target"].ids}',
+        'self.respond("contrast", self.sets["contrast"].ids)',
+        'self.respond("contrast", self.sets["target"].ids)',
         "tests/runs/test_setup.py",
     ),
     Mutant(
