@@ -348,8 +348,8 @@ MUTANTS = (
     Mutant(
         "drift weighs responses and not tokens",
         "search/scorers",
-        "value, interval = ratio([float(r.sum()) for r in rows], [len(r) for r in rows])",
-        "value, interval = ratio([float(r.mean()) for r in rows], [1 for r in rows])",
+        "sums, counts = [float(r.sum()) for r in rows], [len(r) for r in rows]",
+        "sums, counts = [float(r.mean()) for r in rows], [1 for r in rows]",
         "tests/search/test_scorers.py -k weighs_every_token",
     ),
     Mutant(

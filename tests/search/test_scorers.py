@@ -240,6 +240,19 @@ def test_drift_weighs_every_token_alike_and_drift_first_every_response():
         assert score.interval[0] >= 0
 
 
+def test_drift_is_split_by_group():
+    rows = [torch.tensor([4.0]), torch.tensor([0.0, 0.0, 2.0]), torch.tensor([6.0, 0.0])]
+    prompts = [Prompt("x", group="code"), Prompt("y", group="facts"), Prompt("z", group="code")]
+    evidence = Evidence(divergence={"contrast": rows})
+    whole = measure("drift", evidence, contrast=prompts)
+    first = measure("drift_first", evidence, contrast=prompts)
+    assert whole.value == 2.0
+    parts = {group: (part.value, part.n) for group, part in whole.parts.items()}
+    assert parts == {"code": (10 / 3, 3), "facts": (2 / 3, 3)}
+    assert {group: part.value for group, part in first.parts.items()} == {"code": 5.0, "facts": 0.0}
+    assert measure("drift", evidence).parts == {}
+
+
 def test_drift_after_the_first_token_is_seen_by_drift_alone():
     evidence = Evidence(divergence={"contrast": [torch.tensor([0.0, 3.0])] * 3})
     assert measure("drift", evidence).value == 1.5

@@ -10,7 +10,7 @@ import importlib.util
 import sys
 import unicodedata
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Literal
@@ -239,6 +239,21 @@ def rate(flags: Sequence[bool], prompts: Sequence[Prompt]) -> Score:
     return Score(*share(flags), parts=parts)
 
 
+def mean_by_group(sums: Sequence[float], counts: Sequence[int], prompts: Sequence[Prompt]) -> Score:
+    """Return the sum over all prompts per count, whole and by the prompts' group."""
+
+    def score(numbers: Sequence[int]) -> Score:
+        value, interval = ratio([sums[n] for n in numbers], [counts[n] for n in numbers])
+        return Score(value, sum(counts[n] for n in numbers), interval)
+
+    groups = dict.fromkeys(p.group for p in prompts if p.group is not None)
+    parts = {
+        str(group): score([n for n, p in enumerate(prompts) if p.group == group])
+        for group in groups
+    }
+    return replace(score(range(len(sums))), parts=parts)
+
+
 @scorer(
     "behaviour_rate",
     needs=lambda context: [Responses("target", context.markers.found)],
@@ -267,10 +282,9 @@ def _shown(evidence: Evidence, context: ScoreContext, side: str) -> Score:
 @scorer("drift", needs=lambda _: [Divergence()], worth=0.5)
 def drift(evidence: Evidence, context: ScoreContext) -> Score:
     """Return KL(original || edited) in nats per token over the original's whole responses."""
-    del context
     rows = evidence.divergence["contrast"]
-    value, interval = ratio([float(r.sum()) for r in rows], [len(r) for r in rows])
-    return Score(value, sum(len(r) for r in rows), interval)
+    sums, counts = [float(r.sum()) for r in rows], [len(r) for r in rows]
+    return mean_by_group(sums, counts, context.prompts["contrast"])
 
 
 @scorer("drift_first", needs=lambda _: [Divergence()], worth=0.5)
@@ -279,10 +293,8 @@ def drift_first(evidence: Evidence, context: ScoreContext) -> Score:
 
     Comparable with published figures. Misleading where that token is nearly deterministic.
     """
-    del context
     firsts = [float(r[0]) for r in evidence.divergence["contrast"]]
-    value, interval = ratio(firsts, [1] * len(firsts))
-    return Score(value, len(firsts), interval)
+    return mean_by_group(firsts, [1] * len(firsts), context.prompts["contrast"])
 
 
 def _answered(context: ScoreContext, side: str) -> list[Request]:
