@@ -50,7 +50,7 @@ demo: venv
 	@rm -rf runs/demo
 	@$(BIN)/excise demo --out runs/demo
 
-# Some hours on two cores; `excise demo --real` takes a quarter of one.
+# Some hours on two cores; `excise demo --real` takes some ten minutes.
 real: venv
 	@rm -rf runs/real
 	@$(BIN)/excise run smollm2 --behaviour disclaimers --trials 100 --startup-trials 30 --out runs/real

@@ -21,12 +21,13 @@ from excise.errors import (
 from excise.named_models import DEMO, NAMED, SMOLLM2
 from excise.reading import full_path, is_file, is_folder
 
-# What `excise demo` sets beside its behaviour's own settings. With --real, sizes that two cores take a
-# quarter of an hour for; `excise run smollm2 --behaviour disclaimers` has the full ones.
+# What `excise demo` sets beside its behaviour's own settings. With --real, sizes that two cores take some
+# ten minutes for; `excise run smollm2 --behaviour disclaimers` has the full ones.
 TOY: dict[str, Any] = {"model.source": DEMO, "search.trials": 120}
 REAL: dict[str, Any] = {
     "model.source": SMOLLM2,
     "search.trials": 20,
+    "search.batch": 5,  # so that later trials learn from earlier ones: one batch would be nearly all
     "prompts.direction_size": 100,
     "prompts.eval_size": 40,
     "prompts.holdout_size": 60,
