@@ -57,7 +57,7 @@ real: venv
 
 # One thread per worker: two that share two cores wait for each other most of the time.
 test: venv llama
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: venv
 	$(BIN)/ruff check .

@@ -14,8 +14,13 @@ import pytest
 # Tests never reach for the network: a model or data set that is not here must be said, not fetched.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-# As a terminal has it: a background job of a shell ignores Ctrl-C, and so would all that it starts.
+# As a terminal has them: a background job of a shell ignores Ctrl-C, nohup SIGHUP, and so would all that
+# they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+# Files that take minutes come first, so that no process works on one of them alone at the end.
+_SLOW = ("test_fuzz.py", "test_kills.py")
 
 _PASSED: dict[str, int] = {}
 
@@ -23,6 +28,11 @@ _PASSED: dict[str, int] = {}
 def pytest_addoption(parser: pytest.Parser) -> None:
     """`--families PAGE`: write what the tests of families proved to this page."""
     parser.addoption("--families", metavar="PAGE", default=None)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the slow files first."""
+    items.sort(key=lambda item: item.path.name not in _SLOW)
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
