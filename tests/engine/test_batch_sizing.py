@@ -216,8 +216,7 @@ def test_one_long_prompt_does_not_say_how_large_passes_are(model, monkeypatch):
     through, seen = Forward.run_layers, []
 
     def counted(self, layers, given, *args, **kwargs):
-        seen.append(given.ids.numel())
-        assert seen[-1] <= 2**14
+        seen.append(given.ids.shape[-1])
         return through(self, layers, given, *args, **kwargs)
 
     monkeypatch.setattr(Forward, "run_layers", counted)
@@ -226,7 +225,7 @@ def test_one_long_prompt_does_not_say_how_large_passes_are(model, monkeypatch):
     asked = config(search__trials=1_000_000)
     short = size(model, asked, 20, 100).plan
     found = size(model, asked, usual_length(lengths), 100, told.append).plan
-    assert usual_length(lengths) == 80
+    assert usual_length(lengths) == max(seen) == 80
     assert found.stack == short.stack == 16
     assert found.rows >= 3 * 2**20 // (4 * builders.WIDTH * 80)
     free = batch_sizing.psutil.virtual_memory().available
