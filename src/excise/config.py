@@ -19,12 +19,11 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from excise.errors import ConfigError
 from excise.formats import DEFAULT, FORMATS
 from excise.reading import DEEPEST, check_depth, is_file, is_unicode, read_toml
-from excise.trees import merge, nest, parse_value, resolve_paths, walk_texts
+from excise.trees import BUILTIN, merge, nest, parse_value, resolve_paths, toml_text, walk_texts
 
 RowNorms = Literal["none", "pre", "full"]
 MethodName = Literal["directional", "subspace", "ridge", "ara"]
 
-BUILTIN = "builtin"  # among the sources of `prompts.keep`: the set that ships
 _MOST = 10**9  # upper bound of every count
 _NAME_BYTES, _PATH_BYTES = 255, 4096  # limits of file systems
 _SHOWN = 3  # errors of one configuration that a message names
@@ -352,37 +351,7 @@ def read_behaviour(name: str) -> dict[str, Any]:
 
 def to_toml(config: Config) -> str:
     """Write `config` as TOML that `load_config(file=...)` reads back to an equal value."""
-    lines: list[str] = []
-    _emit(config.model_dump(mode="json", exclude_none=True), (), lines)
-    return "\n".join(lines).strip() + "\n"
-
-
-def _emit(table: dict[str, Any], path: tuple[str, ...], lines: list[str]) -> None:
-    scalars = {key: value for key, value in table.items() if not isinstance(value, dict)}
-    if path and (scalars or not table):
-        lines.append(f"\n[{'.'.join(path)}]")
-    lines.extend(f"{key} = {toml_value(value)}" for key, value in scalars.items())
-    for key, value in table.items():
-        if isinstance(value, dict):
-            _emit(value, (*path, key), lines)
-
-
-def toml_value(value: Any) -> str:
-    """Return plain data as TOML on one line."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-        return (
-            '"'
-            + "".join(c if c >= " " and c != "\x7f" else f"\\u{ord(c):04x}" for c in escaped)
-            + '"'
-        )
-    if isinstance(value, list):
-        return "[" + ", ".join(toml_value(item) for item in value) + "]"
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{key} = {toml_value(item)}" for key, item in value.items()) + "}"
-    return repr(value)
+    return toml_text(config.model_dump(mode="json", exclude_none=True))
 
 
 def _short(key: str) -> str:

@@ -1,4 +1,4 @@
-"""Settings as plain nested tables: made from dotted keys, merged, file names made absolute.
+"""Settings as plain nested tables: made from dotted keys, merged, file names made absolute, as TOML.
 
 Knows which settings are file names, not what settings mean.
 """
@@ -14,6 +14,8 @@ from excise.named_models import NAMED
 from excise.reading import full_path, is_file, is_folder
 
 Tree = dict[str, Any]
+
+BUILTIN = "builtin"  # among the sources of `prompts.keep`: the set that ships
 
 
 def walk_texts(data: Any, path: str = "") -> Iterator[tuple[str, str]]:
@@ -35,7 +37,7 @@ def resolve_paths(tree: Tree, folder: Path) -> Tree:
     prompts = _table(tree, "prompts")
     places = [(value, ("source",)) for value in prompts.values()]
     if isinstance(prompts.get("keep"), list):
-        named = [value for value in prompts["keep"] if value != {"source": "builtin"}]
+        named = [value for value in prompts["keep"] if value != {"source": BUILTIN}]
         places += [(value, ("source",)) for value in named]
     places += [
         (prompts, ("chat_template",)),
@@ -46,10 +48,10 @@ def resolve_paths(tree: Tree, folder: Path) -> Tree:
     for table, keys in places:
         for key in keys if isinstance(table, dict) else ():
             value = table.get(key)
-            if isinstance(value, str):
-                table[key] = _beside(value, folder)
-            elif isinstance(value, list):
-                table[key] = [_beside(v, folder) if isinstance(v, str) else v for v in value]
+            if isinstance(value, list):
+                table[key] = [_placed(one, folder) for one in value]
+            elif key in table:
+                table[key] = _placed(value, folder)
     return tree
 
 
@@ -58,10 +60,17 @@ def _table(tree: Tree, name: str) -> Tree:
     return found if isinstance(found, dict) else {}
 
 
-def _beside(name: str, folder: Path) -> str:
-    """Return the absolute path of what exists at `folder / name`; leave other names, such as ids, alone."""
+def _placed(value: Any, folder: Path) -> Any:
+    return absolute(value, folder) if isinstance(value, str) and value else value
+
+
+def absolute(name: str, folder: Path = Path()) -> str:
+    """Return the absolute path of what exists at `folder / name`; leave other names, such as ids, alone.
+
+    So a run can be resumed from anywhere.
+    """
     place = folder / name
-    found = name not in ("", *NAMED) and (is_file(place) or is_folder(place))
+    found = name not in NAMED and (is_file(place) or is_folder(place))
     return str(full_path(place)) if found else name
 
 
@@ -90,3 +99,38 @@ def parse_value(text: str) -> Any:
     except (ValueError, RecursionError):
         return text
     return found["value"] if len(found) == 1 else text
+
+
+def toml_text(tree: Tree) -> str:
+    """Return a tree as a TOML document."""
+    lines: list[str] = []
+    _emit(tree, (), lines)
+    return "\n".join(lines).strip() + "\n"
+
+
+def _emit(table: Tree, path: tuple[str, ...], lines: list[str]) -> None:
+    scalars = {key: value for key, value in table.items() if not isinstance(value, dict)}
+    if path and (scalars or not table):
+        lines.append(f"\n[{'.'.join(path)}]")
+    lines.extend(f"{key} = {toml_value(value)}" for key, value in scalars.items())
+    for key, value in table.items():
+        if isinstance(value, dict):
+            _emit(value, (*path, key), lines)
+
+
+def toml_value(value: Any) -> str:
+    """Return plain data as TOML on one line."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        return (
+            '"'
+            + "".join(c if c >= " " and c != "\x7f" else f"\\u{ord(c):04x}" for c in escaped)
+            + '"'
+        )
+    if isinstance(value, list):
+        return "[" + ", ".join(toml_value(item) for item in value) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {toml_value(item)}" for key, item in value.items()) + "}"
+    return repr(value)

@@ -25,6 +25,7 @@ from excise.checkpoints.dequantise import DTYPE, UNPACKED, Plain, claim_scratch
 from excise.checkpoints.gguf_header import GgufFile, check_sizes, gguf_name, name_map, read_shards
 from excise.checkpoints.model_folder import check_loaded, library_errors
 from excise.errors import ModelError, StorageError, first_line
+from excise.files import CARD
 
 _FILE = "model.gguf"
 # RoPE frequencies: the configuration says the same.
@@ -214,6 +215,6 @@ def _save(target: Path, tokenizer: Any, model: Any, licence: str | None) -> None
         model.generation_config.save_pretrained(target)
         if licence is not None:
             card = ModelCardData(license=licence).to_yaml()
-            (target / "README.md").write_text(f"---\n{card}\n---\n", encoding="utf-8")
+            (target / CARD).write_text(f"---\n{card}\n---\n", encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise StorageError(f"cannot write {target}: {first_line(error)}") from None

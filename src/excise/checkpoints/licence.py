@@ -14,9 +14,9 @@ from typing import Any
 
 import yaml
 
+from excise.files import CARD
 from excise.reading import is_file
 
-CARD = "README.md"
 _MOST = 1 << 16  # bytes or characters of a card: its front matter stands at the beginning
 _DEEPEST, _LONGEST, _SEVERAL = 16, 100, 8  # levels; characters of a name; names
 # The loader in C, where PyYAML was built with it.

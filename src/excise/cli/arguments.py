@@ -88,11 +88,7 @@ def _demo(sub: argparse.ArgumentParser) -> None:
 
 
 def _run(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument(
-        "model",
-        metavar="MODEL",
-        help="model folder, GGUF file, Hub id, or smollm2",
-    )
+    _model(sub)
     sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="new run folder")
     _job(sub)
     _anyway(sub)
@@ -165,11 +161,7 @@ def _evaluate(sub: argparse.ArgumentParser) -> None:
 
 
 def _inspect(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument(
-        "model",
-        metavar="MODEL",
-        help="model folder, GGUF file, Hub id, or smollm2",
-    )
+    _model(sub)
     _json(sub)
 
 
@@ -232,6 +224,11 @@ def _prompts(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--markers", metavar="FILE", help=text)
     text = "length limit of a response, in tokens (default: 100)"
     group.add_argument("--max-new-tokens", type=int, metavar="N", help=text)
+
+
+def _model(sub: argparse.ArgumentParser) -> None:
+    text = "model folder, GGUF file, Hub id, or smollm2"
+    sub.add_argument("model", metavar="MODEL", help=text)
 
 
 def _folder(sub: argparse.ArgumentParser, metavar: str = "DIR") -> None:

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from excise.cli import terminal
+from excise.files import CARD
 from excise.formats import FORMATS
 from excise.record import Record, Scores, TrialRecord
 from excise.report import formatting
@@ -158,7 +159,7 @@ def _places(record: Record, out: Path) -> Table:
         form = FORMATS.get(artifact.format)
         name = artifact.format if form is None else form.label
         _row(table, name, str(out / artifact.path))
-        _row(table, "model card", str(out / artifact.path / "README.md"))
+        _row(table, "model card", str(out / artifact.path / CARD))
     _row(table, "report", str(out / "report.html"))
     _row(table, "record", str(out / "record.json"))
     return table

@@ -7,7 +7,7 @@ import logging
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from excise.cli import terminal
 from excise.cli.arguments import PROMPT_FLAGS, parser
@@ -18,8 +18,12 @@ from excise.errors import (
     EXIT_INTERRUPTED,
     ExciseError,
 )
-from excise.named_models import DEMO, NAMED, SMOLLM2
-from excise.reading import full_path, is_file, is_folder
+from excise.named_models import DEMO, SMOLLM2
+from excise.reading import full_path, is_file
+from excise.trees import BUILTIN, absolute
+
+if TYPE_CHECKING:
+    from excise.cli.progress import Reporter
 
 # What `excise demo` sets beside its behaviour's own settings. With --real, sizes that two cores take some
 # ten minutes for; `excise run smollm2 --behaviour disclaimers` has the full ones.
@@ -83,10 +87,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _config(arguments: argparse.Namespace, model: str) -> Any:
     """Return the configuration that the flags make."""
-    from excise.config import BUILTIN, load_config
+    from excise.config import load_config
 
     given = vars(arguments)
-    flags: dict[str, Any] = {"model.source": _absolute(model)}
+    flags: dict[str, Any] = {"model.source": absolute(model)}
     plain = {
         "method": "method",
         "seed": "seed",
@@ -101,14 +105,14 @@ def _config(arguments: argparse.Namespace, model: str) -> Any:
     if given["strengthen"]:
         flags["goal"] = "strengthen"
     if given["markers"] is not None:
-        flags |= {"scores.markers": [], "scores.markers_file": _absolute(given["markers"])}
+        flags |= {"scores.markers": [], "scores.markers_file": absolute(given["markers"])}
     if given["chat_template"] is not None:
-        flags["prompts.chat_template"] = _absolute(given["chat_template"])
+        flags["prompts.chat_template"] = absolute(given["chat_template"])
     for name in PROMPT_FLAGS:
         if given[name] is not None:
-            flags[f"prompts.{name}"] = {"source": _absolute(given[name])}
+            flags[f"prompts.{name}"] = {"source": absolute(given[name])}
     if given["keep"] is not None or given["no_keep"]:
-        names = [n if n == BUILTIN else _absolute(n) for n in given["keep"] or ()]
+        names = [n if n == BUILTIN else absolute(n) for n in given["keep"] or ()]
         flags["prompts.keep"] = [{"source": name} for name in names]
     return load_config(
         behaviour=arguments.behaviour,
@@ -116,13 +120,6 @@ def _config(arguments: argparse.Namespace, model: str) -> Any:
         flags=flags,
         sets=tuple(arguments.sets),
     )
-
-
-def _absolute(name: str) -> str:
-    """Return the full path of a file or folder, so that a run resumes from anywhere; else the id."""
-    path = Path(name)
-    local = name not in NAMED and (is_file(path) or is_folder(path))
-    return str(full_path(path)) if local else name
 
 
 def _demo(arguments: argparse.Namespace) -> int:
@@ -144,7 +141,6 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _resume(arguments: argparse.Namespace) -> int:
     from excise.errors import RunStateError
-    from excise.reading import is_file
     from excise.runs.changed_settings import CONFIG, read_settings
 
     if not is_file(arguments.folder / CONFIG):
@@ -155,12 +151,11 @@ def _resume(arguments: argparse.Namespace) -> int:
 
 def _do_run(config: Any, out: Path, arguments: argparse.Namespace, *, resume: bool) -> int:
     from excise.cli.console import show_result
-    from excise.cli.progress import Reporter
     from excise.runs.pipeline import run
 
     arguments.run = out
     anyway = getattr(arguments, "anyway", False)
-    with Reporter(quiet=arguments.quiet, json_events=arguments.json_events) as on_event:
+    with _reporter(arguments) as on_event:
         record = run(config, out, on_event, resume=resume, anyway=anyway)
     if not arguments.json_events:
         with terminal.beside_the_work():
@@ -184,10 +179,9 @@ def _front(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from excise.cli.progress import Reporter
     from excise.runs.finished_run import export_run
 
-    with Reporter(quiet=arguments.quiet, json_events=arguments.json_events) as on_event:
+    with _reporter(arguments) as on_event:
         artifact = export_run(
             arguments.folder,
             arguments.to,
@@ -222,10 +216,9 @@ def _export_options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _reproduce(arguments: argparse.Namespace) -> int:
     from excise.cli import console
-    from excise.cli.progress import Reporter
     from excise.runs.reproduce import reproduce
 
-    with Reporter(quiet=arguments.quiet, json_events=arguments.json_events) as on_event:
+    with _reporter(arguments) as on_event:
         found = reproduce(
             arguments.record,
             arguments.out,
@@ -241,10 +234,9 @@ def _reproduce(arguments: argparse.Namespace) -> int:
 
 
 def _push(arguments: argparse.Namespace) -> int:
-    from excise.cli.progress import Reporter
     from excise.export.hub import push
 
-    with Reporter(quiet=arguments.quiet, json_events=arguments.json_events) as on_event:
+    with _reporter(arguments) as on_event:
         done = push(
             arguments.folder,
             arguments.repo,
@@ -262,11 +254,10 @@ def _push(arguments: argparse.Namespace) -> int:
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     from excise.cli import console
-    from excise.cli.progress import Reporter
     from excise.runs.finished_run import evaluate
 
     config = _config(arguments, arguments.base)
-    with Reporter(quiet=arguments.quiet, json_events=arguments.json_events) as on_event:
+    with _reporter(arguments) as on_event:
         rows = evaluate(config, arguments.edited, on_event)
     found = {
         where: {
@@ -296,10 +287,9 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 def _geometry(arguments: argparse.Namespace) -> int:
     from excise.cli import console
-    from excise.cli.progress import Reporter
     from excise.runs.finished_run import survey
 
-    with Reporter(quiet=arguments.quiet, json_events=arguments.json_events) as on_event:
+    with _reporter(arguments) as on_event:
         layers = survey(arguments.folder, on_event, trust_run=arguments.trust_run)
     if arguments.json:
         terminal.show_json({"layers": layers})
@@ -321,6 +311,13 @@ def _report(arguments: argparse.Namespace) -> int:
     with terminal.beside_the_work():
         terminal.say(str(arguments.folder / REPORT))
     return EXIT_DONE
+
+
+def _reporter(arguments: argparse.Namespace) -> Reporter:
+    """Return what shows progress, as the flags ask for it."""
+    from excise.cli.progress import Reporter
+
+    return Reporter(quiet=arguments.quiet, json_events=arguments.json_events)
 
 
 def _as_event(arguments: argparse.Namespace, result: dict[str, Any]) -> bool:

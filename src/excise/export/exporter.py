@@ -65,6 +65,18 @@ class EditedModel:
     writers: Sequence[Writer]
     edits: Mapping[str, Edit]
 
+    @classmethod
+    def of(
+        cls,
+        record: Record,
+        loaded: Loaded,
+        writers: Sequence[Writer],
+        edits: Sequence[Edit | None],
+    ) -> EditedModel:
+        """Make it of one edit per writer, None where that is left alone."""
+        named = {w.name: e for w, e in zip(writers, edits, strict=True) if e is not None}
+        return cls(record, loaded, writers, named)
+
 
 @dataclass(frozen=True)
 class Measurement:

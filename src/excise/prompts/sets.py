@@ -15,10 +15,11 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from excise.config import BUILTIN, PromptSection, PromptSource
+from excise.config import PromptSection, PromptSource
 from excise.errors import PromptError
 from excise.prompts.prompt_files import LONGEST, read_rows
 from excise.reading import is_file, is_unicode
+from excise.trees import BUILTIN
 
 _SHIPPED = PromptSource(
     source=str(resources.files("excise") / "data" / "keep" / "prompts.jsonl"), group_column="kind"

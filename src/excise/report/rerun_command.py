@@ -14,11 +14,11 @@ from excise.config import (
     PromptSource,
     behaviours,
     load_config,
-    toml_value,
     unknown_settings,
 )
 from excise.record import Record
 from excise.report.formatting import public_source
+from excise.trees import toml_value
 
 _FLAGS = {
     "method": "--method",

@@ -121,10 +121,8 @@ def _edited(
 ) -> tuple[EditedModel, CoverageRecord]:
     """Return a trial's edit with the model that it is of, and what it touches."""
     own, edits = setup.own_edits(session, trial.params, out)
-    writers = own.writers
-    named = {w.name: e for w, e in zip(writers, edits, strict=True) if e is not None}
-    touched = touched_by(writers, edits, record.coverage)
-    return EditedModel(record, own.loaded, writers, named), touched
+    touched = touched_by(own.writers, edits, record.coverage)
+    return EditedModel.of(record, own.loaded, own.writers, edits), touched
 
 
 @contextmanager

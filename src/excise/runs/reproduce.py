@@ -22,7 +22,7 @@ from excise.config import load_config
 from excise.errors import ConfigError
 from excise.events import OnEvent, ignore, phase
 from excise.export.exporter import EditedModel, exporter
-from excise.files import check_destination, scratch, staged
+from excise.files import CARD, check_destination, scratch, staged
 from excise.formats import DEFAULT, FORMATS
 from excise.methods.registry import check_method
 from excise.model.edits import Edit
@@ -208,15 +208,13 @@ def _rebuild(
     room: Path,
     beside: Path,
 ) -> Rebuilt:
-    loaded, writers, on_event = session.loaded, session.writers, session.on_event
-    named = {w.name: e for w, e in zip(writers, edits, strict=True) if e is not None}
-    card = {"README.md": model_card(record, artifact_format=name, trial=trial.number)}
+    card = {CARD: model_card(record, artifact_format=name, trial=trial.number)}
     to = room / FORMATS[name].folder
     rank = int(known.details.get("rank", 1)) if known is not None else 1
     section = load_config(flags={"export.adapter_rank": rank}).export
-    with phase("export", on_event):
-        edited = EditedModel(record, loaded, writers, named)
-        made = exporter(name, section).write(edited, to, card, on_event)
+    with phase("export", session.on_event):
+        edited = EditedModel.of(record, session.loaded, session.writers, edits)
+        made = exporter(name, section).write(edited, to, card, session.on_event)
     then = None if known is None else known.sha256
     apart = None
     if known is not None and then != made.sha256:

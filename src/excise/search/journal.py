@@ -225,9 +225,8 @@ def check_lines(path: Path, trials: int | None = None) -> _End:
     with path.open("rb") as file:
         for line in file:
             there += line.startswith(_TRIAL)
-            if not line.endswith(b"\n") or (
-                trials is not None and there > trials
-            ):  # the last, torn
+            torn = not line.endswith(b"\n")  # the last one
+            if torn or (trials is not None and there > trials):
                 break
             match = _SUM.match(line)
             total = _add(end.sum, line[:-1] if match is None else match[1] + b"}")
