@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import real_page
 from methods import LIMITS, RESULTS, VARIANTS
 
 from excise.report.formatting import percent, significant
@@ -298,6 +299,7 @@ def write(results: dict[str, Any]) -> None:
         "measured on the holdout prompts. *Unseen* objects stand in no direction or search prompt. "
         "*Volume* is the share of the square behaviour rate 0 to 1, log drift 1e-5 to 1 that the front "
         "beats, larger is better. *Chosen* figures are of the knee. Values are listed by seed.",
+        *real_page.page(),
         "## Driven by drift",
         overview(groups, "drift"),
         "![fronts on the holdout](methods.svg)",
