@@ -98,6 +98,16 @@ def job(tiny: Path, out: Path, *more: str) -> list[str]:
 
 
 @pytest.fixture(scope="session")
+def tiny_run(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run on the random checkpoint."""
+    from excise.cli.main import main
+
+    out = tmp_path_factory.mktemp("tiny") / "run"
+    assert main(job(tiny, out, "--method", "directional")) == 0
+    return out
+
+
+@pytest.fixture(scope="session")
 def demo_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run on the demo model with both kinds of export."""
     from excise.config import load_config

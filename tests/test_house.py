@@ -33,7 +33,7 @@ FOLDERS = sorted(path.parent for path in SOURCE.glob("*/__init__.py"))
 # Bottom to top, as ARCHITECTURE.md draws them: a folder imports only from those before it. "" is the root.
 ORDER = (
     *("", "model", "checkpoints", "prompts", "capture", "methods", "engine", "search"),
-    *("report", "export", "gguf", "runs", "cli"),
+    *("report", "export", "gguf", "runs", "chat", "cli"),
 )
 
 PURE = (
@@ -253,6 +253,10 @@ def test_the_command_line_is_what_the_contract_says():
         "evaluate": [*prompts.split(), "--json", *progress],
         "inspect": ["--json"],
         "geometry": ["--json", "--trust-run", *progress],
+        "chat": [
+            *("--base", "--in-turn", "--json", "--max-new-tokens", "--prompt", "--save", "--seed"),
+            *("--system", "--temperature", "--thinking", "--trial", "--trust-run"),
+        ],
         "report": [],
     }
     assert flags == {k: sorted([*v, "--debug", "--help"]) for k, v in expected.items()}
@@ -356,8 +360,8 @@ def test_behaviours_hold_no_prompts_but_the_projects_own():
 def test_the_questions_of_a_newcomer_are_answered_where_the_page_says():
     text = (ROOT / "docs" / "where.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| ([^|]+\?) \| `([\w/.]+)` \| `([^`]+)` \|$", text, flags=re.M)
-    assert len(rows) == text.count("? |") == 36
-    assert len({question for question, _, _ in rows}) == 36
+    assert len(rows) == text.count("? |") == 38
+    assert len({question for question, _, _ in rows}) == 38
     for question, file, mark in rows:
         assert mark in (SOURCE / file).read_text(encoding="utf-8"), question
 

@@ -11,7 +11,7 @@ from templates import GEMMA, GPT_OSS, PARTS, QWEN3, QWEN3_THINKING, R1
 
 from excise.config import PromptSection
 from excise.errors import ModelError
-from excise.prompts.chat_template import after_thinking, choose_format, close_thinking
+from excise.prompts.chat_template import ChatFormat, after_thinking, choose_format, close_thinking
 from excise.prompts.template_rendering import Renderer
 from excise.prompts.template_sources import read_template
 
@@ -265,3 +265,13 @@ def test_what_comes_after_markup():
 
 def test_the_date_is_a_date():
     assert PromptSection(date="2024-02-29").date == datetime.date(2024, 2, 29)
+
+
+def test_a_conversation_in_the_plain_format():
+    plain = ChatFormat(None, "plain format", "Be brief.")
+    (text,) = plain.conversations(None, [["who made it?", " the smith", "and when?"]])
+    assert text == (
+        "Be brief.\n\nQuestion: who made it?\nAnswer: the smith\n\nQuestion: and when?\nAnswer:"
+    )
+    (one,) = plain.conversations(None, [["who made it?"]])
+    assert [one] == plain.render(None, ["who made it?"])

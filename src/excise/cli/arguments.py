@@ -176,6 +176,33 @@ def _report(sub: argparse.ArgumentParser) -> None:
     _folder(sub)
 
 
+def _chat(sub: argparse.ArgumentParser) -> None:
+    _folder(sub, "RUN")
+    text = "trials to talk to, a column each (default: the original and the selected trial)"
+    sub.add_argument(
+        "--trial", type=int, nargs="+", action="extend", default=[], metavar="N", help=text
+    )
+    sub.add_argument("--base", action="store_true", help="talk to the original model too")
+    text = "say this, print the replies, and leave (default: read messages line by line)"
+    sub.add_argument("--prompt", metavar="TEXT", help=text)
+    sub.add_argument("--system", metavar="TEXT", help="system prompt (default: the run's)")
+    text = "let the model think, or not (default: as in the run)"
+    sub.add_argument("--thinking", choices=("on", "off"), help=text)
+    text = "0 takes the likeliest token each time (default: 0)"
+    sub.add_argument("--temperature", type=float, default=0.0, metavar="T", help=text)
+    text = "length limit of a reply, in tokens (default: 400)"
+    sub.add_argument("--max-new-tokens", type=int, default=400, metavar="N", help=text)
+    text = "seed of the sampling, which is the same for all columns (default: 0)"
+    sub.add_argument("--seed", type=int, default=0, metavar="N", help=text)
+    text = "show replies below each other, not in columns"
+    sub.add_argument("--in-turn", action="store_true", help=text)
+    text = "write the conversation to this new file, a line of JSON per turn"
+    sub.add_argument("--save", type=Path, metavar="FILE.jsonl", help=text)
+    text = "print a line of JSON per turn, with the first token's probabilities"
+    sub.add_argument("--json", action="store_true", help=text)
+    _trust(sub)
+
+
 def _job(sub: argparse.ArgumentParser, *, search: bool = True) -> None:
     edit = sub.add_argument_group("the edit")
     text = "built-in behaviour (demo, disclaimers, refusal) or a TOML file of your own"
@@ -314,6 +341,12 @@ _COMMANDS = {
         "DIR",
         "runs/qwen3-4b",
         _geometry,
+    ),
+    "chat": _Command(
+        "talk to a run's trials and its original model, side by side",
+        "RUN",
+        "runs/qwen3-4b --base --trial 31 87",
+        _chat,
     ),
     "report": _Command(
         "rewrite report.html and the model cards of a run", "DIR", "runs/qwen3-4b", _report

@@ -80,6 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
             "evaluate": _evaluate,
             "inspect": _inspect,
             "geometry": _geometry,
+            "chat": _chat,
             "report": _report,
         }
     )
@@ -297,6 +298,13 @@ def _geometry(arguments: argparse.Namespace) -> int:
         with terminal.beside_the_work():
             console.show(console.geometry_table(layers))
             terminal.say(str(arguments.folder / "report.html"))
+    return EXIT_DONE
+
+
+def _chat(arguments: argparse.Namespace) -> int:
+    from excise.cli import chat
+
+    chat.talk(arguments)
     return EXIT_DONE
 
 

@@ -45,3 +45,26 @@ class Stoppable:
     def _stop(self, number: int, frame: FrameType | None) -> None:
         self._asked = True
         signal.default_int_handler(number, frame)
+
+
+class Haltable:
+    """Context in which Ctrl-C asks for a halt, once; a second one interrupts."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: Any = None
+
+    def __enter__(self) -> Haltable:
+        ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # as under nohup
+        if threading.current_thread() is threading.main_thread() and not ignored:
+            self._before = signal.signal(signal.SIGINT, self._halt)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _halt(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            signal.default_int_handler(number, frame)
+        self.asked = True

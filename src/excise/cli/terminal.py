@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO, cast
 
-from excise.errors import StorageError
+from excise.errors import ConfigError, StorageError
 from excise.visible import one_line, visible
 
 
@@ -76,6 +76,29 @@ def beside_the_work() -> Iterator[None]:
 def say(text: str) -> None:
     """Print one line on standard output."""
     out(visible(text) + "\n")
+
+
+def ask(prompt: str) -> str | None:
+    """Read a line from standard input; None at its end. The prompt is shown to people alone.
+
+    Raises:
+        ConfigError: it is no text.
+    """
+    with suppress(ImportError):
+        import readline  # noqa: F401 (lines can be edited, and earlier ones come back)
+    try:
+        return input(prompt if is_watched() else "")
+    except EOFError:
+        return None
+    except UnicodeDecodeError:
+        raise ConfigError("standard input is not text in the terminal's encoding") from None
+    except RuntimeError:  # there is none
+        return None
+
+
+def is_watched() -> bool:
+    """Return whether a person reads standard output and writes standard input."""
+    return all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout))
 
 
 def show_json(data: Any, indent: int | None = 1) -> None:

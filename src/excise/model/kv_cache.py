@@ -158,6 +158,28 @@ def take_rows(
     return empty
 
 
+def keep_ends(
+    cache: DynamicCache, empty: DynamicCache, ends: Sequence[int], width: int
+) -> DynamicCache:
+    """Copy the `width` positions before each row's end into an empty cache; for caches that `can_join`.
+
+    Args:
+        cache: where the rows come from.
+        empty: where they go.
+        ends: the position after the last one that is wanted of each row. Where fewer than `width`
+            positions stand before it, the first ones of the copy must be masked.
+        width: positions of the copy.
+    """
+    rows = torch.arange(len(ends))
+    places = (torch.arange(width) + (torch.tensor(ends) - width)[:, None]).clamp_min(0)
+    for ours, theirs in zip(empty.layers, cache.layers, strict=True):
+        if not isinstance(theirs, DummyLayer):
+            device = theirs.keys.device
+            states = (theirs.keys, theirs.values)
+            ours.update(*(_picked(s, rows.to(device), places.to(device)) for s in states))
+    return empty
+
+
 def can_join(cache: DynamicCache) -> bool:
     """Return whether caches like this can be joined: each layer keeps plain keys and values, or none."""
     return all(isinstance(layer, RoomyLayer | DummyLayer) for layer in cache.layers)

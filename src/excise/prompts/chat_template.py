@@ -12,6 +12,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
+from itertools import cycle, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -97,20 +98,43 @@ class ChatFormat:
         Raises:
             ModelError: the template cannot render one.
         """
-        assert self.template is not None
-        chats = [self._chat(text, answer) for text in texts]
-        variables = {**self.tokens, **self.variables}
-        return renderer.render(self.template, self.origin, chats, variables, prompt=answer is None)
+        answers = [] if answer is None else [answer]
+        chats = [self._chat([text, *answers]) for text in texts]
+        return self._rendered(renderer, chats, prompt=answer is None)
 
-    def _chat(self, text: str, answer: str | None) -> Chat:
-        system, messages = self.system, []
+    def conversations(self, renderer: Renderer, chats: Sequence[Sequence[str]]) -> list[str]:
+        """Render conversations up to where the next answer begins: user's and model's texts in turn.
+
+        Raises:
+            ModelError: the chat template cannot render one, or leaves its last text out.
+        """
+        if self.template is None:
+            return ["\n\n".join(self._plain(chat)) for chat in chats]
+        found = self._rendered(renderer, [self._chat(chat) for chat in chats], prompt=True)
+        if not all(holds_text(c[-1], text) for c, text in zip(chats, found, strict=True)):
+            raise ModelError(f"{self.origin} leaves out the text of the last message")
+        return [text + self.header for text in found]
+
+    def _plain(self, chat: Sequence[str]) -> list[str]:
+        answers = [f" {text.strip()}" for text in chat[1::2]]
+        asked = [PLAIN_FORMAT.format(prompt=text) for text in chat[::2]]
+        parts = [text + answer for text, answer in zip_longest(asked, answers, fillvalue="")]
+        return parts if self.system is None else [self.system, *parts]
+
+    def _rendered(self, renderer: Renderer, chats: Sequence[Chat], *, prompt: bool) -> list[str]:
+        assert self.template is not None
+        variables = {**self.tokens, **self.variables}
+        return renderer.render(self.template, self.origin, chats, variables, prompt=prompt)
+
+    def _chat(self, texts: Sequence[str]) -> Chat:
+        system, (first, *rest) = self.system, texts
+        messages = []
         if system is not None and self.folded:
-            text = f"{system}\n\n{text}"
+            first = f"{system}\n\n{first}"
         elif system is not None:
             messages.append({"role": "system", "content": self._content(system)})
-        messages.append({"role": "user", "content": self._content(text)})
-        if answer is not None:
-            messages.append({"role": "assistant", "content": self._content(answer)})
+        for text, role in zip((first, *rest), cycle(("user", "assistant"))):
+            messages.append({"role": role, "content": self._content(text)})
         return messages
 
     def _content(self, text: str) -> Any:

@@ -93,10 +93,16 @@ def token_ids(
         ModelError: the chat template cannot render a prompt, or leaves its text out.
     """
     texts = [f"{section.prefix}{prompt.text}{section.suffix}" for prompt in prompts.prompts]
-    rendered = chat_format.render(renderer, texts)
+    return rendered_ids(tokenizer, chat_format.render(renderer, texts), chat_format)
+
+
+def rendered_ids(
+    tokenizer: Any, rendered: Sequence[str], chat_format: ChatFormat
+) -> list[list[int]]:
+    """Tokenise what a chat format has rendered."""
     # The template writes its own <bos>; adding another would change every position.
     special = chat_format.template is None
-    ids = tokenizer(rendered, add_special_tokens=special)["input_ids"]
+    ids = tokenizer(list(rendered), add_special_tokens=special)["input_ids"]
     if special:
         ids = [_unended(tokenizer, text, row) for text, row in zip(rendered, ids, strict=True)]
     return [list(map(int, row)) for row in ids]

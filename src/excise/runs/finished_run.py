@@ -85,7 +85,7 @@ def export_run(
         record, config = _reopen(folder, config)  # as others left it, who held it until now
         number = trial if trial is not None else _selected(record, select, scoring.goals())
         chosen = record.trial(number)
-        found = _same(record, config, scoring, folder, on_event)
+        found = same_session(record, config, scoring, folder, on_event)
         check_exports([format_name], found)
         session = setup.restore(found, folder)
         engine = session.engine("search", from_dict(record.engine).plan)
@@ -108,7 +108,7 @@ def _reopen(folder: Path, config: Config) -> tuple[Record, Config]:
     return record, config
 
 
-def _same(
+def same_session(
     record: Record, config: Config, scoring: Scoring, folder: Path, on_event: OnEvent
 ) -> Session:
     """Load the model and prompts of a run, and prove that they are those that were measured.
@@ -155,7 +155,7 @@ def survey(
     scoring = Scoring(read_markers(config.scores.markers, config.scores.markers_file))
     with hold(folder):
         record, config = _reopen(folder, config)
-        session = _same(record, config, scoring, folder, on_event)
+        session = same_session(record, config, scoring, folder, on_event)
         target, contrast = setup.residuals(session)
         layers = [layer.as_dict() for layer in describe_layers(target, contrast)]
         record = record.with_geometry(layers)

@@ -38,15 +38,17 @@ def beats(a: Point, b: Point, objectives: Sequence[Objective]) -> bool:
 
 def pareto(points: Sequence[Point], objectives: Sequence[Objective]) -> list[Point]:
     """Return the points that no other dominates, best first by the first objective; of equals the first."""
+
+    def cost(point: Point) -> tuple[list[float], int]:
+        signed = zip(objectives, point.values, strict=True)
+        return [o.sign * value for o, value in signed], point.number
+
     kept: list[Point] = []
-    seen: set[tuple[float, ...]] = set()
-    for point in sorted(points, key=lambda p: p.number):
-        if point.values in seen or any(beats(other, point, objectives) for other in points):
-            continue
-        seen.add(point.values)
-        kept.append(point)
-    signs = [o.sign for o in objectives]
-    return sorted(kept, key=lambda p: [s * v for s, v in zip(signs, p.values, strict=True)])
+    for point in sorted(points, key=cost):  # one that beats it, or equals it, comes before it
+        rivals = (other.values == point.values or beats(other, point, objectives) for other in kept)
+        if not any(rivals):
+            kept.append(point)
+    return kept
 
 
 def choose(rule: str, front: Sequence[Point], objectives: Sequence[Objective]) -> Point | None:
