@@ -369,7 +369,7 @@ MUTANTS = (
     ),
     Mutant(
         "random trials repeat after a resume",
-        "search/loop",
+        "search/sampler",
         "np.random.SeedSequence([self._seed, number])",
         "np.random.SeedSequence([self._seed])",
         "tests/search/test_loop.py -k random",

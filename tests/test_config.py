@@ -93,6 +93,24 @@ def test_set_reads_toml_values_and_takes_the_rest_as_text(expression, value):
     assert getattr(getattr(load_config(sets=(expression,)), section), name) == value
 
 
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("90s", 90), ("30m", 1800), ("2h", 7200), ("1h30m", 5400), ("1h0m5s", 3605), (" 45m ", 2700)],
+)
+def test_a_time_is_read_as_people_write_it(text, seconds):
+    config = load_config(flags={"search.time": text})
+    assert config.search.time == seconds
+    assert load_config(sets=(f"search.time={seconds}",)) == config
+
+
+@pytest.mark.parametrize(
+    "text", "|5 m|0s|0m|-5m|1.5h|30|m30|30m1h|5x|s|1h30|٣m|1e9s|99999999h|1m1m|1d".split("|")
+)
+def test_what_is_no_time_is_refused(text):
+    with pytest.raises(ConfigError, match=r"^configuration key search\.time: [^\n]*$"):
+        load_config(flags={"search.time": text})
+
+
 def test_the_last_of_two_sets_wins():
     assert load_config(sets=("seed=1", "seed=2")).seed == 2
 

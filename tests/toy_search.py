@@ -30,14 +30,28 @@ def toy(params):
     return out
 
 
-def search_in(folder, batch=8, seed=0):
+class Watch:
+    """A clock that a search takes with it: every batch that is measured takes `seconds`."""
+
+    def __init__(self, seconds):
+        self.now, self.seconds = 0.0, seconds
+
+    def __call__(self):
+        return self.now
+
+    def toy(self, params):
+        self.now += self.seconds
+        return toy(params)
+
+
+def search_in(folder, batch=8, seed=0, **more):
     if (folder / journal.FILE).exists():
         study = journal.open_study(folder)
     else:
         study = journal.create_study(
             folder, ["minimize", "minimize"], {"model": "a"}, {"batch": batch}
         )
-    return Search(study, SPACE, GOALS, SECTION, batch=batch, seed=seed)
+    return Search(study, SPACE, GOALS, SECTION, batch=batch, seed=seed, **more)
 
 
 def trials(search):

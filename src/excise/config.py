@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import difflib
+import re
 import unicodedata
 from importlib import resources
 from pathlib import Path
@@ -53,9 +54,24 @@ def _check_format(name: object) -> object:
     return name
 
 
+_SPAN = re.compile(r"(?:(\d{1,6})h)?(?:(\d{1,6})m)?(?:(\d{1,8})s)?", re.ASCII)
+
+
+def _read_span(span: object) -> object:
+    """Read '90s', '30m', '2h' or '1h30m' as seconds; a number is seconds already."""
+    if not isinstance(span, str):
+        return span
+    match = _SPAN.fullmatch(span.strip())
+    if match is None or not any(match.groups()):
+        raise ValueError(f"{span!r:.60} is no length of time: write 90s, 30m, 2h or 1h30m")
+    hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    return 3600 * hours + 60 * minutes + seconds
+
+
 Count = Annotated[int, Field(ge=1, le=_MOST)]
 CountOrNone = Annotated[int, Field(ge=0, le=_MOST)]  # 0: chosen by measurement
 Name = Annotated[str, AfterValidator(_check_name)]  # of a file, a folder, or on the Hub
+Span = Annotated[int, BeforeValidator(_read_span), Field(ge=1, le=_MOST)]  # seconds
 FormatName = Annotated[str, BeforeValidator(_check_format)]
 Distinct = AfterValidator(_check_distinct)
 
@@ -176,9 +192,13 @@ class ScoreSection(Section):
 
 
 class SearchSection(Section):
-    """Search. `batch` is C, the candidates asked and measured together; 0 chooses it."""
+    """Search. `batch` is C, the candidates asked and measured together; 0 chooses it.
+
+    With `time` the search takes so long, in seconds, and `trials` does not count.
+    """
 
     trials: int = Field(200, ge=1, le=10**6)
+    time: Span | None = None
     startup_trials: Count = 60
     batch: int = Field(0, ge=0, le=10**4)
     ei_candidates: int = Field(128, ge=1, le=10**6)

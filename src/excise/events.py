@@ -30,11 +30,15 @@ class PhaseStarted(Event):
 
 @dataclass(frozen=True)
 class Progress(Event):
-    """Number of steps of a phase that are done."""
+    """Number of steps of a phase that are done.
+
+    With `left`, the phase ends after so many seconds, and `total` is what it may come to by then.
+    """
 
     phase: str
     done: int
     total: int | None = None
+    left: float | None = None
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,8 @@ class TrialRecord(Part):
     """One trial.
 
     `screened`, in records of earlier versions: it was measured on 16 prompts a side, because its drift
-    alone put it behind the front. Always false now.
+    alone put it behind the front. Always false now. `told` is what the sampler was told of it, where that
+    is not its scores: where in the region of interest it lies (`search.region`).
     """
 
     number: int
@@ -103,6 +104,23 @@ class TrialRecord(Part):
     seconds: dict[str, Seconds]
     screened: bool = False
     reason: str | None = None
+    told: list[Finite] | None = None
+
+
+class SearchRecord(Part):
+    """How the search went: what it was judged by, beside what it was told.
+
+    Attributes:
+        seconds: what its batches took, those of earlier processes included.
+        startup_trials: the random ones that came first, as many as were asked for or fewer, where the
+            time allowed few trials in all.
+        region: objective -> its best and its worst value of interest, for the trials' `told`; {} where
+            the sampler was told scores as they are.
+    """
+
+    seconds: Seconds
+    startup_trials: Size
+    region: dict[str, tuple[Finite, Finite]] = {}
 
 
 class CoverageRecord(Part):
@@ -208,6 +226,7 @@ class Record(Part):
     engine: dict[str, Any]
     separation: Separation | None = None
     geometry: list[dict[str, float]] = []
+    search: SearchRecord | None = None
     importance: dict[str, dict[str, float]] = {}
     samples: list[Sample] = []
     timing: dict[str, Seconds]

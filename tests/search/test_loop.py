@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 
 import pytest
-from toy_search import COMPONENTS, GOALS, search_in, toy, trials, whole
+from toy_search import COMPONENTS, GOALS, Watch, search_in, toy, trials, whole
 
 from excise.errors import RunStateError
-from excise.events import ignore
+from excise.events import Progress, ignore
 from excise.methods.profiles import from_params
 from excise.record import ScoreRecord
 from excise.run_lock import hold
 from excise.search import journal
 from excise.search.loop import Measured, batches, importance
+from excise.search.region import CEILING, FLOOR, Edges, Region
 
 
 class Stop(BaseException):
@@ -169,6 +170,109 @@ def test_a_total_that_was_asked_for_after_a_batch_was_cut_short_is_kept(tmp_path
     search.run(30, toy, ignore)
     assert search.study.user_attrs["stops"] == [20, 30]
     assert len(trials(search)) == 30
+
+
+def test_a_search_asks_for_no_batch_that_its_time_is_too_short_for(tmp_path):
+    watch, said = Watch(10.0), []
+    search = search_in(tmp_path, clock=watch)
+    search.run_for(35.0, watch.toy, said.append)
+    assert len(search.records()) == 24
+    assert (watch.now, search.spent, search.asked) == (30.0, 30.0, 24)
+    told = [(e.done, e.total, e.left) for e in said if isinstance(e, Progress)]
+    assert told == [(8, 24, 25.0), (16, 24, 15.0), (24, 24, 5.0)]
+    # Three tenths of the 28 trials that the time seemed to allow, not the twelve that were set.
+    assert search.startup == search.facts().startup_trials == 8
+
+
+def test_a_search_for_a_time_has_the_trials_of_one_for_as_many(tmp_path):
+    watch = Watch(10.0)
+    timed = search_in(tmp_path, clock=watch)
+    timed.run_for(65.0, watch.toy, ignore)
+    assert timed.startup == 12
+    assert trials(timed) == whole(tmp_path / "whole", 48)
+
+
+@pytest.mark.parametrize("seconds", [1, 9.99])
+def test_the_first_batch_is_measured_whatever_the_time(tmp_path, seconds):
+    watch = Watch(10.0)
+    search = search_in(tmp_path, clock=watch)
+    for _ in range(2):
+        search.run_for(seconds, watch.toy, ignore)
+        assert (len(search.records()), search.asked, search.startup) == (
+            8,
+            8,
+            1 if seconds < 3 else 2,
+        )
+
+
+def test_time_is_in_all_also_after_a_kill_and_beside_trials(tmp_path):
+    watch = Watch(10.0)
+
+    def dies(params):
+        if watch.now >= 30:
+            raise Stop
+        return watch.toy(params)
+
+    with pytest.raises(Stop):
+        search_in(tmp_path, clock=watch).run_for(65.0, dies, ignore)
+    cut = search_in(tmp_path, clock=watch)
+    cut.run_for(65.0, watch.toy, ignore)
+    # The first batch was measured again, which is not in the time.
+    assert (len(trials(cut)), cut.spent, watch.now) == (48, 60.0, 70.0)
+    cut.run(52, watch.toy, ignore)
+    cut.run_for(90.0, watch.toy, ignore)
+    assert (len(trials(cut)), cut.spent, cut.asked) == (68, 90.0, 68)
+    unbroken = tmp_path / "unbroken"
+    for total in (48, 52):
+        whole(unbroken, total)
+    assert trials(cut) == whole(unbroken, 68)
+
+
+def test_a_time_that_is_over_ends_a_search_that_more_trials_were_asked_of(tmp_path):
+    def dies(params):
+        if watch.now >= 20:
+            raise Stop
+        return watch.toy(params)
+
+    watch = Watch(10.0)
+    with pytest.raises(Stop):
+        search_in(tmp_path, clock=watch).run(60, dies, ignore)
+    search = search_in(tmp_path, clock=watch)
+    search.run_for(25.0, watch.toy, ignore)
+    assert (len(search.records()), search.asked) == (16, 16)
+
+
+REGION = Region((Edges(0.0, 0.25), Edges(FLOOR, CEILING, log=True)))
+
+
+def test_a_search_that_knows_its_region_stays_there(tmp_path):
+    search = search_in(tmp_path)
+    search.aim(REGION)
+    search.run(64, toy, ignore)
+    values = [[t.scores[o.name].value for o in GOALS] for t in search.records()]
+    assert sum(map(REGION.holds, values[12:])) >= 0.6 * len(values[12:])
+    assert [tuple(t.told) for t in search.records()] == [REGION.told(v) for v in values]
+    assert [t.values for t in search.study.trials] == values  # as they were measured
+    assert set(search.facts().region) == {"behaviour_rate", "drift"}
+
+
+def test_a_study_keeps_the_region_that_it_was_begun_with(tmp_path):
+    folders = [tmp_path / name for name in ("unbroken", "cut", "without")]
+    for folder in folders:
+        folder.mkdir()
+    unbroken, cut, without = map(search_in, folders)
+    for search in (unbroken, cut):
+        search.aim(REGION)
+    unbroken.run(40, toy, ignore)
+    for search, folder in ((cut, folders[1]), (without, folders[2])):
+        search.run(24, toy, ignore)
+        again = search_in(folder)
+        again.aim(Region((Edges(0.0, 9.0), Edges(FLOOR, CEILING, log=True))))
+        again.run(40, toy, ignore)
+    assert trials(search_in(folders[1])) == trials(unbroken)
+    assert trials(search_in(folders[2])) == whole(tmp_path / "plain", 40)
+    assert without.facts().region == {}
+    assert without.records()[0].told is None
 
 
 def test_batches_stop_where_a_total_was_asked_for():

@@ -97,8 +97,11 @@ def _run(sub: argparse.ArgumentParser) -> None:
 
 def _resume(sub: argparse.ArgumentParser) -> None:
     _folder(sub)
+    long = sub.add_mutually_exclusive_group()
     text = "trials in all, those of the run included"
-    sub.add_argument("--trials", type=int, metavar="N", help=text)
+    long.add_argument("--trials", type=int, metavar="N", help=text)
+    text = "time of the search in all, what it took so far included, such as 30m or 1h30m"
+    long.add_argument("--time", metavar="T", help=text)
     _anyway(sub)
     _trust(sub)
     _progress(sub)
@@ -215,7 +218,10 @@ def _job(sub: argparse.ArgumentParser, *, search: bool = True) -> None:
     _prompts(sub.add_argument_group("prompts and scoring", "A behaviour may bring its own."))
     if search:
         looking = sub.add_argument_group("search")
-        looking.add_argument("--trials", type=int, metavar="N", help="trials in all (default: 200)")
+        long = looking.add_mutually_exclusive_group()
+        long.add_argument("--trials", type=int, metavar="N", help="trials in all (default: 200)")
+        text = "time of the search alone, in place of --trials: 90s, 30m, 2h or 1h30m"
+        long.add_argument("--time", metavar="T", help=text)
         text = "random trials before TPE (default: 60)"
         looking.add_argument("--startup-trials", type=int, metavar="N", help=text)
         looking.add_argument("--seed", type=int, metavar="N", help="seed (default: 0)")

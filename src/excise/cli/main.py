@@ -100,9 +100,12 @@ def _config(arguments: argparse.Namespace, model: str) -> Any:
         "eval_size": "prompts.eval_size",
         "max_new_tokens": "scores.max_new_tokens",
         "trials": "search.trials",
+        "time": "search.time",
         "startup_trials": "search.startup_trials",
     }
     flags |= {key: given[flag] for flag, key in plain.items() if given.get(flag) is not None}
+    if given.get("trials") is not None:
+        flags["search.time"] = None
     if given["strengthen"]:
         flags["goal"] = "strengthen"
     if given["markers"] is not None:
@@ -146,7 +149,12 @@ def _resume(arguments: argparse.Namespace) -> int:
 
     if not is_file(arguments.folder / CONFIG):
         raise RunStateError(f"{arguments.folder} holds no config.toml: it is not a run folder")
-    config = read_settings(arguments.folder, trust=arguments.trust_run, trials=arguments.trials)
+    config = read_settings(
+        arguments.folder,
+        trust=arguments.trust_run,
+        trials=arguments.trials,
+        time=arguments.time,
+    )
     return _do_run(config, arguments.folder, arguments, resume=True)
 
 

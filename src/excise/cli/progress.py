@@ -37,6 +37,16 @@ def _name(phase: str) -> str:
     return visible(formatting.phase_words(phase))
 
 
+def _searching(event: events.Progress) -> str:
+    """Say how far a search is: by trials, or by its time."""
+    if event.left is None:
+        return f"Searching: {event.done} of {event.total} trials"
+    trials = formatting.count(event.done, "trial")
+    if event.done == event.total:
+        return f"Searching: {trials}, no time for another batch"
+    return f"Searching: {trials} of about {event.total:,}, {formatting.duration(event.left)} left"
+
+
 class _Count(ProgressColumn):
     """Column of the steps that are done, where there are steps to count."""
 
@@ -139,7 +149,7 @@ class Reporter:
             name = _name(event.phase)
             self._plain(f"{name}: done in {formatting.duration(event.seconds)}")
         elif isinstance(event, events.Progress) and event.phase == "search":
-            self._plain(f"Searching: {event.done} of {event.total} trials")
+            self._plain(_searching(event))
         elif isinstance(event, events.Notice):
             self._plain(f"note: {one_line(event.message, _NOTE)}")
 

@@ -40,14 +40,16 @@ _FLAGS = {
 _WITHHELD = ("prompts.system", "prompts.prefix", "prompts.suffix", "prompts.response_prefix")
 _KEEP = "prompts.keep"
 _ALWAYS = ("search.trials", "seed")
-# Said in a place of their own, or not part of what was measured.
-_ELSEWHERE = ("model.source", "behaviour")
+# Said in a place of their own, or not part of what was measured: how many trials a time allows is.
+_ELSEWHERE = ("model.source", "behaviour", "search.time")
 
 
 def command(record: Record, *, out: str = "DIR") -> str:
     """Return the command in shell syntax, one option a line, without settings that this version lacks."""
     config, base = _flatten(record.config), _base(record)
     config.setdefault("seed", record.seed)
+    if record.search is not None:
+        config["search.startup_trials"] = record.search.startup_trials
     words = [["excise", "run", public_source(record.model.source)], ["--out", out]]
     if record.behaviour in behaviours():
         words.append(["--behaviour", record.behaviour])

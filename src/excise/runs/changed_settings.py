@@ -19,7 +19,7 @@ CONFIG = "config.toml"
 # prompts, markers, a template, scorers) is part of the study's identity and is compared as it is found.
 _FREE = (
     *("behaviour", "description", "export.", "engine.memory_fraction"),
-    *("search.trials", "search.select", "scores.final", "scores.show"),
+    *("search.trials", "search.time", "search.select", "scores.final", "scores.show"),
     *("model.source", "model.revision", "model.gguf_file", "model.device_map"),
     *("scores.files", "scores.markers", "prompts.chat_template", "prompts.keep"),
     *(
@@ -40,7 +40,12 @@ _CODE = {
 
 
 def read_settings(
-    folder: Path, *, trust: bool = False, unused: Collection[str] = (), trials: int | None = None
+    folder: Path,
+    *,
+    trust: bool = False,
+    unused: Collection[str] = (),
+    trials: int | None = None,
+    time: str | None = None,
 ) -> Config:
     """Read the configuration of a run folder, for a command that goes on with it.
 
@@ -49,11 +54,16 @@ def read_settings(
         trust: whether the caller lets code run that the folder names.
         unused: settings of `_CODE` that the command has no use for, or was given by the caller.
         trials: how many in all, in place of what the folder says.
+        time: how long the search takes in all, such as "1h30m", in place of what the folder says.
 
     Raises:
         RunStateError: it names code and is not trusted, or cannot be read.
     """
-    flags: dict[str, Any] = {} if trials is None else {"search.trials": trials}
+    flags: dict[str, Any] = {}
+    if trials is not None:
+        flags |= {"search.trials": trials, "search.time": None}
+    if time is not None:
+        flags["search.time"] = time
     try:
         known = read_toml(folder / CONFIG, "configuration file", ConfigError).get("prompts")
         if isinstance(known, dict) and "keep" not in known:  # written before there was a keep set

@@ -51,6 +51,7 @@ from excise.search import journal
 from excise.search.evaluation import Panel
 from excise.search.loop import Measure, Measured, Search
 from excise.search.pareto import choose, pareto, parse_rule
+from excise.search.region import region_of
 from excise.search.scoring import Scoring, scoring_of
 from excise.search.stored_study import check_study
 
@@ -86,7 +87,7 @@ def run(
         config: what to do.
         out: a new or empty folder; with `resume`, the folder of an interrupted or finished run.
         on_event: told of progress.
-        resume: go on with the study in `out`, up to `config.search.trials` in all.
+        resume: go on with the study in `out`, up to `config.search.trials` or `config.search.time` in all.
         anyway: search also where the original leaves nothing to find.
 
     Raises:
@@ -139,8 +140,12 @@ def _measure(
         if not anyway and not search.records():  # with trials, that was decided before
             check_baseline(baseline, _said(session, engine), session.config, out)
     section, measure = session.config.search, measurer(session, panel, engine.keeping_drafts)
-    with clock.phase("search", section.trials):
-        search.run(section.trials, measure, clock.on_event)
+    search.aim(region_of(search.objectives, {k: score.value for k, score in baseline.items()}))
+    with clock.phase("search", None if section.time else section.trials):
+        if section.time is None:
+            search.run(section.trials, measure, clock.on_event)
+        else:
+            search.run_for(section.time, measure, clock.on_event)
     front, chosen = _choose(session, search, out)
     facts |= {"baseline": baseline, "front": front, "selected": chosen.number, **_kept(out)}
     with clock.phase("holdout"):

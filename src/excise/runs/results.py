@@ -114,6 +114,7 @@ def build_record(session: EditingSession, search: Search, **found: Any) -> Recor
             "coverage": CoverageRecord(
                 edited=list(coverage.edited), not_edited=[*coverage.not_edited, *method.notes]
             ),
+            "search": search.facts(),
             "importance": importance(search.study, goals),
             "files": facts.get("files", {}),
             "identity": digests(facts["identity"]),

@@ -64,6 +64,7 @@ class Journal(BaseJournalBackend):
     def __init__(self, path: Path, trials: int | None = None) -> None:
         self._path = path
         self._end = check_lines(path, trials)
+        self._read = _End()  # up to where it was read last
         self._waiting: list[dict[str, Any]] | None = None  # buffered within `together`, else None
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
@@ -90,9 +91,15 @@ class Journal(BaseJournalBackend):
     def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:
         """Yield all logs from this number on, buffered ones included."""
         if log_number_from < self._end.lines:
+            # Mostly what was written last: a long journal is not read again from its first line.
+            start = self._read if self._read.lines <= log_number_from else _End()
             with self._path.open("rb") as file:
-                for line in islice(file, log_number_from, self._end.lines):
+                file.seek(start.size)
+                for line in islice(
+                    file, log_number_from - start.lines, self._end.lines - start.lines
+                ):
                     yield json.loads(line)
+            self._read = self._end
         yield from (self._waiting or [])[max(0, log_number_from - self._end.lines) :]
 
     @contextmanager

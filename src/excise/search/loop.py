@@ -4,27 +4,36 @@ Trials are asked in batches of C with constant liar. A batch's trials depend onl
 before it and on the seed. The sampler is seeded anew by trial number: one that went on from its seed
 would repeat its random trials after a resume. An interrupted batch is dropped from the journal, and
 asked and measured again as a whole, to the same trials.
+
+A search ends after a number of trials, or when the time for another batch is not left. What depends on
+the machine's speed, such as how many trials a time allows, is stored with the study: a resume repeats it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from itertools import takewhile
 from typing import Any
 
-import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution
-from optuna.samplers import TPESampler
+from optuna.samplers import RandomSampler
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from excise.config import SearchSection
 from excise.errors import StorageError
 from excise.events import OnEvent, Progress, TrialMeasured
-from excise.record import ScoreRecord, TrialRecord
+from excise.record import ScoreRecord, SearchRecord, TrialRecord
 from excise.search.journal import Study
 from excise.search.pareto import Objective, Point, pareto
+from excise.search.region import Edges, Region
+from excise.search.sampler import Sampler
+
+RANDOM_SHARE = 0.3  # of the trials that a time allows, as 60 of 200
 
 
 @dataclass(frozen=True)
@@ -53,14 +62,25 @@ class Search:
         *,
         batch: int,
         seed: int,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.study = study
-        self._space = space
         self.objectives = objectives
-        self._section = section
+        self._space = space
+        self._sampler = Sampler(space, len(objectives), section.ei_candidates, seed)
+        self._startup = section.startup_trials
         self._batch = batch
-        self._seed = seed
+        self._clock = clock
         self._begun = False
+        self._finished: list[TrialRecord] = []  # of the first trials, which no longer change
+
+    def aim(self, region: Region | None) -> None:
+        """Let the sampler be told where in this region a trial lies, in place of its scores.
+
+        A study goes on as it was begun: one with trials keeps its region, or does without.
+        """
+        if not self._trials() and "region" not in self.study.user_attrs:
+            self.study.set_user_attr("region", None if region is None else asdict(region))
 
     def run(self, trials: int, measure: Measure, on_event: OnEvent) -> None:
         """Run batches until the study holds `trials` finished trials.
@@ -70,29 +90,72 @@ class Search:
         Raises:
             StorageError: the journal cannot be written.
         """
-        try:
+        with _storing():
             self._drop_unfinished()
             stops = self._stops(trials)
-            parts = batches(stops, self._batch)
-            for start, stop in parts:
-                if stop <= len(self._trials()):
-                    continue
-                if start > 0 and not self._begun:
-                    measure([trial.params for trial in self._trials()[slice(*parts[0])]])
-                self._begun = True
-                self._run_batch(start, stop, measure, on_event)
-                on_event(Progress("search", stop, stops[-1]))
-        except OSError as error:
-            raise StorageError(f"cannot write the study: {error.strerror or error}") from None
+            for start, stop in batches(stops, self._batch):
+                if stop > len(self._trials()):
+                    self._run_batch(start, stop, measure, on_event)
+                    on_event(Progress("search", stop, stops[-1]))
+
+    def run_for(self, seconds: float, measure: Measure, on_event: OnEvent) -> None:
+        """Run batches for as long as the search may take, the time of earlier calls included.
+
+        A batch begins where the time for it is left, judged by the one before; the first always does.
+
+        Raises:
+            StorageError: the journal cannot be written.
+        """
+        with _storing():
+            self._drop_unfinished()
+            done, took = len(self._trials()), 0.0
+            if done:
+                took = self.spent * self._batch / done
+            while not done or self.spent + took <= seconds:
+                before = self.spent
+                stop = self._open_stop(done)
+                self._run_batch(done, stop, measure, on_event, allowed=seconds)
+                done, took = stop, self.spent - before
+                left = max(0.0, seconds - self.spent)
+                more = int(left / took) * self._batch if took else 0
+                on_event(Progress("search", done, done + more, left))
+            self._stops(done)
 
     @property
     def asked(self) -> int:
         """The largest total that was asked for."""
         return int(self.study.user_attrs["stops"][-1])
 
+    @property
+    def spent(self) -> float:
+        """Seconds that the batches of the study took, those of earlier processes included."""
+        return float(self.study.user_attrs.get("spent", 0.0))
+
+    @property
+    def startup(self) -> int:
+        """How many random trials come first."""
+        return int(self.study.user_attrs.get("startup", self._startup))
+
+    def facts(self) -> SearchRecord:
+        """Return how the search went, for the record."""
+        region = region_of_study(self.study)
+        edges = () if region is None else region.edges
+        return SearchRecord(
+            seconds=round(self.spent, 3),
+            startup_trials=self.startup,
+            region={
+                o.name: (e.best, e.worst)
+                for o, e in zip(self.objectives, edges, strict=bool(edges))
+            },
+        )
+
     def records(self) -> list[TrialRecord]:
         """Return every trial so far, as the record states it."""
-        return [record_of(trial) for trial in self._trials()]
+        trials, region = self._trials(), region_of_study(self.study)
+        known = len(self._finished)
+        rest = [record_of(trial, region) for trial in trials[known:]]
+        self._finished += takewhile(lambda one: one.state != "running", rest)
+        return [*self._finished, *rest[len(self._finished) - known :]]
 
     def points(self) -> list[Point]:
         """Return the complete trials, as points of the front."""
@@ -105,6 +168,7 @@ class Search:
         whole = max(stop for _, stop in [(0, 0), *batches(stops, self._batch)] if stop <= done)
         if whole < len(trials):
             self.study = self.study.before(whole)
+            del self._finished[whole:]
             if self.study.user_attrs.get("stops", []) != stops:  # asked for after those trials
                 self.study.set_user_attr("stops", stops)
 
@@ -125,11 +189,37 @@ class Search:
             self.study.set_user_attr("stops", stops)
         return stops
 
-    def _run_batch(self, start: int, stop: int, measure: Measure, on_event: OnEvent) -> None:
+    def _open_stop(self, start: int) -> int:
+        """Return where the batch from `start` on ends: a whole one, where no total was asked for yet."""
+        known: list[int] = self.study.user_attrs.get("stops", [])
+        stops = self._stops(start + self._batch) if not known or known[-1] <= start else known
+        return next(stop for _, stop in batches(stops, self._batch) if stop > start)
+
+    def _run_batch(
+        self,
+        start: int,
+        stop: int,
+        measure: Measure,
+        on_event: OnEvent,
+        allowed: float | None = None,
+    ) -> None:
+        """Ask, measure and tell a batch; `allowed` are the seconds of the whole search."""
+        if start > 0 and not self._begun:
+            first = batches(self.study.user_attrs["stops"], self._batch)[0]
+            measure([trial.params for trial in self._trials()[slice(*first)]])
+        self._begun = True
+        begun = self._clock()  # what a resume does again is not in the time
         with self.study.journal.together():
-            asked = [self._ask(number) for number in range(start, stop)]
+            asked = self._ask(range(start, stop))
         measured = measure([trial.params for trial in asked])
         with self.study.journal.together():
+            took = self._clock() - begun
+            # Before the trials: a journal that has them has what belongs to them.
+            self.study.set_user_attr("spent", self.spent + took)
+            if start == 0 and allowed is not None:
+                self.study.set_user_attr(
+                    "startup", self._random_share(allowed / max(took, 1e-6), stop)
+                )
             for trial, result in zip(asked, measured, strict=True):
                 self._tell(trial, result)
         front = {p.number for p in pareto(self.points(), self.objectives)}
@@ -138,19 +228,27 @@ class Search:
             number = trial.number
             on_event(TrialMeasured(number, values, number in front))
 
-    def _ask(self, number: int) -> Trial:
-        """Ask for trial `number`, a function of the seed, the number and the trials before it."""
-        state = np.random.SeedSequence([self._seed, number]).generate_state(1)[0]
-        self.study.sampler = TPESampler(
-            multivariate=True,
-            constant_liar=True,
-            n_startup_trials=self._section.startup_trials,
-            n_ei_candidates=self._section.ei_candidates,
-            seed=int(state),
-        )
-        trial = self.study.ask(self._space)
-        assert trial.number == number
-        return trial
+    def _random_share(self, batches_in_all: float, batch: int) -> int:
+        """Return how many of the trials that a time allows are random ones: the usual share at most."""
+        return max(1, min(self._startup, round(RANDOM_SHARE * batches_in_all * batch)))
+
+    def _ask(self, numbers: range) -> list[Trial]:
+        """Ask for these trials, a function of the seed, their numbers and the trials before them."""
+        known = [
+            (trial.params, trial.told or self._scored(trial))
+            for trial in self.records()
+            if trial.state in ("complete", "screened")
+        ]
+        asked = []
+        self.study.sampler = RandomSampler()  # it has nothing to choose
+        for params in self._sampler.ask(known, numbers, self.startup):
+            self.study.enqueue_trial(params)
+            asked.append(self.study.ask(self._space))
+        assert [trial.number for trial in asked] == list(numbers)
+        return asked
+
+    def _scored(self, trial: TrialRecord) -> list[float]:
+        return [o.sign * trial.scores[o.name].value for o in self.objectives]
 
     def _tell(self, trial: Trial, result: Measured) -> None:
         values = self._values(result)
@@ -165,6 +263,15 @@ class Search:
         values = [result.scores[o.name].value for o in self.objectives if o.name in result.scores]
         good = len(values) == len(self.objectives) and all(map(_finite, result.scores.values()))
         return values if good else None
+
+
+@contextmanager
+def _storing() -> Iterator[None]:
+    """Say of a journal that cannot be written what it is."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"cannot write the study: {error.strerror or error}") from None
 
 
 def _finite(score: ScoreRecord) -> bool:
@@ -200,8 +307,14 @@ def points(records: Sequence[TrialRecord], objectives: Sequence[Objective]) -> l
     ]
 
 
-def record_of(trial: FrozenTrial) -> TrialRecord:
-    """Return a trial of the study as the record states it."""
+def region_of_study(study: optuna.Study) -> Region | None:
+    """Return the region of interest of a study; None where its sampler is told scores as they are."""
+    stored = study.user_attrs.get("region")
+    return None if stored is None else Region(tuple(Edges(**one) for one in stored["edges"]))
+
+
+def record_of(trial: FrozenTrial, region: Region | None = None) -> TrialRecord:
+    """Return a trial of the study as the record states it, and what the sampler is told of it."""
     measured = trial.user_attrs.get("measured", {})
     screened = bool(measured.get("screened", False))  # by an earlier version
     if trial.state == TrialState.COMPLETE:
@@ -217,6 +330,7 @@ def record_of(trial: FrozenTrial) -> TrialRecord:
             "seconds": measured.get("seconds", {}),
             "screened": screened,
             "reason": measured.get("reason"),
+            "told": region.told(trial.values) if region is not None and trial.values else None,
         }
     )
 

@@ -45,7 +45,8 @@ def pareto(points: Sequence[Point], objectives: Sequence[Objective]) -> list[Poi
 
     kept: list[Point] = []
     for point in sorted(points, key=cost):  # one that beats it, or equals it, comes before it
-        rivals = (other.values == point.values or beats(other, point, objectives) for other in kept)
+        # Of two objectives the last that was kept is the best by the second, so it comes first here.
+        rivals = (o.values == point.values or beats(o, point, objectives) for o in reversed(kept))
         if not any(rivals):
             kept.append(point)
     return kept

@@ -25,6 +25,7 @@ from excise.errors import RunStateError
 from excise.record import TrialRecord
 from excise.search.loop import record_of
 from excise.search.pareto import Objective
+from excise.search.region import Region
 
 _MOST = 10**7  # trials of any plausible search
 Space = Mapping[str, BaseDistribution]
@@ -51,6 +52,7 @@ def check_study(
     try:
         trials = study.get_trials(deepcopy=False)
         _check_totals(study.user_attrs.get("stops", []), len(trials))
+        _check_told(study.user_attrs, len(objectives))
         for number, trial in enumerate(trials):
             _check_trial(trial, number, space, objectives)
     except _Damaged as damage:
@@ -66,6 +68,23 @@ def _check_totals(stops: Any, there: int) -> None:
         raise _Damaged("the totals that were asked for do not increase")
     if there > (stops[-1] if stops else 0):
         raise _Damaged(f"it has {there} trials, more than were asked for")
+
+
+def _check_told(facts: Mapping[str, Any], objectives: int) -> None:
+    """Check what a study holds of its region, its time and its random trials."""
+    try:
+        region = pydantic.TypeAdapter(Region | None).validate_python(facts.get("region"))
+    except pydantic.ValidationError:
+        raise _Damaged("its region of interest cannot be read") from None
+    if region is not None and not (
+        len(region.edges) == objectives and all(edge.sound for edge in region.edges)
+    ):
+        raise _Damaged("its region of interest is not one of its objectives")
+    spent = facts.get("spent", 0.0)
+    if not isinstance(spent, int | float) or not 0 <= spent < math.inf:
+        raise _Damaged("the seconds that it took are not a time")
+    if not _is_count(facts.get("startup", 1)):
+        raise _Damaged("the number of its random trials is not a count")
 
 
 def _is_count(value: Any) -> TypeGuard[int]:

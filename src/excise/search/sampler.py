@@ -1,0 +1,81 @@
+"""Which parameters to try next: Optuna's multivariate TPE, told of trials by where they lie in the region.
+
+It is asked for a batch at a time, in a study of its own in memory, and seeded anew by trial number: what
+it answers is a function of the seed, the number and the trials before the batch. Its time grows with the
+trials that it is told of, so of a long search it is told the best and the last ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.samplers import TPESampler
+from optuna.trial import create_trial
+
+from excise.search.pareto import Objective, Point, pareto
+
+# The parameters of a trial, and what the sampler is told of it.
+Known = tuple[Mapping[str, Any], Sequence[float]]
+
+MOST = 150  # trials that the sampler is told of
+BEST = 50  # of them, from the front down; the others are the last ones
+
+
+class Sampler:
+    """The sampler of a search; everything that it is told is better the less it is."""
+
+    def __init__(
+        self, space: Mapping[str, BaseDistribution], objectives: int, candidates: int, seed: int
+    ) -> None:
+        """`objectives` counts them; `candidates` are the points that TPE weighs for each trial."""
+        self._space = dict(space)
+        self._goals = [Objective(str(n)) for n in range(objectives)]
+        self._candidates = candidates
+        self._seed = seed
+
+    def ask(self, known: Sequence[Known], numbers: range, startup: int) -> list[dict[str, Any]]:
+        """Return the parameters of a batch.
+
+        Args:
+            known: the complete trials before the batch, in order.
+            numbers: those of the batch's trials.
+            startup: how many trials must be complete before one is not random.
+        """
+        study = optuna.create_study(directions=["minimize"] * len(self._goals))
+        for place in telling([told for _, told in known], self._goals):
+            params, told = known[place]
+            trial = create_trial(params=dict(params), distributions=self._space, values=told)
+            study.add_trial(trial)
+        least = startup if len(known) < startup else 0  # it may be told of fewer than there are
+        return [self._one(study, number, least) for number in numbers]
+
+    def _one(self, study: optuna.Study, number: int, startup: int) -> dict[str, Any]:
+        state = np.random.SeedSequence([self._seed, number]).generate_state(1)[0]
+        study.sampler = TPESampler(
+            multivariate=True,
+            constant_liar=True,
+            n_startup_trials=startup,
+            n_ei_candidates=self._candidates,
+            seed=int(state),
+        )
+        return study.ask(self._space).params
+
+
+def telling(told: Sequence[Sequence[float]], goals: Sequence[Objective]) -> list[int]:
+    """Return the places of the trials to tell the sampler of: all, or the best and the last ones."""
+    count = len(told)
+    if count <= MOST:
+        return list(range(count))
+    rest = {number: Point(number, tuple(values)) for number, values in enumerate(told)}
+    best: list[int] = []
+    while rest and len(best) < BEST:
+        front = [point.number for point in pareto(list(rest.values()), goals)]
+        best += front[:: -(-len(front) // (BEST - len(best)))]  # of too many, some of each part
+        for number in front:
+            del rest[number]
+    last = sorted(set(range(count)) - set(best))[len(best) - MOST :]
+    return sorted([*best, *last])
