@@ -16,6 +16,7 @@ import export_memory
 import gpu
 import gpu_e4b
 import large_vocab
+import long_search
 import machine
 import patch_memory
 import quality
@@ -194,8 +195,24 @@ def gpu_page(title: str, script: str, found: dict[str, Any] | None) -> str:
     return f"## {title}\n\n{listing(found)}"
 
 
+def long_search_page(found: dict[str, Any]) -> str:
+    kinds = list(next(iter(found.values())))
+    rows = [[kind, *(f"{costs[kind]:.0f}" for costs in found.values())] for kind in kinds]
+    return "\n\n".join(
+        [
+            "## Long searches",
+            "What a search costs beside its measurements, in milliseconds of the process's own time, by "
+            "the trials that there are: random ones of ridge's twelve parameters, scored by formulas "
+            "(`bench/long_search.py`). A trial's share is what asking and storing a batch of "
+            "16 takes by trial; at most 20 ms are wanted at any length.",
+            table(["what", *(f"{int(count):,} trials" for count in found)], rows),
+        ]
+    )
+
+
 PAGES: dict[str, Callable[[Any], str]] = {
     "speed": speed_page,
+    "long_search": long_search_page,
     "quality": quality_page,
     "export": memory_page,
     "patch": patch_page,
@@ -210,6 +227,8 @@ PAGES: dict[str, Callable[[Any], str]] = {
 def write_page(results: dict[str, Any]) -> None:
     parts = ["# Benchmarks", "Written by `make bench`; every section is from one run of its own."]
     for name, page in PAGES.items():
+        if name not in results:  # a section newer than the results
+            continue
         on = ", ".join(f"{k}: {v}" for k, v in results["machines"][name].items() if v)
         parts += [page(results[name]), f"Taken on {on}."]
     PAGE.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
@@ -238,6 +257,7 @@ def main() -> None:
     cuda = torch.cuda.is_available()
     sections: dict[str, Callable[[], Any]] = {
         "speed": speed.main,
+        "long_search": long_search.main,
         "export": lambda: exporting(arguments.gigabytes),
         "patch": patching,
         "large_vocabulary": large_vocab.main,
