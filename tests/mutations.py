@@ -453,6 +453,13 @@ MUTANTS = (
         "tests/export/test_adapter.py -k difference",
     ),
     Mutant(
+        "the magnitudes of a DoRA forget the row scales",
+        "export/dora",
+        "magnitude = norms if edit.scale is None else norms * edit.scale.to(norms)",
+        "magnitude = norms",
+        "tests/export/test_adapter.py -k own_rank_is_the_edit",
+    ),
+    Mutant(
         "transposed experts are folded with the first block's columns in every block",
         "export/merging",
         "edited = _columns(whole, first, last).apply_to_weight(rows.mT).mT",

@@ -12,11 +12,14 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma4ForCausalLM,
     Gemma4TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from transformers.pytorch_utils import Conv1D
 
 from excise.model.anatomy import Writer
 from excise.model.edits import Edit
@@ -53,7 +56,9 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**_SMALL, tie_word_embeddings=True)),
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**_SMALL)),
     "biased": lambda: LlamaForCausalLM(LlamaConfig(**_SMALL, attention_bias=True, mlp_bias=True)),
+    "conv1d": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=3, n_head=4)),
 }
+BIASED = ("biased", "conv1d")
 
 
 def make_checkpoint(folder: Path, kind: str, dtype: torch.dtype = torch.bfloat16) -> Path:
@@ -82,7 +87,7 @@ def random_edits(
     draw = torch.Generator().manual_seed(rank)
     edits = {}
     for writer in writers:
-        o, i = writer.module.weight.shape
+        o, i = writer.shape
         edits[writer.name] = Edit(
             left=0.3 * torch.randn(o, rank, generator=draw),
             right=0.3 * torch.randn(rank, i, generator=draw),
@@ -95,7 +100,11 @@ def random_edits(
 def apply_in_memory(model: Any, edits: dict[str, Edit]) -> Any:
     for name, edit in edits.items():
         module = model.get_submodule(name)
-        module.weight.data = edit.apply_to_weight(module.weight.data).to(module.weight.dtype)
+        weight = module.weight.data
+        if isinstance(module, Conv1D):
+            module.weight.data = edit.apply_to_weight(weight.mT).mT.to(weight.dtype)
+        else:
+            module.weight.data = edit.apply_to_weight(weight).to(weight.dtype)
         if module.bias is not None:
             module.bias.data = edit.apply_to_bias(module.bias.data).to(module.bias.dtype)
     return model

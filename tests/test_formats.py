@@ -54,7 +54,8 @@ def test_no_two_formats_share_a_name_or_a_folder() -> None:
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_a_setting_for_another_format_is_refused(option: str) -> None:
-    section = ExportSection.model_validate({option: ["F16"] if option == "quantize" else "x"})
+    values = {"quantize": ["F16"], "adapter_form": "dora"}
+    section = ExportSection.model_validate({option: values.get(option, "x")})
     for form in FORMATS.values():
         if option not in form.options:
             with pytest.raises(ConfigError, match=f"{OPTIONS[option]}.* for --format"):

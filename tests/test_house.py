@@ -244,7 +244,7 @@ def test_the_command_line_is_what_the_contract_says():
         "resume": ["--anyway", "--time", "--trials", "--trust-run", *progress],
         "front": ["--json"],
         "export": [
-            *("--error", "--format", "--rank", "--select", "--to", "--trial"),
+            *("--dora", "--error", "--format", "--lora", "--rank", "--select", "--to", "--trial"),
             *("--from-gguf", "--llama-cpp", "--quantize"),
             "--trust-run",
             *progress,

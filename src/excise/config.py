@@ -23,6 +23,7 @@ from excise.reading import DEEPEST, check_depth, is_file, is_unicode, read_toml
 from excise.trees import BUILTIN, merge, nest, parse_value, resolve_paths, toml_text, walk_texts
 
 RowNorms = Literal["none", "pre", "full"]
+AdapterForm = Literal["dora", "lora"]
 MethodName = Literal["directional", "subspace", "ridge", "ara"]
 
 _MOST = 10**9  # upper bound of every count
@@ -216,11 +217,13 @@ class EngineSection(Section):
 class ExportSection(Section):
     """What a run writes when it is done.
 
+    `adapter_form` is chosen by the edit where it is None, and `adapter_error` bounds a LoRA's rank alone.
     `quantize` are llama.cpp's file types of GGUF exports, `llama_cpp` a checkout with its tools,
     `from_gguf` a GGUF of the same model to patch in place of converting.
     """
 
     formats: Annotated[tuple[FormatName, ...], Distinct] = (DEFAULT,)
+    adapter_form: AdapterForm | None = None
     adapter_rank: Count | None = None
     adapter_error: float = Field(0.2, gt=0, lt=1)
     quantize: tuple[str, ...] = ()

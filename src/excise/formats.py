@@ -11,17 +11,22 @@ from dataclasses import dataclass
 from typing import Literal
 
 # The settings of `config.ExportSection` that only some formats take, and their flags.
-OPTIONS = {"quantize": "--quantize", "from_gguf": "--from-gguf", "llama_cpp": "--llama-cpp"}
+OPTIONS = {
+    "adapter_form": "--dora or --lora",
+    "quantize": "--quantize",
+    "from_gguf": "--from-gguf",
+    "llama_cpp": "--llama-cpp",
+}
 
 
 @dataclass(frozen=True)
 class Usage:
-    """One way to load an export: a sentence, and code for it as a Jinja template.
+    """One way to load an export: a sentence, and code for it, as Jinja templates.
 
     A template is given `repo` and `base`, the Hub ids of the export, or None, and of the base model, or
-    words in its place; `auto_class`, Transformers' name of the model's class; and of files that are named
-    the first one's name `file` and type `kind`, and the name of the `projector`, if any. The filters
-    `json` and `word` make a name one string of Python and one word of a shell's line.
+    words in its place; `auto_class`, Transformers' name of the model's class; `form`, an adapter's; and of
+    files that are named the first one's name `file` and type `kind`, and the name of the `projector`, if
+    any. The filters `json` and `word` make a name one string of Python and one word of a shell's line.
     """
 
     words: str
@@ -139,19 +144,28 @@ _ROWS = (
         folder="adapter",
         label="adapter",
         exporter="excise.export.adapter:AdapterExporter",
+        options=frozenset({"adapter_form"}),
         rebuilt=True,
         relation="adapter",
         library="peft",
         words="PEFT adapter on the base model",
         rest="The adapter holds the edit alone; it needs the base model.",
-        usage=(Usage("With PEFT:", "python", _PEFT + _GENERATE),),
+        usage=(
+            Usage("With PEFT:", "python", _PEFT + _GENERATE),
+            Usage(
+                "{% if form == 'DoRA' %}It is a DoRA: `model.merge_and_unload()` makes a plain model of "
+                "it for servers whose adapters are plain LoRA, such as vLLM and llama.cpp."
+                "{% else %}It is a plain LoRA, which servers such as vLLM take beside the base model too: "
+                "`--enable-lora --lora-modules`, and `--max-lora-rank` no less than its rank.{% endif %}"
+            ),
+        ),
     ),
     Format(
         "gguf",
         folder="gguf",
         label="gguf",
         exporter="excise.gguf.exporters:GgufExporter",
-        options=frozenset(OPTIONS),
+        options=frozenset({"quantize", "from_gguf", "llama_cpp"}),
         relation="finetune",
         tags=("gguf",),
         words="whole model, GGUF",

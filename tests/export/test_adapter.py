@@ -13,16 +13,23 @@ import torch
 from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from sharded_checkpoints import MODELS, apply_in_memory, load, make_checkpoint, random_edits
+from sharded_checkpoints import BIASED, MODELS, apply_in_memory, load, make_checkpoint, random_edits
 from torch import Tensor
 
+from excise.config import ExportSection
 from excise.errors import ExportError, OutputError, StorageError
 from excise.events import Event, Notice, Progress
 from excise.export import adapter
 from excise.export import low_rank as low_rank_module
-from excise.export.adapter import export_adapter
+from excise.export.adapter import export_adapter, settle_adapter
 from excise.export.checkpoint import export_safetensors
-from excise.export.low_rank import low_rank, rank_for, weight_difference
+from excise.export.low_rank import (
+    factors_of_product,
+    low_rank,
+    own_rank,
+    rank_for,
+    weight_difference,
+)
 from excise.files import sha256_of
 from excise.model.anatomy import Writer, describe
 from excise.model.edits import Edit
@@ -72,7 +79,7 @@ def test_safetensors_export_is_the_merge_with_its_hash(tmp_path: Path) -> None:
     assert torch.equal(logits(load(done.path)), logits(merged))
 
 
-@pytest.mark.parametrize("kind", [kind for kind in MODELS if kind != "biased"])
+@pytest.mark.parametrize("kind", [kind for kind in MODELS if kind not in BIASED])
 def test_full_rank_adapter_is_the_merged_model(tmp_path: Path, kind: str) -> None:
     source, writers = source_and_writers(tmp_path, kind)
     edits = random_edits(writers, rank=2)
@@ -114,6 +121,117 @@ def test_the_stated_error_is_the_adapters_error(tmp_path: Path, rank: int) -> No
         error, size = error + float(off**2), size + float(whole**2)
     assert done.details["error"] == pytest.approx((error / size) ** 0.5, rel=1e-4)
     assert 0.01 < done.details["error"] < 1
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_dora_of_the_edits_own_rank_is_the_edit(tmp_path: Path, kind: str) -> None:
+    """On inputs as PEFT runs it, and merged by PEFT: the weights and biases of the exported checkpoint."""
+    source, writers = source_and_writers(tmp_path, kind)
+    edits = random_edits(writers, rank=2)
+    done = export_adapter(None, tmp_path / "dora", edits, writers, rank=2, form="dora")
+    assert done.details["error"] < 1e-6
+    assert done.details["not_carried"] == []
+    whole = load(export_safetensors(source, tmp_path / "whole", edits, writers).path)
+    adapted = PeftModel.from_pretrained(load(source), done.path)
+    assert (logits(whole) - logits(load(source))).abs().max() > 0.1
+    torch.testing.assert_close(logits(adapted), logits(whole), atol=1e-5, rtol=0)
+    merged = adapted.merge_and_unload()
+    torch.testing.assert_close(logits(merged), logits(whole), atol=1e-5, rtol=0)
+    expected, found = whole.state_dict(), merged.state_dict()
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, atol=1e-6, rtol=0)
+        if name.rpartition(".")[0] not in edits:
+            assert torch.equal(found[name], tensor)
+
+
+def test_a_dora_below_the_edits_rank_states_its_error(tmp_path: Path) -> None:
+    source, writers = source_and_writers(tmp_path)
+    edits = random_edits(writers, rank=3)
+    done = export_adapter(None, tmp_path / "dora", edits, writers, rank=1, form="dora")
+    found = adapted_differences(source, done.path, writers)
+    for writer in writers:
+        weight = writer.module.weight.detach().double()
+        edited = edits[writer.name].apply_to_weight(weight)
+        off = (found[writer.name] - (edited - weight)).norm() / (edited - weight).norm()
+        assert done.details["errors"][writer.name] == pytest.approx(float(off), rel=1e-4)
+        assert off > 0.01
+        norms = (weight + found[writer.name]).norm(dim=1)  # the edit's own, whatever the rank
+        torch.testing.assert_close(norms, edited.norm(dim=1), rtol=1e-5, atol=0)
+
+
+def settled(
+    edits: dict[str, Edit], writers: tuple[Writer, ...], **settings: Any
+) -> tuple[str, int]:
+    return settle_adapter(ExportSection.model_validate(settings), edits, writers)
+
+
+def test_the_form_of_an_adapter_follows_from_the_edit(tmp_path: Path) -> None:
+    """Exact where that can be, at the edit's own rank: factors that only repeat each other count once."""
+    _, writers = source_and_writers(tmp_path)
+    scaled, plain = random_edits(writers, 3), random_edits(writers, 3, scale=False)
+    doubled = {
+        name: Edit(torch.cat([e.left, e.left], 1), torch.cat([e.right, e.right]), e.scale)
+        for name, e in scaled.items()
+    }
+    assert settled(scaled, writers) == ("dora", 3)
+    assert settled(doubled, writers) == ("dora", 3)
+    assert settled(plain, writers) == ("lora", 3)
+    assert settled(plain, writers, adapter_form="dora") == ("dora", 3)
+    assert settled(scaled, writers, adapter_rank=2) == ("dora", 2)
+    assert settled(scaled, writers, adapter_rank=20) == ("dora", 3)
+    form, rank = settled(scaled, writers, adapter_form="lora", adapter_error=0.01)
+    assert (form, rank) == ("lora", rank_for(scaled, writers, 0.01))
+    assert rank > 3
+
+
+def test_a_plain_adapter_of_edits_without_row_scales_is_exact(tmp_path: Path) -> None:
+    source, writers = source_and_writers(tmp_path)
+    edits = random_edits(writers, 3, scale=False)
+    form, rank = settle_adapter(ExportSection(), edits, writers)
+    done = export_adapter(None, tmp_path / "a", edits, writers, rank=rank, form=form)
+    whole = apply_in_memory(load(source), edits)
+    adapted = PeftModel.from_pretrained(load(source), done.path)
+    torch.testing.assert_close(logits(adapted), logits(whole), atol=1e-5, rtol=0)
+
+
+def test_biases_that_move_ask_for_a_dora(tmp_path: Path) -> None:
+    _, writers = source_and_writers(tmp_path, "biased")
+    edits = random_edits(writers, scale=False)
+    assert settled(edits, writers) == ("dora", 1)
+    done = export_adapter(None, tmp_path / "a", edits, writers, rank=1, form="dora")
+    assert len(done.details["biases"]) == len(writers)
+    assert json.loads((done.path / "adapter_config.json").read_text())["bias"] == "all"
+
+
+def test_a_row_of_zeros_is_no_dora(tmp_path: Path) -> None:
+    """DoRA divides by the norms of rows: PEFT would fill such a row with NaN, without a word."""
+    _, writers = source_and_writers(tmp_path)
+    edits = random_edits(writers)
+    writers[1].module.weight.data[3] = 0
+    edits[writers[1].name].left[3] = 0
+    events: list[Event] = []
+    form, _ = settle_adapter(ExportSection(), edits, writers, events.append)
+    assert form == "lora"
+    (notice,) = (e for e in events if isinstance(e, Notice))
+    assert writers[1].name in notice.message
+    with pytest.raises(ExportError, match=r"is zero.*--lora"):
+        export_adapter(None, tmp_path / "a", edits, writers, rank=1, form="dora")
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(("o", "i", "r"), [(9, 7, 3), (5, 4, 8), (4, 9, 1)])
+def test_factors_of_a_product_are_its_own(o: int, i: int, r: int) -> None:
+    draw = torch.Generator().manual_seed(o)
+    edit = Edit(torch.randn(o, r, generator=draw), torch.randn(r, i, generator=draw))
+    product = edit.left @ edit.right
+    assert own_rank([edit]) == min(o, i, r)
+    b, a = factors_of_product(edit, r)
+    assert (b.shape, a.shape) == ((o, r), (r, i))
+    torch.testing.assert_close(b @ a, -product, atol=1e-5, rtol=0)
+    b, a = factors_of_product(edit, 1)
+    tail = torch.linalg.svdvals(product)[1:].norm()
+    torch.testing.assert_close((b @ a + product).norm(), tail, atol=1e-5, rtol=1e-4)
 
 
 def test_only_the_edited_modules_are_adapted(tmp_path: Path) -> None:

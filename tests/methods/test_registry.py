@@ -19,6 +19,8 @@ from bound_methods import (
     params_of,
 )
 from conftest import job
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
 from excise.capture.keep_set import Kept
 from excise.cli import arguments as command_line
@@ -116,6 +118,13 @@ def test_a_run_resumes_and_exports(name, tiny: Path, tmp_path: Path, capsys):
     for score in ("behaviour_rate", "drift"):
         expected, measured = model.expected[score].value, model.measured[score].value
         assert measured == pytest.approx(expected, rel=0.3, abs=0.11 if "rate" in score else 2e-3)
+    # The adapter is the very edit: merged by PEFT, it is the exported checkpoint.
+    details = next(a for a in record.artifacts if a.format == "adapter").details
+    assert (details["form"], details["error"] < 1e-5) == ("DoRA", True)
+    base, whole = (AutoModelForCausalLM.from_pretrained(p) for p in (tiny / "model", out / "model"))
+    merged = PeftModel.from_pretrained(base, out / "adapter").merge_and_unload().state_dict()
+    for weight, expected in whole.state_dict().items():
+        torch.testing.assert_close(merged[weight], expected, atol=1e-6, rtol=1e-5)
     # Cut short after its first trials, and gone on with: the same trials.
     arguments = job(tiny, cut, *more)
     arguments[arguments.index("--trials") + 1] = "8"

@@ -226,6 +226,21 @@ def test_what_an_adapter_leaves_out_is_said() -> None:
     assert plain("layers.3.o_proj") in limits
 
 
+@pytest.mark.parametrize("form", ["DoRA", "LoRA"])
+def test_a_card_says_which_adapter_it_is_and_who_serves_it(form: str) -> None:
+    data = make_record().model_dump(by_alias=True)
+    exact = form == "DoRA"
+    details = {"form": form, "rank": 1, "error": 1e-8 if exact else 0.1, "biases": ["b"] * exact}
+    data["artifacts"][0] |= {"format": "adapter", "details": details}
+    card = model_card(Record.model_validate(data), artifact_format="adapter")
+    assert f"Kind of adapter: `{form}`" in card
+    assert ("merge_and_unload()" in card) == exact
+    assert ("--enable-lora" in card) != exact
+    limits = section(card, "Limitations")
+    assert ("approximates the edit" in limits) != exact
+    assert ("stay edited where it is loaded and switched off" in limits) == exact
+
+
 def test_another_trial_does_not_borrow_the_holdout_of_the_chosen_one() -> None:
     record = make_record()
     other = next(number for number in record.front if number != record.selected)

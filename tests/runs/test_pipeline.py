@@ -127,7 +127,9 @@ def test_export_by_rule_and_by_number(demo_run: Path, tmp_path: Path, capsys):
     assert record.selected == read_record(demo_run).selected
     lora = ["export", str(run), "--to", str(tmp_path / "lora"), "--select", "rate<=0.9"]
     assert cli.main([*lora, "--format", "adapter", "--rank", "4", "--quiet"]) == 0
-    assert read_record(run).artifacts[-1].details["rank"] == 4
+    details = read_record(run).artifacts[-1].details
+    assert details["form"] == "DoRA"
+    assert 1 <= details["rank"] <= 4  # the most, where the edit needs no more
 
 
 def test_an_adapter_by_its_error_states_rank_and_error(demo_run: Path, tmp_path: Path, capsys):
@@ -136,6 +138,7 @@ def test_an_adapter_by_its_error_states_rank_and_error(demo_run: Path, tmp_path:
     lora = ["export", str(run), "--format", "adapter", "--quiet", "--to"]
     assert cli.main([*lora, str(tmp_path / "a"), "--error", "0.05"]) == 0
     details = read_record(run).artifacts[-1].details
+    assert details["form"] == "LoRA"
     assert details["error"] <= 0.05
     assert details["rank"] != 8  # the run's own
     card = (tmp_path / "a" / "README.md").read_text()
@@ -143,6 +146,11 @@ def test_an_adapter_by_its_error_states_rank_and_error(demo_run: Path, tmp_path:
     capsys.readouterr()
     assert cli.main([*lora, str(tmp_path / "b"), "--error", "1.5"]) == 2
     assert "export.adapter_error" in capsys.readouterr().err
+    assert cli.main([*lora, str(tmp_path / "b"), "--error", "0.1", "--dora"]) == 2
+    assert "with --lora" in capsys.readouterr().err
+    for form in ("gguf-adapter", "safetensors"):
+        assert cli.main([*lora, str(tmp_path / "b"), "--format", form, "--dora"]) == 2
+        assert "--dora or --lora is for --format adapter" in capsys.readouterr().err
     assert cli.main([*lora, str(tmp_path / "b"), "--rank", "0"]) == 2
     assert "export.adapter_rank" in capsys.readouterr().err
     assert not (tmp_path / "b").exists()

@@ -120,9 +120,14 @@ def _export(sub: argparse.ArgumentParser) -> None:
     text = "rule in place of a number: knee, drift<=X (KL divergence) or rate<=X (behaviour rate)"
     choice.add_argument("--select", metavar="RULE", help=text)
     _format(sub)
-    text = "rank of an adapter (default: follows from --error)"
+    form = sub.add_mutually_exclusive_group()
+    text = "adapter with row magnitudes, exact (default where it is needed)"
+    form.add_argument("--dora", action="store_const", const="dora", dest="form", help=text)
+    text = "plain adapter, for servers that know no DoRA (vLLM)"
+    form.add_argument("--lora", action="store_const", const="lora", dest="form", help=text)
+    text = "rank of an adapter (default: the edit's own; of a --lora it follows from --error)"
     sub.add_argument("--rank", type=int, metavar="R", help=text)
-    text = "largest relative error of an adapter's weights (default: 0.2)"
+    text = "largest relative error of a plain adapter's weights, which it asks for (default: 0.2)"
     sub.add_argument("--error", type=float, metavar="X", help=text)
     text = "llama.cpp file types of GGUF exports, such as Q4_K_M,Q8_0"
     sub.add_argument("--quantize", metavar="A,B", help=text)

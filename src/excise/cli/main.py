@@ -16,8 +16,10 @@ from excise.errors import (
     EXIT_DONE,
     EXIT_FAILED,
     EXIT_INTERRUPTED,
+    ConfigError,
     ExciseError,
 )
+from excise.formats import FORMATS
 from excise.named_models import DEMO, SMOLLM2
 from excise.reading import full_path, is_file
 from excise.trees import BUILTIN, absolute
@@ -214,7 +216,15 @@ def _export_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return settings of the configuration's export section, None where a flag was not given."""
     types = arguments.quantize
     base, tools = arguments.from_gguf, arguments.llama_cpp
+    form = arguments.form
+    if arguments.error is not None and FORMATS[arguments.format_name].options & {"adapter_form"}:
+        if form == "dora":
+            raise ConfigError(
+                "--error is of a plain adapter: give it with --lora, or --rank R with --dora"
+            )
+        form = "lora"
     return {
+        "adapter_form": form,
         "adapter_rank": arguments.rank,
         "adapter_error": arguments.error,
         "quantize": None if types is None else tuple(filter(None, types.split(","))),

@@ -9,7 +9,7 @@ Shapes: O and I a writer's out and in features, R the adapter's rank.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +29,8 @@ _OVERSAMPLE = 16
 _POWER_PASSES = 4
 # A bias that moves by less than this share of its largest value has moved by rounding only.
 _ROUNDING = 1e-6
+# A singular value below this share of the largest one is what float32 makes of zero.
+_ZERO = 1e-6
 
 
 @dataclass(frozen=True)
@@ -78,20 +80,33 @@ def adapter_factors(
         ExportError: there is nothing to edit, or a writer's values are not in memory.
         ConfigError: one is a fused expert.
     """
+    modules = []
+    for writer in writers_of(edits, writers, on_event):
+        delta = weight_difference(writer, edits[writer.name])
+        b, a = low_rank(delta, rank)
+        modules.append(Factors(writer.name, b, a, (square(delta - b @ a), square(delta))))
+    chosen = (writer for writer in writers if writer.name in edits)
+    not_carried = tuple(w.name for w in chosen if moves_bias(w, edits[w.name]))
+    if not_carried:
+        on_event(Notice(f"the adapter does not carry the bias edits of {', '.join(not_carried)}"))
+    return AdapterFactors(tuple(modules), not_carried)
+
+
+def writers_of(
+    edits: Mapping[str, Edit], writers: Sequence[Writer], on_event: OnEvent
+) -> Iterator[Writer]:
+    """Yield the writers that are edited, and tell of each.
+
+    Raises:
+        ExportError: there is nothing to edit.
+        ConfigError: one is a fused expert.
+    """
     if not edits:
         raise ExportError("this candidate edits nothing, and an adapter needs something to adapt")
     chosen = [writer for writer in writers if writer.name in edits]
     assert len(chosen) == len(edits), "an edit of a writer that this model does not have"
     check_low_rank("adapter", chosen)
-    modules = []
-    for writer in track(chosen, "export", len(chosen), on_event):
-        delta = weight_difference(writer, edits[writer.name])
-        b, a = low_rank(delta, rank)
-        modules.append(Factors(writer.name, b, a, (_square(delta - b @ a), _square(delta))))
-    not_carried = tuple(w.name for w in chosen if _moves_bias(w, edits[w.name]))
-    if not_carried:
-        on_event(Notice(f"the adapter does not carry the bias edits of {', '.join(not_carried)}"))
-    return AdapterFactors(tuple(modules), not_carried)
+    yield from track(chosen, "export", len(chosen), on_event)
 
 
 def rank_of(section: ExportSection, edits: Mapping[str, Edit], writers: Sequence[Writer]) -> int:
@@ -136,14 +151,23 @@ def weight_difference(writer: Writer, edit: Edit) -> Tensor:
     Raises:
         ExportError: the weight is offloaded.
     """
-    if writer.weight.is_meta:
-        raise ExportError(f"{writer.name} is offloaded: an adapter is made from values in memory")
-    w = writer.weight.detach().float()
+    w = values_of(writer)
     left, right = edit.left.to(w), edit.right.to(w)
     if edit.scale is None:
         return -(left @ right)
     scale = edit.scale.to(w)[:, None]
     return torch.addcmul(-((scale * left) @ right), scale - 1.0, w)
+
+
+def values_of(writer: Writer) -> Tensor:
+    """Return a writer's weight (O, I) in float32.
+
+    Raises:
+        ExportError: it is offloaded.
+    """
+    if writer.weight.is_meta:
+        raise ExportError(f"{writer.name} is offloaded: an adapter is made from values in memory")
+    return writer.weight.detach().float()
 
 
 def low_rank(delta: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -170,7 +194,37 @@ def low_rank(delta: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return b, a
 
 
-def _moves_bias(writer: Writer, edit: Edit) -> bool:
+def own_rank(edits: Iterable[Edit]) -> int:
+    """Return the least rank at which each of these edits is exact, but for its row scale."""
+    return max((len(_singular(edit)[1]) for edit in edits), default=1) or 1
+
+
+def factors_of_product(edit: Edit, rank: int) -> tuple[Tensor, Tensor]:
+    """Return B (O, R) and A (R, I) with B A nearest to -left right, and equal to it from its rank on."""
+    u, s, vt = _singular(edit)
+    kept = min(rank, len(s))
+    root = s[:kept].sqrt()
+    b = edit.left.new_zeros(len(edit.left), rank)
+    a = edit.right.new_zeros(rank, edit.right.shape[1])
+    b[:, :kept] = -u[:, :kept] * root
+    a[:kept] = root[:, None] * vt[:kept]
+    return b, a
+
+
+def _singular(edit: Edit) -> tuple[Tensor, Tensor, Tensor]:
+    """Return U (O, R), s (R,) and Vt (R, I) of left right in float64, without what is zero.
+
+    From the QR decompositions of both factors: their product, which may be large, is never formed.
+    """
+    q_left, r_left = torch.linalg.qr(edit.left.double())
+    q_right, r_right = torch.linalg.qr(edit.right.double().mT)
+    u, s, vt = torch.linalg.svd(r_left @ r_right.mT, full_matrices=False)
+    kept = int((s > _ZERO * s.max()).sum())
+    return q_left @ u[:, :kept], s[:kept], vt[:kept] @ q_right.mT
+
+
+def moves_bias(writer: Writer, edit: Edit) -> bool:
+    """Return whether an edit changes a writer's bias by more than rounding."""
     bias = writer.bias
     if bias is None:
         return edit.shift is not None and bool(edit.shift.any())
@@ -179,7 +233,8 @@ def _moves_bias(writer: Writer, edit: Edit) -> bool:
     return bool(change.abs().max() > _ROUNDING * before.abs().max())
 
 
-def _square(x: Tensor) -> float:
+def square(x: Tensor) -> float:
+    """Return |x|^2."""
     return float(x.double().square().sum())
 
 

@@ -44,10 +44,15 @@ def usages(
         "auto_class": f"AutoModelFor{kind}",
         "file": names[0] if names else "FILE.gguf",
         "kind": files[0].type if files else "Q4_K_M",
+        "form": artifact.details.get("form", "LoRA") if artifact is not None else "",
         "projector": next((one.file for one in files if one.part == "projector"), None),
     }
     return [
-        replace(way, code=_CODE.from_string(way.code).render(values))
+        replace(
+            way,
+            words=_CODE.from_string(way.words).render(values),
+            code=_CODE.from_string(way.code).render(values),
+        )
         for way in FORMATS[artifact_format].usage
     ]
 

@@ -210,8 +210,7 @@ def _rebuild(
 ) -> Rebuilt:
     card = {CARD: model_card(record, artifact_format=name, trial=trial.number)}
     to = room / FORMATS[name].folder
-    rank = int(known.details.get("rank", 1)) if known is not None else 1
-    section = load_config(flags={"export.adapter_rank": rank}).export
+    section = load_config(flags=_as_written(known)).export
     with phase("export", session.on_event):
         edited = EditedModel.of(record, session.loaded, session.writers, edits)
         made = exporter(name, section).write(edited, to, card, session.on_event)
@@ -220,6 +219,14 @@ def _rebuild(
     if known is not None and then != made.sha256:
         apart = _apart(beside / known.path, to)
     return Rebuilt(name, then, made.sha256, apart)
+
+
+def _as_written(known: ArtifactRecord | None) -> dict[str, Any]:
+    """Return the settings that an export was written with, as far as its bytes depend on them."""
+    if known is None or "rank" not in known.details:
+        return {}
+    form = str(known.details.get("form", "LoRA")).lower()
+    return {"export.adapter_rank": known.details["rank"], "export.adapter_form": form}
 
 
 def _apart(old: Path, new: Path) -> float | None:
