@@ -453,6 +453,13 @@ MUTANTS = (
         "tests/export/test_adapter.py -k difference",
     ),
     Mutant(
+        "packing rounds to the nearest code, which undoes much of the edit",
+        "export/packing",
+        "behind += share[:, None] * torch.where(take, other, now)",
+        "behind += 0",
+        "tests/export/test_packing.py -k undo",
+    ),
+    Mutant(
         "the magnitudes of a DoRA forget the row scales",
         "export/dora",
         "magnitude = norms if edit.scale is None else norms * edit.scale.to(norms)",

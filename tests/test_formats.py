@@ -54,7 +54,7 @@ def test_no_two_formats_share_a_name_or_a_folder() -> None:
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_a_setting_for_another_format_is_refused(option: str) -> None:
-    values = {"quantize": ["F16"], "adapter_form": "dora"}
+    values = {"quantize": ["F16"], "adapter_form": "dora", "unpack": True}
     section = ExportSection.model_validate({option: values.get(option, "x")})
     for form in FORMATS.values():
         if option not in form.options:

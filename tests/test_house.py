@@ -246,7 +246,7 @@ def test_the_command_line_is_what_the_contract_says():
         "export": [
             *("--dora", "--error", "--format", "--lora", "--rank", "--select", "--to", "--trial"),
             *("--from-gguf", "--llama-cpp", "--quantize"),
-            "--trust-run",
+            *("--trust-run", "--unpack"),
             *progress,
         ],
         "reproduce": ["--out", "--set", "--trial", *progress],

@@ -218,6 +218,7 @@ class ExportSection(Section):
     """What a run writes when it is done.
 
     `adapter_form` is chosen by the edit where it is None, and `adapter_error` bounds a LoRA's rank alone.
+    `unpack` writes a quantised source's weights in bfloat16.
     `quantize` are llama.cpp's file types of GGUF exports, `llama_cpp` a checkout with its tools,
     `from_gguf` a GGUF of the same model to patch in place of converting.
     """
@@ -226,6 +227,7 @@ class ExportSection(Section):
     adapter_form: AdapterForm | None = None
     adapter_rank: Count | None = None
     adapter_error: float = Field(0.2, gt=0, lt=1)
+    unpack: bool = False
     quantize: tuple[str, ...] = ()
     llama_cpp: Name | None = None
     from_gguf: Name | None = None

@@ -12,6 +12,7 @@ from typing import Literal
 
 # The settings of `config.ExportSection` that only some formats take, and their flags.
 OPTIONS = {
+    "unpack": "--unpack",
     "adapter_form": "--dora or --lora",
     "quantize": "--quantize",
     "from_gguf": "--from-gguf",
@@ -127,6 +128,7 @@ _ROWS = (
         folder="model",
         label="edited model",
         exporter="excise.export.checkpoint:CheckpointExporter",
+        options=frozenset({"unpack"}),
         rebuilt=True,
         relation="finetune",
         library="transformers",

@@ -6,14 +6,12 @@ import json
 import shutil
 from pathlib import Path
 
-import builders
-import families
 import pytest
-import templates
 import torch
 from conftest import job
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from quantised_checkpoints import fp8_checkpoint, gpt_oss_checkpoint, packed_fp8
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Mxfp4Config
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
@@ -27,44 +25,6 @@ from excise.config import ModelSection
 from excise.errors import ModelError
 
 STEADY = settings(derandomize=True, deadline=None, max_examples=30)
-BLOCK = 16
-
-
-def packed_fp8(weight: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A matrix as FP8 checkpoints store it: e4m3 values, and one scale for each square block."""
-    rows, columns = (-(-side // block) for side in weight.shape)
-    scale = torch.zeros(rows, columns)
-    out = torch.zeros_like(weight, dtype=torch.float8_e4m3fn)
-    for i in range(rows):
-        for j in range(columns):
-            part = weight[i * block : (i + 1) * block, j * block : (j + 1) * block].float()
-            scale[i, j] = part.abs().max().clamp_min(1e-12) / 448
-            values = (part / scale[i, j]).to(torch.float8_e4m3fn)
-            out[i * block : (i + 1) * block, j * block : (j + 1) * block] = values
-    return out, scale
-
-
-def fp8_checkpoint(folder: Path, **save) -> Path:
-    """A Qwen3 with FP8 matrices in its layers, as Transformers and others write them."""
-    builders.checkpoint(folder, "qwen3", **save)
-    for path in folder.glob("*.safetensors"):
-        tensors = load_file(path)
-        for name in [n for n in tensors if "proj.weight" in n]:
-            tensors[name], tensors[f"{name}_scale_inv"] = packed_fp8(tensors[name], BLOCK)
-        save_file(tensors, path, metadata={"format": "pt"})
-        index = folder / "model.safetensors.index.json"
-        if index.exists():
-            data = json.loads(index.read_text())
-            data["weight_map"] |= dict.fromkeys(tensors, path.name)
-            index.write_text(json.dumps(data))
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {
-        "quant_method": "fp8",
-        "activation_scheme": "dynamic",
-        "weight_block_size": [BLOCK, BLOCK],
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -289,13 +249,14 @@ def test_tensors_of_any_dtype_beside_are_in_the_copy(source, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["directional", "ridge", "ara", "subspace"])
-def test_a_run_on_fp8_exports_a_plain_model_that_is_measured_again(
+def test_a_run_on_fp8_exports_a_plain_model_where_it_is_asked_for(
     method, tiny, source, tmp_path, capsys
 ):
     out = tmp_path / "run"
     before = {path: path.read_bytes() for path in source.iterdir()}
     formats = 'export.formats=["safetensors", "adapter"]'
-    arguments = job(tiny, out, "--method", method, "--set", formats)
+    plain = ("--set", "export.unpack=true")
+    arguments = job(tiny, out, "--method", method, "--set", formats, *plain)
     arguments[1] = str(source)
     assert cli.main(arguments) == 0
     record = json.loads((out / "record.json").read_text())
@@ -342,31 +303,7 @@ def test_mxfp4_scales_that_do_not_fit(gpt_oss, tmp_path, kind):
 
 @pytest.fixture(scope="module")
 def gpt_oss(tmp_path_factory) -> Path:
-    """A small gpt-oss whose experts are packed on disk, with a template that has channels."""
-    folder = tmp_path_factory.mktemp("gpt_oss")
-    config = families.config("gpt_oss")
-    config.intermediate_size = 64  # whole groups of 32
-    torch.manual_seed(0)
-    model = families.randomised(AutoModelForCausalLM.from_config(config))
-    model.bfloat16().save_pretrained(folder)
-    tokenizer = builders.tokenizer()
-    tokenizer.chat_template = templates.GPT_OSS
-    tokenizer.save_pretrained(folder)
-    path = folder / "model.safetensors"
-    generator = torch.Generator().manual_seed(0)
-    tensors = load_file(path)
-    for name in [n for n in tensors if n.endswith(("gate_up_proj", "down_proj"))]:
-        experts, inner, outer = tensors.pop(name).shape
-        sides = (experts, outer, inner // 32)
-        blocks = torch.randint(0, 256, (*sides, 16), dtype=torch.uint8, generator=generator)
-        scales = torch.randint(119, 123, sides, dtype=torch.uint8, generator=generator)
-        tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
-    save_file(tensors, path, metadata={"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    skipped = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "lm_head"]
-    settings = {"quant_method": "mxfp4", "modules_to_not_convert": skipped}
-    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
-    return folder
+    return gpt_oss_checkpoint(tmp_path_factory.mktemp("gpt_oss"))
 
 
 def test_an_mxfp4_checkpoint_is_what_transformers_unpacks(gpt_oss):

@@ -43,20 +43,37 @@ DTYPE = torch.bfloat16
 _DROPPED = ("activation_scale", "input_scale", "k_scale", "v_scale")
 _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _WORDS = {"fp8": "FP8", "mxfp4": "MXFP4", "compressed-tensors": "FP8 (compressed-tensors)"}
-UNPACKED = "The source is {}, unpacked to bfloat16; all figures and exports are of that."
+UNPACKED = "The source is {}, unpacked to bfloat16: the search and its figures are of that."
 _LEFT_OVER = (
     "The source's configuration says that it is quantised with {}, and its weights are plain: they are "
     "what was measured, and an export's configuration says nothing of it."
 )
 
 
+_NONE = Scheme(None, None)
+
+
 @dataclass(frozen=True)
 class Plain:
-    """Plain copy: its folder, which `scratch` removes, and a sentence on what it was made from."""
+    """Plain copy.
+
+    Attributes:
+        folder: of the copy; `scratch` removes it.
+        note: a sentence on what it was made from.
+        source: the checkpoint's folder, or the GGUF file.
+        scheme: how the checkpoint is quantised; of a GGUF file or a plain one, none.
+    """
 
     folder: Path
     note: str
     scratch: Claim
+    source: Path
+    scheme: Scheme = _NONE
+
+    @property
+    def packed(self) -> str | None:
+        """What the source's own scheme is called; None where its tensors are plain, or in a GGUF."""
+        return _WORDS[self.scheme.method] if self.scheme.method is not None else None
 
 
 def dequantise(
@@ -95,7 +112,7 @@ def dequantise(
     note = _LEFT_OVER.format(found.claim)
     if found.method is not None:
         note = UNPACKED.format(_WORDS[found.method])
-    return Plain(target, note, scratch)
+    return Plain(target, note, scratch, folder, found)
 
 
 class _Tensors:
@@ -123,8 +140,15 @@ class _Tensors:
 
     def read(self, name: str) -> Tensor:
         """Read a tensor as it is stored."""
-        with safe_open(self.get(name).file, framework="pt") as file:
-            return file.get_tensor(name)  # type: ignore[no-any-return]
+        return tensor_of(self.get(name))
+
+
+def tensor_of(stored: StoredTensor, part: int | None = None) -> Tensor:
+    """Read a tensor as it is stored, or one part of it along its first dimension."""
+    with safe_open(stored.file, framework="pt") as file:
+        if part is not None:
+            return file.get_slice(stored.name)[part]  # type: ignore[no-any-return]
+        return file.get_tensor(stored.name)  # type: ignore[no-any-return]
 
 
 # Name, shape and dtype of a tensor of the copy, and how it is made.
@@ -168,7 +192,7 @@ def _is_auxiliary(name: str, found: _Tensors) -> bool:
 
 
 def fp8(weight: Tensor, scale: Tensor, block: tuple[int, int] | None) -> Tensor:
-    """Decode an FP8 weight (..., O, I).
+    """Decode an FP8 weight (..., O, I), rounded to bfloat16.
 
     Args:
         weight: FP8.
@@ -176,6 +200,11 @@ def fp8(weight: Tensor, scale: Tensor, block: tuple[int, int] | None) -> Tensor:
             may be cut.
         block: (b, c), where the configuration gives it.
     """
+    return wide_fp8(weight, scale, block).to(DTYPE)
+
+
+def wide_fp8(weight: Tensor, scale: Tensor, block: tuple[int, int] | None) -> Tensor:
+    """Decode as `fp8`, to float32."""
     values, scales = weight.float(), scale.float()
     spread = scale_layout(weight.shape, scale.shape, block)
     if spread == "blocks" and block is not None:
@@ -183,7 +212,7 @@ def fp8(weight: Tensor, scale: Tensor, block: tuple[int, int] | None) -> Tensor:
             scales = scales.repeat_interleave(length, side).narrow(side, 0, values.shape[side])
     elif spread == "rows" and scales.dim() < values.dim():
         scales = scales[..., None]
-    return (values * scales).to(DTYPE)
+    return values * scales
 
 
 def _fp8_of(found: _Tensors, name: str, scale: str, block: tuple[int, int] | None) -> Tensor:

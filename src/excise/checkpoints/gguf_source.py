@@ -63,7 +63,7 @@ def unpack_gguf(file: Path) -> Plain:
     tokenizer, model = _read(source, shards, file)
     shutil.rmtree(source)
     _save(claim.path, tokenizer, model, _licence(shards[0]))
-    return Plain(claim.path, UNPACKED.format("a GGUF file"), claim)
+    return Plain(claim.path, UNPACKED.format("a GGUF file"), claim, file)
 
 
 def join(shards: Sequence[GgufFile], target: Path) -> None:

@@ -120,6 +120,8 @@ def _export(sub: argparse.ArgumentParser) -> None:
     text = "rule in place of a number: knee, drift<=X (KL divergence) or rate<=X (behaviour rate)"
     choice.add_argument("--select", metavar="RULE", help=text)
     _format(sub)
+    text = "write a quantised model's weights in bfloat16 (default: packed as they came)"
+    sub.add_argument("--unpack", action="store_true", default=None, help=text)
     form = sub.add_mutually_exclusive_group()
     text = "adapter with row magnitudes, exact (default where it is needed)"
     form.add_argument("--dora", action="store_const", const="dora", dest="form", help=text)

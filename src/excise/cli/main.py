@@ -224,6 +224,7 @@ def _export_options(arguments: argparse.Namespace) -> dict[str, Any]:
             )
         form = "lora"
     return {
+        "unpack": arguments.unpack,
         "adapter_form": form,
         "adapter_rank": arguments.rank,
         "adapter_error": arguments.error,

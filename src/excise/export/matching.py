@@ -68,7 +68,7 @@ class TensorPlace:
             raise ExportError(f"{self.file} ends inside tensor {self.key}: download it again")
         return rows
 
-    def write(self, file: io.BufferedWriter, first: int, rows: Tensor) -> None:
+    def write(self, file: io.BufferedWriter | io.BufferedRandom, first: int, rows: Tensor) -> None:
         """Store `rows`, which are of this tensor's dtype, from row `first` on."""
         assert rows.dtype == _DTYPES[self.dtype]
         file.seek(self._offset(first))

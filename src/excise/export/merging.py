@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,11 +91,14 @@ def write_checkpoint(
     places: Mapping[str, WriterPlace],
     on_event: OnEvent = ignore,
     extra_files: Mapping[str, str] | None = None,
+    *,
+    finish: Callable[[Path], None] | None = None,
 ) -> Merge:
     """Merge as `merge_checkpoint`, where the tensors of every edited writer are known already.
 
     Blocks of rows are computed in float32 (float64 stays) from the source's values and rounded once
     to the tensor's own dtype. Memory: a few blocks, whatever the size of the tensors.
+    `finish` is given the folder once the source's files are in it, before it is seen.
     """
     check_destination(destination, source)
     extra = dict(extra_files or {})
@@ -118,6 +121,8 @@ def write_checkpoint(
                 job.result()
         finally:
             pool.shutdown(cancel_futures=True)
+        if finish is not None:
+            finish(folder)
         add_files(folder, extra)
     tensors = sorted({place.key for found in folds.values() for place, _ in found})
     return Merge(destination, tuple(tensors), left_out, other, size)
@@ -172,16 +177,26 @@ def _write_file(source: Path, target: Path, folds: list[_Fold]) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     with source.open("rb") as old, target.open("xb") as new:
         done = 0
-        for place, edit in sorted(folds, key=lambda fold: fold[0].start):
+        for place, edit in sorted(folds, key=lambda one: one[0].start):
             copy_bytes(old, new, done, place.start)
-            _fold(place, edit, old, new)
+            fold(place, edit, old, new)
             done = place.stop
         copy_bytes(old, new, done, os.fstat(old.fileno()).st_size)
         new.flush()
         os.fsync(new.fileno())  # here, where another worker has something to compute meanwhile
 
 
-def _fold(place: TensorPlace, edit: Edit, old: io.BufferedReader, new: io.BufferedWriter) -> None:
+def fold(
+    place: TensorPlace,
+    edit: Edit,
+    old: io.BufferedReader,
+    new: io.BufferedWriter | io.BufferedRandom,
+) -> None:
+    """Read a tensor from one file, edit it, and write it to the other at the same place.
+
+    Raises:
+        ExportError: its dtype cannot hold the edited values.
+    """
     whole = rows_of_edit(edit, 0, len(edit.left))
     size = _BLOCK if edit.left.shape[1] <= _LOW_RANK else _PRODUCT_BLOCK
     for first, last in place.blocks(size):

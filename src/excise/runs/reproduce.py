@@ -223,8 +223,10 @@ def _rebuild(
 
 def _as_written(known: ArtifactRecord | None) -> dict[str, Any]:
     """Return the settings that an export was written with, as far as its bytes depend on them."""
-    if known is None or "rank" not in known.details:
+    if known is None:
         return {}
+    if "rank" not in known.details:
+        return {"export.unpack": "packed" not in known.details}
     form = str(known.details.get("form", "LoRA")).lower()
     return {"export.adapter_rank": known.details["rank"], "export.adapter_form": form}
 
