@@ -11,6 +11,7 @@ from jinja2 import Environment, StrictUndefined
 from excise.formats import FORMATS, Usage
 from excise.record import ArtifactRecord, FileRecord, Record
 from excise.report import formatting
+from excise.report.markdown import Markdown
 
 
 def _word(name: str) -> str:
@@ -50,7 +51,7 @@ def usages(
     return [
         replace(
             way,
-            words=_CODE.from_string(way.words).render(values),
+            words=Markdown(_CODE.from_string(way.words).render(values)),  # ours, and no names in it
             code=_CODE.from_string(way.code).render(values),
         )
         for way in FORMATS[artifact_format].usage
