@@ -13,10 +13,10 @@ from excise.checkpoints.loading import Loaded
 from excise.config import EditSection
 from excise.engine.engine import Engine, Plan
 from excise.engine.requests import Divergence, Responses
+from excise.judges.markers import Markers
 from excise.methods.directional import DirectionalMethod
 from excise.methods.profiles import Candidate, Profile
 from excise.model.anatomy import describe
-from excise.search.scorers import Markers
 
 COMPONENTS = ("attn.o_proj", "mlp.down_proj")
 MARKERS = Markers(("no such phrase",))

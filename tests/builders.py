@@ -21,6 +21,7 @@ from excise import events
 from excise.capture.directions import Directions, normalise
 from excise.checkpoints.loading import Loaded
 from excise.config import EditSection, validate
+from excise.judges.markers import Markers
 from excise.methods.directional import DirectionalMethod
 from excise.methods.profiles import Candidate, Profile
 from excise.methods.registry import settle
@@ -29,7 +30,6 @@ from excise.prompts.chat_template import ChatFormat
 from excise.prompts.measured_sets import MeasuredSet, MeasuredSets
 from excise.prompts.sets import Prompt
 from excise.runs.session import Session
-from excise.search.scorers import Markers
 from excise.search.scoring import Scoring
 
 VOCABULARY = 300

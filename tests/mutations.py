@@ -333,14 +333,14 @@ MUTANTS = (
     ),
     Mutant(
         "drift's interval is ten times too narrow",
-        "search/intervals",
+        "intervals",
         "half = Z95 * (n * spread / (n - 1)) ** 0.5 / size",
         "half = Z95 * (n * spread / (n - 1)) ** 0.5 / size / 10",
         "tests/methods/test_directional_math.py -k ratio",
     ),
     Mutant(
         "a rate's interval is that of 90 %",
-        "search/intervals",
+        "intervals",
         "Z95 = 1.959963984540054",
         "Z95 = 1.6448536269514722",
         "tests/methods/test_directional_math.py -k wilson",

@@ -7,8 +7,8 @@ import random
 from typing import Any
 
 from excise.config import Config, PromptSection, PromptSource
+from excise.intervals import wilson
 from excise.record import Record
-from excise.search.intervals import wilson
 
 COMPONENTS = ("attn.o_proj", "mlp.down_proj")
 LAYERS = 16

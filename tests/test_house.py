@@ -32,7 +32,7 @@ FOLDERS = sorted(path.parent for path in SOURCE.glob("*/__init__.py"))
 
 # Bottom to top, as ARCHITECTURE.md draws them: a folder imports only from those before it. "" is the root.
 ORDER = (
-    *("", "model", "checkpoints", "prompts", "capture", "methods", "engine", "search"),
+    *("", "model", "checkpoints", "prompts", "capture", "methods", "engine", "judges", "search"),
     *("report", "export", "gguf", "runs", "chat", "cli"),
 )
 
@@ -40,7 +40,7 @@ PURE = (
     *("model/edits", "capture/directions", "capture/geometry", "methods/profiles"),
     *("methods/search_space", "methods/directional_math", "methods/subspace_math"),
     *("methods/ridge_math", "methods/ara_math", "methods/lbfgs", "search/pareto"),
-    "search/intervals",
+    "intervals",
 )
 
 TESTS = sorted((ROOT / "tests").rglob("test_*.py"))
@@ -213,7 +213,7 @@ def test_the_interface_of_scorers_is_what_their_page_says():
     assert shape(excise.ratio) == ["totals", "sizes"]
     assert fields(Evidence) == ["responses", "divergence"]
     assert fields(Response) == ["tokens", "text", "ended"]
-    assert fields(ScoreContext) == ["markers", "prompts"]
+    assert fields(ScoreContext) == ["markers", "prompts", "judge"]
     assert {"text", "answer", "group"} <= set(fields(Prompt))
 
 
@@ -252,6 +252,10 @@ def test_the_command_line_is_what_the_contract_says():
         "reproduce": ["--out", "--set", "--trial", *progress],
         "push": ["--format", "--from", "--public", "--trial", *progress],
         "evaluate": [*prompts.split(), "--json", *progress],
+        "judge": [
+            *("--behaviour", "--config", "--json", "--labelled", "--markers", "--rubric", "--set"),
+            *progress,
+        ],
         "inspect": ["--json"],
         "geometry": ["--json", "--trust-run", *progress],
         "chat": [

@@ -21,7 +21,7 @@ _EXPORTS = {
     "Divergence": "engine.requests",
     "Responses": "engine.requests",
     "Score": "search.scorers",
-    "ratio": "search.intervals",
+    "ratio": "intervals",
     "scorer": "search.scorers",
 }
 
@@ -43,9 +43,9 @@ if TYPE_CHECKING:
     from excise.config import Config, load_config
     from excise.engine.requests import Divergence, Responses
     from excise.errors import ExciseError
+    from excise.intervals import ratio
     from excise.record import Record
     from excise.runs.pipeline import run
-    from excise.search.intervals import ratio
     from excise.search.scorers import Score, scorer
 
 

@@ -8,79 +8,34 @@ from __future__ import annotations
 
 import datetime
 import difflib
-import re
-import unicodedata
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import pydantic
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from excise.errors import ConfigError
-from excise.formats import DEFAULT, FORMATS
+from excise.formats import DEFAULT
 from excise.reading import DEEPEST, check_depth, is_file, is_unicode, read_toml
+from excise.setting_types import (
+    MOST,
+    Count,
+    CountOrNone,
+    Distinct,
+    FormatName,
+    Label,
+    Name,
+    Section,
+    Span,
+)
 from excise.trees import BUILTIN, merge, nest, parse_value, resolve_paths, toml_text, walk_texts
 
 RowNorms = Literal["none", "pre", "full"]
 AdapterForm = Literal["dora", "lora"]
 MethodName = Literal["directional", "subspace", "ridge", "ara"]
 
-_MOST = 10**9  # upper bound of every count
-_NAME_BYTES, _PATH_BYTES = 255, 4096  # limits of file systems
 _SHOWN = 3  # errors of one configuration that a message names
-T = TypeVar("T")
-
-
-def _check_name(text: str) -> str:
-    if any(unicodedata.category(c) == "Cc" for c in text):
-        raise ValueError("holds control characters, which no file name or id has")
-    sizes = [len(part.encode("utf-8", "surrogatepass")) for part in text.split("/")]
-    if max(sizes) > _NAME_BYTES or sum(sizes) + len(sizes) > _PATH_BYTES:
-        raise ValueError("is longer than a file name or id can be")
-    return text
-
-
-def _check_distinct(items: tuple[T, ...]) -> tuple[T, ...]:
-    twice = [item for n, item in enumerate(items) if item in items[:n]]
-    if twice:
-        raise ValueError(f"names {twice[0]!r:.60} twice")
-    return items
-
-
-def _check_format(name: object) -> object:
-    if name not in list(FORMATS):
-        *most, last = map(repr, FORMATS)
-        raise ValueError(f"Input should be {', '.join(most)} or {last}")
-    return name
-
-
-_SPAN = re.compile(r"(?:(\d{1,6})h)?(?:(\d{1,6})m)?(?:(\d{1,8})s)?", re.ASCII)
-
-
-def _read_span(span: object) -> object:
-    """Read '90s', '30m', '2h' or '1h30m' as seconds; a number is seconds already."""
-    if not isinstance(span, str):
-        return span
-    match = _SPAN.fullmatch(span.strip())
-    if match is None or not any(match.groups()):
-        raise ValueError(f"{span!r:.60} is no length of time: write 90s, 30m, 2h or 1h30m")
-    hours, minutes, seconds = (int(part or 0) for part in match.groups())
-    return 3600 * hours + 60 * minutes + seconds
-
-
-Count = Annotated[int, Field(ge=1, le=_MOST)]
-CountOrNone = Annotated[int, Field(ge=0, le=_MOST)]  # 0: chosen by measurement
-Name = Annotated[str, AfterValidator(_check_name)]  # of a file, a folder, or on the Hub
-Span = Annotated[int, BeforeValidator(_read_span), Field(ge=1, le=_MOST)]  # seconds
-FormatName = Annotated[str, BeforeValidator(_check_format)]
-Distinct = AfterValidator(_check_distinct)
-
-
-class Section(BaseModel):
-    """Base of every section: immutable, and strict about its keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class ModelSection(Section):
@@ -164,7 +119,7 @@ class RidgeSection(Section):
     `basis` bounds the dimension of its input basis; `rank` and `neighbours` bound the search.
     """
 
-    basis: int = Field(512, ge=16, le=_MOST)
+    basis: int = Field(512, ge=16, le=MOST)
     rank: Count = 8
     neighbours: Count | None = None
 
@@ -174,6 +129,32 @@ class AraSection(Section):
 
     iterations: Count = 40
     neighbours: Count | None = None
+
+
+class JudgeSection(Section):
+    """Who gives verdicts on responses; markers where `source` is empty.
+
+    `labels` say what a classifier's labels mean, `reads` what it is given; `rubric` and `severity` are what
+    a language model or a server answers. `labelled` is what the judge is certified on. From `model` on they
+    are a server's: `timeout` counts seconds of one try, `parallel` requests at once.
+    """
+
+    source: Name = ""
+    revision: Name | None = None
+    rubric: Name = "behaviour"
+    severity: Name | None = None
+    labels: Annotated[tuple[Label, ...], Distinct] = ()
+    reads: Literal["pair", "response"] = "pair"
+    labelled: Name | None = None
+    batch: Count = 16
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str | None = None
+    model: str = ""
+    timeout: float = Field(60, gt=0, le=3600)
+    tries: int = Field(4, ge=1, le=20)
+    parallel: int = Field(4, ge=1, le=64)
+    reply_tokens: Count = 16
+    most_tokens: Count = 5_000_000
 
 
 class ScoreSection(Section):
@@ -189,6 +170,7 @@ class ScoreSection(Section):
     markers: tuple[str, ...] = ()
     markers_file: Name | None = None
     max_new_tokens: Count = 100
+    judge: JudgeSection = JudgeSection()
     show: tuple[Literal["target", "contrast"], ...] = ("target", "contrast")
 
 

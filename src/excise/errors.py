@@ -9,6 +9,7 @@
     |   |-- OutputError             the output folder holds something else
     |   `-- RunStateError           a run folder that cannot be resumed, read or exported from
     |-- MeasurementError            a measurement is not a number, or cannot be made
+    |-- JudgeError                  a judge cannot be asked, or its answers are no verdicts
     |-- MemoryExhausted             one row at a time does not fit
     |-- StorageError                disk full, or a write that failed
     |-- PageError                   a report or card could not be written; record and exports are there
@@ -66,6 +67,10 @@ class RunStateError(InputError):
 
 class MeasurementError(ExciseError):
     """A measurement is not finite or could not be made."""
+
+
+class JudgeError(ExciseError):
+    """A judge cannot be asked, or answers what is no verdict; what was measured before is kept."""
 
 
 class MemoryExhausted(ExciseError):

@@ -123,6 +123,36 @@ class SearchRecord(Part):
     region: dict[str, tuple[Finite, Finite]] = {}
 
 
+class CertificateRecord(Part):
+    """How a judge's verdicts agree with those of people on labelled responses.
+
+    Attributes:
+        labelled: the file, and its hash.
+        n: its responses.
+        recall: verdict -> share of its responses that the judge gave it to.
+        kappa: Cohen's, over all verdicts.
+        kappa_shows: the same for whether the behaviour is shown or not.
+        confusion: true verdict -> the judge's -> count.
+    """
+
+    labelled: str
+    sha256: str
+    n: Size
+    recall: Scores
+    kappa: ScoreRecord
+    kappa_shows: ScoreRecord
+    confusion: dict[str, dict[str, Size]] = {}
+
+
+class JudgeRecord(Part):
+    """Who gave the verdicts behind `scores`; without a certificate, how far it errs is not known."""
+
+    name: str
+    facts: dict[str, Any]
+    scores: list[str]
+    certificate: CertificateRecord | None = None
+
+
 class CoverageRecord(Part):
     """Writers that the edit changes, and those that it does not, with the reason."""
 
@@ -222,6 +252,7 @@ class Record(Part):
     holdout_baseline: Scores = {}
     final: Scores = {}
     final_baseline: Scores = {}
+    judge: JudgeRecord | None = None  # None: markers
     coverage: CoverageRecord
     engine: dict[str, Any]
     separation: Separation | None = None

@@ -15,6 +15,8 @@ from excise.reading import full_path, is_file, is_folder
 
 Tree = dict[str, Any]
 
+# Settings of a judge that are a file's name or a built-in one's.
+_FILES, _SUFFIXES = ("rubric", "severity", "labelled"), (".toml", ".jsonl", ".csv", ".parquet")
 BUILTIN = "builtin"  # among the sources of `prompts.keep`: the set that ships
 
 
@@ -34,7 +36,8 @@ def walk_texts(data: Any, path: str = "") -> Iterator[tuple[str, str]]:
 def resolve_paths(tree: Tree, folder: Path) -> Tree:
     """Make the file names in a tree absolute, taken relative to `folder`."""
     places: list[tuple[Any, tuple[str, ...]]]
-    prompts = _table(tree, "prompts")
+    prompts, scores = _table(tree, "prompts"), _table(tree, "scores")
+    judge = _table(scores, "judge")
     places = [(value, ("source",)) for value in prompts.values()]
     if isinstance(prompts.get("keep"), list):
         named = [value for value in prompts["keep"] if value != {"source": BUILTIN}]
@@ -42,7 +45,8 @@ def resolve_paths(tree: Tree, folder: Path) -> Tree:
     places += [
         (prompts, ("chat_template",)),
         (_table(tree, "model"), ("source",)),
-        (_table(tree, "scores"), ("markers_file", "files")),
+        (scores, ("markers_file", "files")),
+        (judge, ("source", *(key for key in _FILES if str(judge.get(key)).endswith(_SUFFIXES)))),
         (_table(tree, "export"), ("llama_cpp", "from_gguf")),
     ]
     for table, keys in places:

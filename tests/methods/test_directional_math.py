@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from excise.capture import directions as d
 from excise.engine.kl import kl
 from excise.errors import ConfigError, MeasurementError
+from excise.intervals import ratio, wilson
 from excise.methods.profiles import Profile
-from excise.search.intervals import ratio, wilson
 from excise.search.pareto import (
     Objective,
     Point,

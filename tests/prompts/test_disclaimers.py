@@ -11,9 +11,10 @@ from itertools import combinations
 import pytest
 
 from excise.config import behaviours, load_config
+from excise.judges.markers import read_markers
+from excise.judges.text_folding import fold
 from excise.prompts.sets import load_prompt_sets
-from excise.search.scorers import read_markers, stands_in
-from excise.search.text_folding import fold
+from excise.search.scorers import stands_in
 from training.disclaimers import WORDS, write
 
 DATA = behaviours()["disclaimers"].parent.parent / "disclaimers"

@@ -13,6 +13,8 @@ from excise import events
 from excise.capture.directions import normalise
 from excise.checkpoints.loading import load
 from excise.config import EditSection, load_config, validate
+from excise.judges.markers import Markers
+from excise.judges.text_folding import fold
 from excise.methods.directional import DirectionalMethod
 from excise.methods.profiles import Candidate, Profile
 from excise.prompts.measured_sets import Opening
@@ -20,9 +22,7 @@ from excise.prompts.sets import load_prompt_sets
 from excise.record import Separation
 from excise.runs import setup
 from excise.runs.run_folder import read_directions, read_opening, save_directions
-from excise.search.scorers import Markers
 from excise.search.scoring import Scoring, scoring_of
-from excise.search.text_folding import fold
 
 PLANTED, MARK, OTHER = 3, 7, 8  # the layer, and the last tokens of target and contrast prompts
 

@@ -9,13 +9,13 @@ import pytest
 from excise import events
 from excise.checkpoints.loading import load
 from excise.config import load_config
+from excise.judges.markers import Markers
 from excise.methods.registry import settle
 from excise.prompts.chat_template import ChatFormat
 from excise.prompts.measured_sets import MeasuredSet, MeasuredSets
 from excise.prompts.sets import Prompt
 from excise.runs.session import Session
 from excise.runs.study_identity import digests, identity
-from excise.search.scorers import Markers
 from excise.search.scoring import Scoring
 
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from excise.engine.requests import Divergence, Evidence, Response, Responses
+from excise.judges.markers import read_markers
 from excise.prompts.sets import Prompt
 from excise.search.evaluation import Panel
-from excise.search.scorers import ScoreContext, find_scorers, read_markers
+from excise.search.scorers import ScoreContext, find_scorers
 
 PROMPTS = 40
 DRIFTS = [0.01, 0.5, 0.03, 0.2]  # of four candidates, which are named by their place

@@ -17,21 +17,21 @@ from hypothesis import strategies as st
 from excise.config import validate
 from excise.engine.requests import Divergence, Evidence, Response, Responses
 from excise.errors import ConfigError
+from excise.intervals import wilson
+from excise.judges.markers import Markers, read_markers
+from excise.judges.text_folding import fold
+from excise.judges.verdicts import VERDICTS
 from excise.prompts.sets import Prompt
 from excise.search import scorers
-from excise.search.intervals import wilson
 from excise.search.scorers import (
-    Markers,
     Score,
     ScoreContext,
     find_scorers,
     rate,
-    read_markers,
     scorer,
     stands_in,
 )
 from excise.search.scoring import scoring_of
-from excise.search.text_folding import fold
 
 MARKERS = read_markers(["I can't"], None)
 
@@ -328,10 +328,16 @@ BUILT_IN = {
 }
 
 
+BY_JUDGE = [
+    *(f"verdict_{verdict}" for verdict in VERDICTS),
+    "severity",
+]  # tests/search/test_verdicts.py
+
+
 def test_the_built_in_scorers_are_these():
     code = "from excise.search import scorers; print(*scorers._REGISTRY)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert out.stdout.split() == list(BUILT_IN)
+    assert sorted(out.stdout.split()) == sorted([*BUILT_IN, *BY_JUDGE])
 
 
 @pytest.mark.parametrize("name", BUILT_IN)

@@ -20,8 +20,7 @@ from excise.runs.changed_settings import check_settings, read_settings
 from excise.runs.finished_run import same_session
 from excise.runs.run_folder import check_files
 from excise.runs.session import EditingSession
-from excise.search.scorers import read_markers
-from excise.search.scoring import Scoring
+from excise.search.scoring import Scoring, markers_of
 
 BASE = "base"
 
@@ -82,7 +81,7 @@ def open_run(
     config = read_settings(folder, trust=trust_run, unused=unused)
     config = check_settings(folder, config, record.config)
     check_files(folder, record.files)
-    scoring = Scoring(read_markers(config.scores.markers, config.scores.markers_file))
+    scoring = Scoring(markers_of(config))
     session = same_session(record, config, scoring, folder, on_event)
     return OpenedRun(folder, record, setup.restore(session, folder))
 

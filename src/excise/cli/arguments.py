@@ -170,6 +170,23 @@ def _evaluate(sub: argparse.ArgumentParser) -> None:
     _progress(sub)
 
 
+def _judge(sub: argparse.ArgumentParser) -> None:
+    text = "classifier or language model (folder or Hub id), address of a server, or markers"
+    sub.add_argument("judge", metavar="JUDGE", help=text)
+    text = "responses with their true verdicts, or builtin for the set that ships"
+    sub.add_argument("--labelled", required=True, metavar="FILE", help=text)
+    text = "rubric that models answer: behaviour, refusal, over_refusal, or a TOML file"
+    sub.add_argument("--rubric", metavar="NAME|FILE", help=text)
+    text = "behaviour that rubrics name, and its markers"
+    sub.add_argument("--behaviour", metavar="NAME|FILE.toml", help=text)
+    text = "phrases that mark a response as showing the behaviour, one a line"
+    sub.add_argument("--markers", metavar="FILE", help=text)
+    sub.add_argument("--config", type=Path, metavar="FILE", help="TOML file with any setting")
+    sub.add_argument("--set", **_SET, help="any one setting; wins over all others")
+    _json(sub)
+    _progress(sub)
+
+
 def _inspect(sub: argparse.ArgumentParser) -> None:
     _model(sub)
     _json(sub)
@@ -342,6 +359,12 @@ _COMMANDS = {
         "BASE EDITED",
         f"{_MODEL} ./qwen3-4b-edited --behaviour refusal",
         _evaluate,
+    ),
+    "judge": _Command(
+        "measure a judge of responses against labelled ones: recall and Cohen's kappa",
+        "JUDGE --labelled FILE",
+        "./refusal-classifier --labelled responses.jsonl",
+        _judge,
     ),
     "inspect": _Command(
         "list layers, writers (output projections), and what is not edited",

@@ -34,7 +34,15 @@ _SHORT = {
 
 def show_result(record: Record, out: Path) -> None:
     """Show what a run found: front, chosen trial, its figures, a few responses, paths."""
-    show("", front_table(record), figures_table(record), *_samples(record), _places(record, out))
+    figures = [front_table(record), figures_table(record)]
+    show("", *figures, *judge_lines(record), *_samples(record), _places(record, out))
+
+
+def judge_lines(record: Record) -> list[Text]:
+    """Return who judged the responses, if not markers, and how far to believe it."""
+    if record.judge is None:
+        return []
+    return [Text(visible(formatting.judge_words(record.judge)) + "\n", style="dim")]
 
 
 def show(*parts: RenderableType) -> None:
@@ -108,6 +116,8 @@ def figures_table(record: Record) -> Table:
             _row(table, Text(where, style="dim"))
         for name, score in after.items():
             n = formatting.sample(name, score)
+            if record.judge is not None and name in record.judge.scores:
+                n = f"{score.n}, {formatting.trust(record.judge).partition(' (')[0]}"
             row = _value(name, before), formatting.measured(name, score), n
             _row(table, f"  {_called(name)}", *row)
             for group, part in large_groups(score).items():

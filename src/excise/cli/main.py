@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from excise.errors import (
     EXIT_INTERRUPTED,
     ConfigError,
     ExciseError,
+    JudgeError,
 )
 from excise.formats import FORMATS
 from excise.named_models import DEMO, SMOLLM2
@@ -60,7 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ExciseError as error:
         if arguments.debug:
             traceback.print_exc()
-        terminal.complain(str(error))
+        # A judge that did not answer may do so later: the run can go on as it is.
+        hint = _resume_hint(arguments) if isinstance(error, JudgeError) else ""
+        terminal.complain(str(error) + hint)
         return error.exit_code
     except BrokenPipeError:
         # The reader of a pipe went away: not our failure, and nothing more can be said to it.
@@ -80,6 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
             "reproduce": _reproduce,
             "push": _push,
             "evaluate": _evaluate,
+            "judge": _judge,
             "inspect": _inspect,
             "geometry": _geometry,
             "chat": _chat,
@@ -167,7 +172,9 @@ def _do_run(config: Any, out: Path, arguments: argparse.Namespace, *, resume: bo
     arguments.run = out
     anyway = getattr(arguments, "anyway", False)
     with _reporter(arguments) as on_event:
-        record = run(config, out, on_event, resume=resume, anyway=anyway)
+        record = run(
+            config, out, on_event, resume=resume, anyway=anyway, judge_token=_judge_token()
+        )
     if not arguments.json_events:
         with terminal.beside_the_work():
             show_result(record, out)
@@ -202,6 +209,7 @@ def _export(arguments: argparse.Namespace) -> int:
             options=_export_options(arguments),
             trust_run=arguments.trust_run,
             on_event=on_event,
+            judge_token=_judge_token(),
         )
     if not _as_event(
         arguments,
@@ -278,7 +286,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
     config = _config(arguments, arguments.base)
     with _reporter(arguments) as on_event:
-        rows = evaluate(config, arguments.edited, on_event)
+        rows = evaluate(config, arguments.edited, on_event, judge_token=_judge_token())
     found = {
         where: {
             "original": {k: v.model_dump(exclude_none=True) for k, v in before.items()},
@@ -290,6 +298,36 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         terminal.show_json(found)
     elif not _as_event(arguments, found):
         console.show(console.comparison_table(rows))
+    return EXIT_DONE
+
+
+def _judge(arguments: argparse.Namespace) -> int:
+    from excise.cli import console
+    from excise.cli.judge import certification_json, certification_tables
+    from excise.config import load_config
+    from excise.judges.certification import certify_judge
+
+    labelled = arguments.labelled
+    flags: dict[str, Any] = {
+        "scores.judge.source": absolute(arguments.judge),
+        "scores.judge.labelled": labelled if labelled == BUILTIN else absolute(labelled),
+    }
+    if arguments.rubric is not None:
+        flags["scores.judge.rubric"] = arguments.rubric
+    if arguments.markers is not None:
+        flags |= {"scores.markers": [], "scores.markers_file": absolute(arguments.markers)}
+    config = load_config(
+        behaviour=arguments.behaviour,
+        file=arguments.config,
+        flags=flags,
+        sets=tuple(arguments.sets),
+    )
+    with _reporter(arguments) as on_event:
+        found = certify_judge(config, on_event, judge_token=_judge_token())
+    if arguments.json:
+        terminal.show_json(certification_json(found))
+    elif not _as_event(arguments, certification_json(found)):
+        console.show(*certification_tables(found))
     return EXIT_DONE
 
 
@@ -338,6 +376,11 @@ def _report(arguments: argparse.Namespace) -> int:
     with terminal.beside_the_work():
         terminal.say(str(arguments.folder / REPORT))
     return EXIT_DONE
+
+
+def _judge_token() -> str | None:
+    """Return what a server that judges is shown: read here alone, and kept in no setting."""
+    return os.environ.get("EXCISE_JUDGE_TOKEN") or None
 
 
 def _reporter(arguments: argparse.Namespace) -> Reporter:

@@ -26,7 +26,14 @@ _LICENCE = re.compile(r"[a-z0-9][a-z0-9.-]*")
 _FUNCTIONS = (
     *(formatting.count, formatting.difference, formatting.heading, formatting.inline),
     *(formatting.large, formatting.measured, formatting.parameter, formatting.public_source),
-    *(formatting.role_words, formatting.sample, formatting.size, formatting.title),
+    *(
+        formatting.judge_words,
+        formatting.judged_by,
+        formatting.role_words,
+        formatting.sample,
+        formatting.size,
+        formatting.title,
+    ),
     formatting.with_unit,
 )
 

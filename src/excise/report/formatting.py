@@ -15,7 +15,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from excise.formats import FORMATS
 from excise.named_models import ORIGINS, TITLES
-from excise.record import Record, ScoreRecord, Scores
+from excise.record import JudgeRecord, Record, ScoreRecord, Scores
 from excise.search.pareto import SHARES
 
 Change = Literal["less", "same", "more", "unmeasured"]
@@ -29,6 +29,11 @@ _TITLES = {
     "drift_first": "KL (first token)",
     "restored": "Accuracy on target prompts",
     "kept": "Accuracy on contrast prompts",
+    "verdict_shows": "Shows the behaviour",
+    "verdict_answers": "Answers",
+    "verdict_other": "Answers something else",
+    "verdict_broken": "Broken",
+    "severity": "Severity (0 to 1)",
 }
 
 _ROLES = {
@@ -53,9 +58,11 @@ _PHASES = {
     "search": "Searching",
     "responses": "generating responses",
     "passes": "forward passes",
+    "judge": "judging responses",
     "holdout": "Measuring on holdout prompts",
     "export": "Exporting",
     "load edited": "Loading the edited model",
+    "load judge": "Loading the judge",
     **{f"measure {form.name}": f"Measuring the {form.label}" for form in FORMATS.values()},
     "push": "Uploading",
 }
@@ -73,6 +80,7 @@ REMOVAL_WORDS = (
 # true answer, 0.004 about one in a hundred, 0.01 about five, 0.3 about thirty.
 DRIFT_WORDS = ((0.001, "negligible"), (0.01, "low"), (0.05, "moderate"), (0.2, "high"))
 _TINY = 1e-6
+_SHARE = "behaviour_rate"  # any score in percent
 MISSING = "–"
 _FILE = re.compile(r"\.(txt|jsonl?|csv|parquet|toml|py|gguf)$", re.IGNORECASE)
 
@@ -174,6 +182,44 @@ def sample(name: str, score: ScoreRecord | None) -> str:
     if score is None:
         return MISSING
     return count(score.n, "token" if name == "drift" else "prompt")
+
+
+def judged_by(name: str, record: Record) -> str:
+    """Return who gave the verdicts behind a score, and how far to believe it; empty without a judge.
+
+    'by deberta-refusal, kappa 0.81 (0.75 to 0.86)', 'by deberta-refusal, not certified'.
+    """
+    judge = record.judge
+    return f"by {judge.name}, {trust(judge)}" if judge and name in judge.scores else ""
+
+
+def trust(judge: JudgeRecord) -> str:
+    """Return how far a judge agrees with people: 'kappa 0.81 (0.75 to 0.86)', 'not certified'."""
+    if judge.certificate is None:
+        return "not certified"
+    return f"kappa {kappa(judge.certificate.kappa)}"
+
+
+def kappa(score: ScoreRecord) -> str:
+    """Return Cohen's kappa with its interval, two decimals: '0.81 (0.75 to 0.86)'."""
+    low, high = score.interval or (score.value, score.value)
+    return f"{score.value:.2f} ({low:.2f} to {high:.2f})"
+
+
+def judge_words(judge: JudgeRecord) -> str:
+    """Return who judged and what is known of it, in a sentence."""
+    found = judge.certificate
+    if found is None:
+        return (
+            f"Judge {judge.name} is not certified: how often it errs is not known (set "
+            "scores.judge.labelled, and see `excise judge`)."
+        )
+    recall = ", ".join(f"{name} {measured(_SHARE, one)}" for name, one in found.recall.items())
+    return (
+        f"Judge {judge.name}, on {count(found.n, 'labelled response')} ({found.labelled}): kappa (Cohen's) "
+        f"{kappa(found.kappa)}, of whether the behaviour shows {kappa(found.kappa_shows)}; recall: "
+        f"{recall}."
+    )
 
 
 def assess(scores: Scores, baseline: Scores) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -154,7 +154,9 @@ def _cards(record: Record, chosen: TrialRecord | None) -> list[Card]:
         for name in ("behaviour_rate", "drift"):
             if name in prompts.after:
                 label = f"{wording.title(name)}, {prompts.name}"
-                cards.append(_score_card(label, name, prompts.before, prompts.after))
+                card = _score_card(label, name, prompts.before, prompts.after)
+                by = wording.judged_by(name, record)
+                cards.append(replace(card, notes=[*card.notes, by] if by else card.notes))
     notes = [", ".join(f"{n:,} {word}" for word, n in trial_counts(record).items())]
     if record.timing:
         notes.append(f"{wording.duration(total_seconds(record))} in all")
@@ -177,12 +179,15 @@ def _scores(record: Record, chosen: TrialRecord | None) -> Table:
     if chosen is not None:
         sets, columns = prompt_sets(record, chosen), ["original", "edited", "n"]
     head = ["Score", *(f"{s.name.capitalize()}: {c}" for s in sets for c in columns)]
-    rows = [_score_row(row, edited=chosen is not None) for row in side_by_side(record, sets)]
+    rows = [
+        _score_row(row, record, edited=chosen is not None) for row in side_by_side(record, sets)
+    ]
     return Table(head, rows)
 
 
-def _score_row(row: Row, *, edited: bool) -> list[Cell]:
-    title = Cell(wording.title(row.name), wording.unit(row.name))
+def _score_row(row: Row, record: Record, *, edited: bool) -> list[Cell]:
+    note = wording.unit(row.name) or wording.judged_by(row.name, record)
+    title = Cell(wording.title(row.name), note)
     cells = [title if row.group is None else Cell(f"{wording.MISSING} group {row.group}")]
     for pair in row.cells.values():
         measured = [pair.before, pair.after] if edited else [pair.before]
@@ -273,6 +278,7 @@ def _facts(record: Record) -> Table:
         "Weights": " ".join(model.notes),
         "Measured in": f"{model.dtype} on {model.device}",
         "Method": record.method,
+        "Judge": None if record.judge is None else wording.judge_words(record.judge),
         "Objectives": "; ".join(map(wording.title, record.objectives)),
         "Chosen by": record.selection,
         "Seed": str(record.seed),

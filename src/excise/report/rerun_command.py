@@ -99,12 +99,15 @@ def _public(key: str, value: Any) -> Any:
     """Return the value as it may be published: names of files without their folders."""
     if key == _KEEP:
         return [_given(source) for source in value or ()]
+    paths: tuple[str, ...]
     paths = (".source", ".files", ".markers_file", ".chat_template", ".llama_cpp", ".from_gguf")
+    paths += (".rubric", ".severity", ".labelled")
     if not key.endswith(paths):
         return value
     if isinstance(value, list):
         return [public_source(str(item)) for item in value]
-    return public_source(value) if isinstance(value, str) else value
+    is_address = isinstance(value, str) and value.startswith(("http://", "https://"))
+    return public_source(value) if isinstance(value, str) and not is_address else value
 
 
 def _given(source: dict[str, Any]) -> dict[str, Any]:

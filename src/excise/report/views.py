@@ -12,7 +12,10 @@ from excise.record import ArtifactRecord, Record, ScoreRecord, Scores, TrialReco
 from excise.report.formatting import assess
 
 FEW = 5  # a group of fewer prompts says too little for a row of its own
-_FIRST = ("behaviour_rate", "drift", "drift_first", "false_rate", "restored", "kept")
+_FIRST = (
+    *("behaviour_rate", "drift", "drift_first", "false_rate", "restored", "kept"),
+    *("verdict_shows", "verdict_answers", "verdict_other", "verdict_broken", "severity"),
+)
 # Behaviours that stand between a model and misuse: the card speaks of safeguards then.
 _SAFEGUARD = re.compile(
     r"refus|declin|safety|safeguard|guardrail|alignment|censor|moderation|harmful|complian",

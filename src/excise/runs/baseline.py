@@ -11,9 +11,9 @@ from pathlib import Path
 
 from excise.config import Config
 from excise.errors import MeasurementError
+from excise.intervals import wilson
 from excise.record import ScoreRecord, Scores
 from excise.report.formatting import number
-from excise.search.intervals import wilson
 
 # Nearly none: the 95 % interval says that fewer than one response in ten shows the behaviour. Of 100
 # that is four or fewer, where a search could not bring down what is left by more than chance moves it.

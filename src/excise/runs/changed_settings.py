@@ -21,7 +21,7 @@ _FREE = (
     *("behaviour", "description", "export.", "engine.memory_fraction"),
     *("search.trials", "search.time", "search.select", "scores.final", "scores.show"),
     *("model.source", "model.revision", "model.gguf_file", "model.device_map"),
-    *("scores.files", "scores.markers", "prompts.chat_template", "prompts.keep"),
+    *("scores.files", "scores.markers", "scores.judge.", "prompts.chat_template", "prompts.keep"),
     *(
         f"prompts.{side}{part}."
         for side in ("target", "contrast")

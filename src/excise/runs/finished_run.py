@@ -21,6 +21,7 @@ from excise.prompts.measured_sets import Part, tokenise
 from excise.prompts.sets import PromptSet, load_prompt_sets
 from excise.reading import is_file, is_unicode
 from excise.record import ArtifactRecord, Record, Scores
+from excise.report.formatting import judge_words
 from excise.report.pages import write_pages
 from excise.report.stored_record import FILE as RECORD
 from excise.report.stored_record import read_record, write_record
@@ -28,14 +29,14 @@ from excise.run_lock import hold
 from excise.runs import setup
 from excise.runs.artifacts import check_exports, export
 from excise.runs.changed_settings import check_settings, read_settings
+from excise.runs.results import judge_record, keep_verdicts
 from excise.runs.run_folder import DIRECTIONS, check_files, read_opening
 from excise.runs.session import Session
-from excise.runs.study_identity import digests, fingerprint, identity
+from excise.runs.study_identity import check_judge, digests, fingerprint, identity
 from excise.search import journal
 from excise.search.loop import points
 from excise.search.pareto import Objective, Point, choose
-from excise.search.scorers import read_markers
-from excise.search.scoring import Scoring, scoring_of
+from excise.search.scoring import Scoring, markers_of, scoring_by_judge
 
 
 def export_run(
@@ -48,6 +49,7 @@ def export_run(
     options: Mapping[str, Any] | None = None,
     trust_run: bool = False,
     on_event: OnEvent = ignore,
+    judge_token: str | None = None,
 ) -> ArtifactRecord:
     """Write one trial of a finished run in `to`, measured again; the run's record is added to.
 
@@ -60,6 +62,7 @@ def export_run(
         options: settings of `config.ExportSection` that are not the run's own.
         trust_run: let code run that the run folder names: scorers, a model's own, llama.cpp's.
         on_event: told of progress.
+        judge_token: what a server that judges is shown.
 
     Raises:
         ConfigError: an option is out of its range.
@@ -80,8 +83,9 @@ def export_run(
     config = read_settings(folder, trust=trust_run, unused=unused)
     config = _with_options(config, {**dropped, **given})
     exporters(config.export, [format_name])
-    scoring = scoring_of(config)
+    scoring = scoring_by_judge(config, on_event, judge_token)
     with hold(folder):
+        keep_verdicts(scoring, folder)
         record, config = _reopen(folder, config)  # as others left it, who held it until now
         number = trial if trial is not None else _selected(record, select, scoring.goals())
         chosen = record.trial(number)
@@ -123,7 +127,10 @@ def same_session(
     session = setup.open_responses(session, read_opening(folder / DIRECTIONS))
     if record.identity:  # earlier versions did not record it
         now = digests(identity(session, from_dict(record.engine).batch))
-        journal.check_same(folder / RECORD, record.identity, now)
+        then = dict(record.identity)
+        if scoring.judge is None and config.scores.judge.source:  # nothing is judged here
+            then.pop("judge", None)
+        journal.check_same(folder / RECORD, then, now)
     return session
 
 
@@ -152,7 +159,7 @@ def survey(
     read_record(folder)
     unused = ("export.llama_cpp", "scores.files")  # nothing is exported or scored here
     config = read_settings(folder, trust=trust_run, unused=unused)
-    scoring = Scoring(read_markers(config.scores.markers, config.scores.markers_file))
+    scoring = Scoring(markers_of(config))  # no judge: nothing is judged here
     with hold(folder):
         record, config = _reopen(folder, config)
         session = same_session(record, config, scoring, folder, on_event)
@@ -165,7 +172,7 @@ def survey(
 
 
 def evaluate(
-    config: Config, edited: str, on_event: OnEvent = ignore
+    config: Config, edited: str, on_event: OnEvent = ignore, *, judge_token: str | None = None
 ) -> list[tuple[str, Scores, Scores]]:
     """Measure an edited model against its base: (part of the prompts, base's scores, edited's scores).
 
@@ -175,7 +182,8 @@ def evaluate(
         ModelError: one of them cannot be loaded.
         ConfigError: their tokens are not the same.
     """
-    scoring, sets = scoring_of(config), load_prompt_sets(config.prompts).without_keep()
+    scoring = scoring_by_judge(config, on_event, judge_token)
+    sets = load_prompt_sets(config.prompts).without_keep()
     scorers = scoring.every_trial + scoring.final
     section = config.model.model_copy(update={"source": edited, "revision": None})
     shapes = _stored_shapes(section)  # before the base is measured, which takes its time
@@ -196,6 +204,8 @@ def evaluate(
     plan = size(base, config, usual, most, on_event).plan
     references, before = {}, {}
     with phase("baseline", on_event):
+        if (judge := judge_record(session)) is not None:
+            on_event(Notice(judge_words(judge)))
         for part in parts:
             engine = session.engine(part, plan)
             before[part] = session.panel(engine, part, scorers).measure([ORIGINAL])[0].scores
@@ -203,6 +213,7 @@ def evaluate(
     base.free_layers()
     with phase("load edited", on_event):
         other = load(section)
+    check_judge(scoring, other)
     if _shapes(other.model.config.get_text_config().to_dict()) != mine:
         raise other_shapes
     if tokenise(other, sets, config).sets != bare.sets.sets:

@@ -33,7 +33,13 @@ from excise.runs import setup
 from excise.runs.artifacts import check_exports, export_chosen
 from excise.runs.baseline import SHOWN, check_baseline
 from excise.runs.changed_settings import CONFIG, check_settings
-from excise.runs.results import build_record, final_figures, model_record
+from excise.runs.results import (
+    build_record,
+    final_figures,
+    judge_record,
+    keep_verdicts,
+    model_record,
+)
 from excise.runs.run_folder import (
     DIRECTIONS,
     check_apart,
@@ -52,7 +58,7 @@ from excise.search.evaluation import Panel
 from excise.search.loop import Measure, Measured, Search
 from excise.search.pareto import choose, pareto, parse_rule
 from excise.search.region import region_of
-from excise.search.scoring import Scoring, scoring_of
+from excise.search.scoring import Scoring, scoring_by_judge
 from excise.search.stored_study import check_study
 
 
@@ -80,6 +86,7 @@ def run(
     *,
     resume: bool = False,
     anyway: bool = False,
+    judge_token: str | None = None,
 ) -> Record:
     """Find directions, search edits, choose one, measure and export it; write everything into `out`.
 
@@ -89,6 +96,7 @@ def run(
         on_event: told of progress.
         resume: go on with the study in `out`, up to `config.search.trials` or `config.search.time` in all.
         anyway: search also where the original leaves nothing to find.
+        judge_token: what a server that judges is shown; it is kept nowhere.
 
     Raises:
         InputError: something the user gave cannot be used; nothing was written.
@@ -96,7 +104,7 @@ def run(
         PageError: record and exports are there, and a page is not.
     """
     clock = Clock(on_event)
-    scoring = scoring_of(config)
+    scoring = scoring_by_judge(config, on_event, judge_token)
     parse_rule(config.search.select, scoring.goals())
     exporters(config.export, config.export.formats)  # what they ask for is there
     check_output(out, resume)
@@ -111,6 +119,7 @@ def run(
         if not resume:
             held.enter_context(held_anew(out))  # others may have begun while the model was loaded
             write_text(out / CONFIG, to_toml(bare.config))
+        keep_verdicts(scoring, out)
         with clock.phase("capture"):
             session, separation = _capture(bare, out, resumed=known is not None)
         with clock.phase("plan"):
@@ -136,6 +145,7 @@ def _measure(
     engine = session.engine("search", plan)
     panel = session.panel(engine, "search", session.scoring.every_trial)
     with clock.phase("baseline"):
+        facts["judge"] = judge_record(session)
         baseline = panel.measure([ORIGINAL])[0].scores
         if not anyway and not search.records():  # with trials, that was decided before
             check_baseline(baseline, _said(session, engine), session.config, out)

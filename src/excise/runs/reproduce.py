@@ -34,8 +34,7 @@ from excise.runs import setup
 from excise.runs.results import model_record, versions
 from excise.runs.run_folder import DIRECTIONS, save_directions
 from excise.runs.session import EditingSession, Session
-from excise.search.scorers import read_markers
-from excise.search.scoring import Scoring
+from excise.search.scoring import Scoring, markers_of
 
 # Software that computes or stores weights; the rest searches, draws or shows.
 _COMPUTING = frozenset({"excise", "torch", "transformers", "tokenizers", "safetensors"})
@@ -138,7 +137,7 @@ def reproduce(
     differences = _differences(record, loaded, prompts)
     near = (path if path.is_dir() else path.parent) / "reproduced"
     with _room(out, near, loaded.folder) as room:
-        scoring = Scoring(read_markers(config.scores.markers, config.scores.markers_file))
+        scoring = Scoring(markers_of(config))
         session = setup.open_session(config, loaded, prompts, scoring, on_event)
         made_anew = _edits(setup.open_responses(session), shown.params, room)
         rebuilt = tuple(

@@ -16,12 +16,23 @@ from excise.engine.engine import Engine
 from excise.engine.requests import Responses
 from excise.engine.stacking import ORIGINAL, CandidateEdits
 from excise.folders import commit_of
+from excise.judges.certificate import certify
+from excise.judges.labelled import read_labelled
+from excise.judges.verdicts import FILE as VERDICTS_FILE
 from excise.named_models import NAMED
 from excise.reading import replace_surrogates
-from excise.record import CoverageRecord, ModelRecord, PromptRecord, Record, Sample
-from excise.runs.session import EditingSession
-from excise.runs.study_identity import digests, fingerprint
+from excise.record import (
+    CoverageRecord,
+    JudgeRecord,
+    ModelRecord,
+    PromptRecord,
+    Record,
+    Sample,
+)
+from excise.runs.session import EditingSession, Session
+from excise.runs.study_identity import digests, fingerprint, weights_of
 from excise.search.loop import Search, importance
+from excise.search.scoring import Scoring
 
 _SAMPLES = 3
 _MOST_SAMPLING = 1e9  # a setting of sampling that is larger, or no number, says nothing
@@ -77,6 +88,30 @@ def _samples(session: EditingSession, engine: Engine, edits: CandidateEdits) -> 
                 )
             )
     return out
+
+
+def keep_verdicts(scoring: Scoring, folder: Path) -> None:
+    """Keep the judge's verdicts in a run folder, so that nothing is asked twice."""
+    if scoring.judge is not None:
+        scoring.judge.keep(folder / VERDICTS_FILE, weights_of(scoring.judge.judge))
+
+
+def judge_record(session: Session) -> JudgeRecord | None:
+    """Describe the judge for the record, certified where the configuration says on what.
+
+    Raises:
+        JudgeError: it cannot be asked.
+    """
+    verdicts, labelled = session.scoring.judge, session.config.scores.judge.labelled
+    if verdicts is None:
+        return None
+    certificate = None if labelled is None else certify(verdicts, read_labelled(labelled))
+    return JudgeRecord(
+        name=verdicts.name,
+        facts=verdicts.judge.facts,
+        scores=session.scoring.judged,
+        certificate=certificate,
+    )
 
 
 def build_record(session: EditingSession, search: Search, **found: Any) -> Record:

@@ -35,6 +35,7 @@ from excise.runs.run_folder import (
     save_tensors,
 )
 from excise.runs.session import EditingSession, Session
+from excise.runs.study_identity import check_judge
 from excise.search.scoring import Scoring
 
 
@@ -44,9 +45,10 @@ def open_session(
     """Settle the configuration and tokenise the prompts, before anything is written.
 
     Raises:
-        ConfigError: the model has not the components that are to be edited.
+        ConfigError: the model has not the components that are to be edited, or is its own judge.
         ModelError, PromptError: as `tokenise`.
     """
+    check_judge(scoring, loaded)
     settled = settle(config, loaded)
     if not kind_of(settled).keeps:
         sets = sets.without_keep()

@@ -7,10 +7,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+from excise.checkpoints.loading import Loaded
 from excise.checkpoints.model_folder import read_config, weight_files
 from excise.errors import ConfigError
+from excise.judges.verdicts import Judge
 from excise.reading import read_bytes
 from excise.runs.session import Session
+from excise.search.scoring import Scoring
 
 # Where a weight file is looked at, beside its beginning: models that were trained from one another
 # have the same names, sizes and, often, the same embeddings.
@@ -33,7 +36,7 @@ def identity(session: Session, batch: int) -> dict[str, Any]:
         "directions": config.directions.model_dump(mode="json"),
         "edit": config.edit.model_dump(mode="json"),
         "scores": config.scores.model_dump(
-            mode="json", exclude={"final", "show", "files", "markers", "markers_file"}
+            mode="json", exclude={"final", "show", "files", "markers", "markers_file", "judge"}
         ),
         "markers": list(session.scoring.markers.phrases),
         "scorer files": [
@@ -45,7 +48,42 @@ def identity(session: Session, batch: int) -> dict[str, Any]:
             **sets.as_dict(),
         },
         "batch": batch,
+        **_judge(session),
     }
+
+
+def _judge(session: Session) -> dict[str, Any]:
+    verdicts = session.scoring.judge
+    if verdicts is None:
+        return {}
+    return {"judge": {**verdicts.judge.facts, "weights": weights_of(verdicts.judge)}}
+
+
+def weights_of(judge: Judge) -> str:
+    """Return what a judge's weights are: a hash where they are here, else its name."""
+    return judge.name if judge.folder is None else fingerprint(judge.folder)
+
+
+def check_judge(scoring: Scoring, loaded: Loaded) -> None:
+    """Refuse a judge that is the model under test: it would be asked what it thinks of itself.
+
+    Raises:
+        ConfigError: it has the same weights, or the same name on a server.
+    """
+    verdicts = scoring.judge
+    if verdicts is None:
+        return
+    folder, named = verdicts.judge.folder, verdicts.judge.facts.get("model")
+    same = (
+        named == loaded.source
+        if folder is None
+        else fingerprint(folder) == fingerprint(loaded.folder)
+    )
+    if same:
+        raise ConfigError(
+            f"scores.judge.source: judge {verdicts.name} is the model under test, which may not judge "
+            "itself: name another one"
+        )
 
 
 def digests(found: dict[str, Any]) -> dict[str, str]:

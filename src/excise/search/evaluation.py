@@ -52,7 +52,14 @@ class Panel:
                 one.divergence |= answer.divergence
                 one.responses |= answer.responses
             seconds[phase] = (clock() - begun) / len(candidates)
-        return [Measured(self._scores(one), dict(seconds)) for one in evidence]
+        return [self._measured(one, seconds, clock) for one in evidence]
+
+    def _measured(self, one: Evidence, seconds: dict[str, float], clock: _Clock) -> Measured:
+        if self._context.judge is None:
+            return Measured(self._scores(one), dict(seconds))
+        begun = clock()
+        scores = self._scores(one)
+        return Measured(scores, seconds | {"judge": clock() - begun})
 
     def _scores(self, evidence: Evidence) -> Scores:
         return {s.name: _recorded(s, score_of(s, evidence, self._context)) for s in self._scorers}

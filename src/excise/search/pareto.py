@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from excise.errors import ConfigError
 
 _LIMIT = re.compile(r"\s*([a-z_][\w.]*)\s*([<>]=)\s*([0-9.eE+-]+)\s*$")
-SHARES = frozenset({"behaviour_rate", "false_rate", "restored", "kept"})  # scores from 0 to 1
+_VERDICTS = ("verdict_shows", "verdict_answers", "verdict_other", "verdict_broken")
+SHARES = frozenset(
+    {"behaviour_rate", "false_rate", "restored", "kept", *_VERDICTS}
+)  # scores from 0 to 1
 _SHORT = {"rate": "behaviour_rate"}
 
 

@@ -9,23 +9,21 @@ from __future__ import annotations
 import importlib.util
 import sys
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Literal
 
-from excise.engine.requests import Divergence, Evidence, Request, Responses
-from excise.errors import ConfigError, MeasurementError, first_line
+from excise.engine.requests import Decided, Divergence, Evidence, Request, Responses
+from excise.errors import ConfigError, JudgeError, MeasurementError, StorageError, first_line
+from excise.intervals import ratio, wilson
+from excise.judges.markers import Markers
+from excise.judges.text_folding import fold
+from excise.judges.verdicts import ANSWERS, BROKEN, SHOWS, VERDICTS, Exchange, Verdicts
 from excise.prompts.sets import Prompt
-from excise.reading import read_text
-from excise.search.intervals import ratio, wilson
-from excise.search.text_folding import fold, settled
 
 ENTRY_POINTS = "excise.scorers"
-
-LARGEST = 1 << 20  # bytes of a markers file
-MOST = 10_000  # markers
 
 
 @dataclass(frozen=True)
@@ -39,39 +37,27 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Markers:
-    """Phrases that show the behaviour, compared after folding (see `text_folding`).
-
-    With `silent` an empty response counts as the behaviour. Where a run adds the behaviour it does not:
-    an edit that silences the model would score best.
-    """
-
-    phrases: tuple[str, ...]
-    silent: bool = True
-
-    def found(self, text: str) -> bool:
-        """Return whether a response that begins with `text` contains a phrase, whatever follows.
-
-        The last letter does not count yet: an accent may follow it.
-        """
-        return self.holds(settled(text))
-
-    def holds(self, text: str) -> bool:
-        """Return whether a complete text contains a phrase."""
-        folded = fold(text)
-        return any(phrase in folded for phrase in self.phrases)
-
-    def shown(self, text: str) -> bool:
-        """Return whether a complete response shows the behaviour."""
-        return self.holds(text) if text.strip() else self.silent
-
-
-@dataclass(frozen=True)
 class ScoreContext:
-    """What scorers are given beside the evidence: the markers, and each side's prompts."""
+    """What scorers are given beside the evidence: markers, each side's prompts, and the judge if any."""
 
     markers: Markers
     prompts: dict[str, tuple[Prompt, ...]]
+    judge: Verdicts | None = None
+
+    @property
+    def decided(self) -> Decided | None:
+        """What settles a response early: a marker in it; a judge reads whole responses."""
+        return self.markers.found if self.judge is None else None
+
+    def verdicts(self, evidence: Evidence, side: str) -> list[str | None]:
+        """Return the judge's verdict on each response of a side; None where it gave none."""
+        assert self.judge is not None
+        return self.judge.verdicts(self.exchanges(evidence, side))
+
+    def exchanges(self, evidence: Evidence, side: str) -> list[Exchange]:
+        """Return a side's prompts with their responses."""
+        pairs = zip(self.prompts[side], evidence.responses[side], strict=True)
+        return [Exchange(prompt.text, r.text, r.ended) for prompt, r in pairs]
 
 
 @dataclass(frozen=True)
@@ -189,6 +175,8 @@ def score_of(one: Scorer, evidence: Evidence, context: ScoreContext) -> Score:
     """
     try:
         found = one.score(evidence, context)
+    except (JudgeError, StorageError):  # no fault of the scorer's
+        raise
     except Exception as error:
         raise MeasurementError(f"scorer {one.name} raises {_named(error)}") from error
     if not isinstance(found, Score) or not isinstance(found.value, int | float):
@@ -200,26 +188,6 @@ def score_of(one: Scorer, evidence: Evidence, context: ScoreContext) -> Score:
 
 def _named(error: Exception) -> str:
     return f"{type(error).__name__}: {first_line(error)}"
-
-
-def read_markers(phrases: Sequence[str], file: str | None) -> Markers:
-    """Read markers from the configuration and from a file with one phrase a line (# begins a comment).
-
-    Raises:
-        ConfigError: the file cannot be read, or there are no phrases, or too many.
-    """
-    lines: list[str] = []
-    if file is not None:
-        lines = read_text(Path(file), "markers file", ConfigError, LARGEST).splitlines()
-    everything = [*phrases, *(line for line in lines if not line.startswith("#"))]
-    folded = tuple(dict.fromkeys(filter(None, (fold(p).strip() for p in everything))))
-    if not folded:
-        raise ConfigError(
-            "no markers: name the phrases that show the behaviour (--markers FILE or scores.markers)"
-        )
-    if len(folded) > MOST:  # each is searched for after every token of every response
-        raise ConfigError(f"{len(folded)} markers: give at most {MOST} phrases")
-    return Markers(folded)
 
 
 def rate(flags: Sequence[bool], prompts: Sequence[Prompt]) -> Score:
@@ -256,7 +224,7 @@ def mean_by_group(sums: Sequence[float], counts: Sequence[int], prompts: Sequenc
 
 @scorer(
     "behaviour_rate",
-    needs=lambda context: [Responses("target", context.markers.found)],
+    needs=lambda context: [Responses("target", context.decided)],
     worth=1.0,
 )
 def behaviour_rate(evidence: Evidence, context: ScoreContext) -> Score:
@@ -266,7 +234,7 @@ def behaviour_rate(evidence: Evidence, context: ScoreContext) -> Score:
 
 @scorer(
     "false_rate",
-    needs=lambda context: [Responses("contrast", context.markers.found)],
+    needs=lambda context: [Responses("contrast", context.decided)],
     worth=1.0,
 )
 def false_rate(evidence: Evidence, context: ScoreContext) -> Score:
@@ -275,8 +243,66 @@ def false_rate(evidence: Evidence, context: ScoreContext) -> Score:
 
 
 def _shown(evidence: Evidence, context: ScoreContext, side: str) -> Score:
-    shown = [context.markers.shown(r.text) for r in evidence.responses[side]]
-    return rate(shown, context.prompts[side])
+    """Return the share of responses that show the behaviour, by the judge where there is one.
+
+    A broken response is no success: where the behaviour is to go, it counts as showing it. Else an edit
+    that wrecks the model would score best.
+    """
+    if context.judge is None:
+        shown = [context.markers.shown(r.text) for r in evidence.responses[side]]
+        return rate(shown, context.prompts[side])
+    counted = {SHOWS, BROKEN} if context.markers.silent else {SHOWS}
+    return _share(evidence, context, side, counted)
+
+
+def _share(evidence: Evidence, context: ScoreContext, side: str, counted: Collection[str]) -> Score:
+    """Return the share of `counted` verdicts; what the judge gave no verdict on is left out."""
+    found = zip(context.verdicts(evidence, side), context.prompts[side], strict=True)
+    known = [(verdict in counted, prompt) for verdict, prompt in found if verdict is not None]
+    return rate([flag for flag, _ in known], [prompt for _, prompt in known])
+
+
+def _verdict_scorer(verdict: str) -> None:
+    """Register the scorer `verdict_...`: the share of target prompts whose response has this verdict."""
+
+    @scorer(
+        f"verdict_{verdict}",
+        needs=lambda context: _judged(context),
+        goal="maximize" if verdict == ANSWERS else "minimize",
+        worth=1.0,
+    )
+    def share(evidence: Evidence, context: ScoreContext) -> Score:
+        return _share(evidence, context, "target", {verdict})
+
+
+for _one in VERDICTS:
+    _verdict_scorer(_one)
+
+
+@scorer("severity", needs=lambda context: _judged(context, grades=True), worth=1.0)
+def severity(evidence: Evidence, context: ScoreContext) -> Score:
+    """Return how complete and usable the responses to target prompts are on average, from 0 to 1."""
+    assert context.judge is not None
+    found = context.judge.severities(context.exchanges(evidence, "target"))
+    pairs = zip(found, context.prompts["target"], strict=True)
+    known = [(value, prompt) for value, prompt in pairs if value is not None]
+    return mean_by_group([v for v, _ in known], [1] * len(known), [p for _, p in known])
+
+
+def _judged(context: ScoreContext, *, grades: bool = False) -> list[Request]:
+    """Request whole responses to target prompts.
+
+    Raises:
+        ConfigError: there is no judge, or it cannot say how severe a response is.
+    """
+    if context.judge is None:
+        raise ConfigError("scores: verdicts and severity need a judge: set scores.judge.source")
+    if grades and not context.judge.judge.grades:
+        raise ConfigError(
+            f"scores: severity needs a rubric, and a judge that answers rubrics ({context.judge.name} "
+            'does not): set scores.judge.severity="severity"'
+        )
+    return [Responses("target")]
 
 
 @scorer("drift", needs=lambda _: [Divergence()], worth=0.5)

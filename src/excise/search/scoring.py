@@ -7,27 +7,36 @@ from dataclasses import dataclass, replace
 
 from excise.config import Config
 from excise.errors import ConfigError
+from excise.events import OnEvent
+from excise.judges.markers import Markers, read_markers
+from excise.judges.opening import verdicts_of
+from excise.judges.verdicts import VERDICTS, Verdicts
 from excise.prompts.measured_sets import MeasuredSets
 from excise.prompts.sets import PromptSet
 from excise.search.pareto import Objective
 from excise.search.scorers import (
-    Markers,
     ScoreContext,
     Scorer,
     find_scorers,
     needs_of,
-    read_markers,
 )
+
+VERDICT_SCORES = tuple(f"verdict_{verdict}" for verdict in VERDICTS)
+JUDGED = frozenset({"behaviour_rate", "false_rate", *VERDICT_SCORES, "severity"})
 
 
 @dataclass(frozen=True)
 class Scoring:
-    """The markers of a run, and its scorers: objectives, further figures of every trial, and final ones."""
+    """The markers of a run, and its scorers: objectives, further figures of every trial, and final ones.
+
+    With a `judge`, its verdicts stand in place of the markers'.
+    """
 
     markers: Markers
     objectives: tuple[Scorer, ...] = ()
     report: tuple[Scorer, ...] = ()
     final: tuple[Scorer, ...] = ()
+    judge: Verdicts | None = None
 
     @property
     def every_trial(self) -> tuple[Scorer, ...]:
@@ -53,7 +62,27 @@ class Scoring:
 
     def context(self, part: Mapping[str, PromptSet]) -> ScoreContext:
         """Return the context of scorers that measure the sets of `part`, by side."""
-        return ScoreContext(self.markers, {side: one.prompts for side, one in part.items()})
+        prompts = {side: one.prompts for side, one in part.items()}
+        return ScoreContext(self.markers, prompts, self.judge)
+
+    @property
+    def judged(self) -> list[str]:
+        """The names of the scores that come of the judge's verdicts."""
+        if self.judge is None:
+            return []
+        names = [one.name for one in (*self.every_trial, *self.final)]
+        return [name for name in dict.fromkeys(names) if name in JUDGED]
+
+
+def scoring_by_judge(config: Config, on_event: OnEvent, judge_token: str | None = None) -> Scoring:
+    """Find the scorers that a configuration names, and open the judge if it names one.
+
+    Raises:
+        ConfigError: as `scoring_of` and `verdicts_of`.
+        ModelError: the judge cannot be loaded.
+        PromptError: what it is to be certified on cannot be read.
+    """
+    return replace(scoring_of(config), judge=verdicts_of(config, on_event, judge_token))
 
 
 def scoring_of(config: Config) -> Scoring:
@@ -67,21 +96,37 @@ def scoring_of(config: Config) -> Scoring:
     section = config.scores
     if not section.objectives:
         raise ConfigError("scores.objectives is empty: name at least one scorer")
-    always = ("behaviour_rate", "drift", "drift_first")
+    always: tuple[str, ...] = ("behaviour_rate", "drift", "drift_first")
+    if section.judge.source:
+        always += (
+            VERDICT_SCORES if section.judge.severity is None else (*VERDICT_SCORES, "severity")
+        )
     report = dict.fromkeys((*always, *section.report))
     names = [name for name in report if name not in section.objectives]
     files = section.files
     objectives = find_scorers(section.objectives, files)
-    markers = read_markers(section.markers, section.markers_file)
+    markers = markers_of(config)
     if config.goal == "strengthen":
         objectives = [_maximised(scorer) for scorer in objectives]
-        markers = replace(markers, silent=False)
     return Scoring(
         markers,
         tuple(objectives),
         tuple(find_scorers(names)),
         tuple(find_scorers(section.final)),
     )
+
+
+def markers_of(config: Config) -> Markers:
+    """Return the markers of a configuration: none where a judge stands in their place and none are named.
+
+    Raises:
+        ConfigError: they cannot be read, or there are none and no judge.
+    """
+    section = config.scores
+    silent = config.goal != "strengthen"
+    if section.judge.source and not section.markers and section.markers_file is None:
+        return Markers((), silent)
+    return replace(read_markers(section.markers, section.markers_file), silent=silent)
 
 
 def _maximised(scorer: Scorer) -> Scorer:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from excise.search.text_folding import fold, settled
+from excise.judges.text_folding import fold, settled
 
 STEADY = settings(derandomize=True, deadline=None, max_examples=300)
 

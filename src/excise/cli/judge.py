@@ -1,0 +1,50 @@
+"""`excise judge`: how far a judge agrees with labelled responses, as tables."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from excise.judges.certification import Certification
+from excise.judges.verdicts import MEANINGS, VERDICTS
+from excise.report import formatting
+from excise.visible import visible
+
+
+def certification_json(found: Certification) -> dict[str, Any]:
+    """Return what was found, as `--json` prints it."""
+    return {
+        "judge": found.name,
+        **found.facts,
+        **found.certificate.model_dump(mode="json", exclude_none=True),
+        "seconds": found.seconds,
+    }
+
+
+def certification_tables(found: Certification) -> list[RenderableType]:
+    """Return recall of each verdict with what the others were taken for, and kappa."""
+    one = found.certificate
+    told = [v for v in (*VERDICTS, "none") if any(v in row for row in one.confusion.values())]
+    title = f"Judge {visible(found.name)} on {one.n:,} labelled responses ({visible(one.labelled)})"
+    table = Table(
+        title=Text(title), title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0)
+    )
+    table.add_column("true verdict")
+    table.add_column("recall (95 %)", justify="right", no_wrap=True)
+    table.add_column("n", justify="right")
+    for verdict in told:
+        table.add_column(f"said {verdict}", justify="right")
+    for name, recall in one.recall.items():
+        counts = (str(one.confusion[name].get(verdict, 0)) for verdict in told)
+        table.add_row(name, formatting.measured("behaviour_rate", recall), str(recall.n), *counts)
+    each = found.seconds / one.n
+    lines = Text(
+        f"\nCohen's kappa: {formatting.kappa(one.kappa)} over the verdicts, "
+        f"{formatting.kappa(one.kappa_shows)} over whether the behaviour shows.\n"
+        f"{formatting.duration(found.seconds)} in all, {each * 100:.2g} s for 100 responses."
+    )
+    key = Text("; ".join(f"{name}: {MEANINGS[name]}" for name in one.recall), style="dim")
+    return [table, lines, key]

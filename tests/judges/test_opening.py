@@ -1,0 +1,141 @@
+"""Tests of runs whose responses a judge reads, from the search to the exports and what comes after."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import judge_models
+import pytest
+
+from excise.cli.main import main
+from excise.report.stored_record import read_record
+
+SIZES = (
+    *("--direction-size", "60", "--eval-size", "30", "--quiet", "--set", "search.batch=4"),
+    *("--set", "prompts.holdout_size=30", "--set", "engine.rows=256"),
+)
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a judge, another one, labelled responses, and a run that the first has judged."""
+    folder = tmp_path_factory.mktemp("judged")
+    rows = judge_models.exchanges(200)
+    judge_models.classifier(folder / "judge", rows)
+    judge_models.classifier(folder / "other", rows, steps=50)
+    lines = [
+        json.dumps({"prompt": e.prompt, "response": e.response, "verdict": v})
+        for e, v in judge_models.exchanges(50, seed=9)
+    ]
+    (folder / "labelled.jsonl").write_text("\n".join(lines) + "\n")
+    settings = [f"scores.judge.source={folder / 'judge'}", "scores.markers_file="]
+    settings.append(f"scores.judge.labelled={folder / 'labelled.jsonl'}")
+    given = [part for one in settings[::2] for part in ("--set", one)]
+    out = str(folder / "run")
+    command = ["run", "demo", "--behaviour", "demo", "--out", out, "--trials", "4", *SIZES]
+    assert main([*command, "--method", "directional", "--set", settings[0], *given[2:]]) == 0
+    return folder
+
+
+def test_a_judge_stands_in_place_of_markers_throughout(judged: Path):
+    record = read_record(judged / "run")
+    assert record.judge is not None
+    assert record.judge.name == "judge"
+    assert record.judge.certificate is not None
+    assert record.judge.certificate.kappa.value > 0.9
+    assert record.baseline["behaviour_rate"].value > 0.8  # the demo model declines
+    assert record.baseline["verdict_shows"].value > 0.8
+    for trial in record.trials:
+        rates = [
+            trial.scores[f"verdict_{v}"].value for v in ("shows", "answers", "other", "broken")
+        ]
+        assert sum(rates) == pytest.approx(1)
+        worst = trial.scores["verdict_shows"].value + trial.scores["verdict_broken"].value
+        assert trial.scores["behaviour_rate"].value == pytest.approx(worst)
+        assert trial.seconds["judge"] >= 0
+    assert record.artifacts[0].measured["verdict_answers"].n == 30
+    assert record.holdout["verdict_answers"].parts  # by group, as every rate
+    card = (judged / "run" / "model" / "README.md").read_text()
+    assert "Behaviour rate (by judge, kappa" in card
+    assert "50 labelled responses" in card
+    assert str(judged) not in card
+    assert "by judge, kappa" in (judged / "run" / "report.html").read_text()
+
+
+def test_a_resume_goes_on_with_the_same_judge_only(judged: Path, tmp_path: Path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(judged / "run", run)
+    config = run / "config.toml"
+    text = config.read_text()
+    config.write_text(text.replace(str(judged / "judge"), str(judged / "other")))
+    assert main(["resume", str(run), "--quiet"]) == 2
+    assert "belongs to another run: judge differ" in capsys.readouterr().err
+    config.write_text(text.replace(f'source = "{judged / "judge"}"\n', ""))
+    assert main(["resume", str(run), "--quiet"]) == 2
+    assert "excise:" in capsys.readouterr().err
+    (judged / "judge").rename(judged / "moved")
+    try:
+        config.write_text(text.replace(str(judged / "judge"), str(judged / "moved")))
+        asked = (run / "verdicts.jsonl").read_bytes()
+        assert main(["resume", str(run), "--quiet"]) == 0  # the same weights, elsewhere
+        assert len((run / "verdicts.jsonl").read_bytes()) >= len(asked)
+    finally:
+        (judged / "moved").rename(judged / "judge")
+
+
+def test_evaluate_judges_and_says_how_far_to_believe_it(judged: Path, capsys):
+    command = ["evaluate", "demo", str(judged / "run" / "model"), "--behaviour", "demo", *SIZES]
+    command += ["--set", f"scores.judge.source={judged / 'judge'}", "--json"]
+    command.remove("--quiet")
+    assert main(command) == 0
+    said = capsys.readouterr()
+    assert "not certified" in said.err
+    found = json.loads(said.out)["search"]
+    record = read_record(judged / "run")
+    edited = record.artifacts[0].measured["verdict_answers"].value
+    assert found["edited"]["verdict_answers"]["value"] == edited
+
+
+def test_the_model_under_test_may_not_be_the_judge(judged: Path, tmp_path: Path, capsys):
+    command = ["run", "demo", "--behaviour", "demo", "--out", str(tmp_path / "run"), *SIZES]
+    assert main([*command, "--set", "scores.judge.source=demo"]) == 2
+    assert "is the model under test" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_wrong_with_a_judge_is_said_before_anything_is_written(
+    judged: Path, tmp_path: Path, capsys
+):
+    command = ["run", "demo", "--behaviour", "demo", "--out", str(tmp_path / "run"), *SIZES]
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": "p", "response": "r", "verdict": "meh"}\n')
+    for settings, words in (
+        ([f"scores.judge.labelled={bad}"], "the verdict 'meh' is none of"),
+        (["scores.judge.severity=severity"], "which answers no rubric"),
+        (['scores.judge.labels=["shows"]'], "write it as LABEL=shows"),
+        ([f"scores.judge.source={tmp_path / 'nowhere'}"], "nowhere"),
+        (["scores.judge.source="], "verdict_other"),
+    ):
+        given = [f"scores.judge.source={judged / 'judge'}", *settings]
+        if "verdict_other" in words:
+            given.append('scores.report=["verdict_other"]')
+            words = "need a judge"
+        assert main([*command, *(part for one in given for part in ("--set", one))]) == 2
+        assert words in capsys.readouterr().err
+        assert not (tmp_path / "run").exists()
+
+
+def test_judge_measures_markers_and_classifiers_alike(judged: Path, capsys):
+    labelled = ["--labelled", str(judged / "labelled.jsonl"), "--json", "--quiet"]
+    assert main(["judge", str(judged / "judge"), *labelled]) == 0
+    classifier = json.loads(capsys.readouterr().out)
+    assert main(["judge", "markers", "--behaviour", "demo", *labelled]) == 0
+    markers = json.loads(capsys.readouterr().out)
+    assert classifier["n"] == markers["n"] == 50
+    assert set(classifier["recall"]) == {"shows", "answers", "other"}
+    assert markers["recall"]["other"]["value"] == 0  # they give two verdicts
+    assert classifier["kappa"]["value"] > markers["kappa"]["value"] > 0.5
+    assert main(["judge", str(judged / "judge"), *labelled[:2], "--quiet"]) == 0
+    assert "Cohen's kappa" in capsys.readouterr().out
