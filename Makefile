@@ -85,7 +85,7 @@ mutants: venv llama
 	OMP_NUM_THREADS=1 $(BIN)/python tests/mutations.py
 
 bench: venv
-	$(BIN)/python bench/run.py
+	PYTHONPATH=tests $(BIN)/python bench/run.py
 
 train: venv
 	$(BIN)/python training/train_demo_model.py

@@ -16,6 +16,7 @@ import export_memory
 import gpu
 import gpu_e4b
 import large_vocab
+import launches
 import long_search
 import machine
 import patch_memory
@@ -189,6 +190,34 @@ def vocabulary_page(found: dict[str, Any]) -> str:
     )
 
 
+def launches_page(found: dict[str, Any]) -> str:
+    rows = [
+        [
+            what,
+            *(
+                f"{counts[kind]:,.{0 if counts[kind] > 9 else 2}f}"
+                for kind in ("launches", "waits", "uploads")
+            ),
+        ]
+        for what, counts in [
+            ("a trial of ours", found["ours"]["trial"]),
+            ("its responses", found["ours"]["responses"]),
+            ("its divergence", found["ours"]["divergence"]),
+            ("a trial of the plain loop", found["plain"]),
+        ]
+    ]
+    return "\n\n".join(
+        [
+            "## What a trial asks of a GPU",
+            "Counted on a device over host memory that PyTorch takes for a GPU (`tests/standin/`), so no "
+            "noise moves it: kernels launched, times that Python waits for a result, and copies to the "
+            f"device. Random Qwen3 of {found['layers']} layers, 16 prompts a side, 17 new tokens, "
+            f"{found['stack']} candidates in a stack, both measuring whole responses.",
+            table(["per candidate", "launches", "waits", "uploads"], rows),
+        ]
+    )
+
+
 def gpu_page(title: str, script: str, found: dict[str, Any] | None) -> str:
     if found is None:
         return f"## {title}\n\nNot measured: the machine of this run has no GPU. `{script}` measures it."
@@ -217,6 +246,7 @@ PAGES: dict[str, Callable[[Any], str]] = {
     "export": memory_page,
     "patch": patch_page,
     "large_vocabulary": vocabulary_page,
+    "launches": launches_page,
     "gpu": lambda found: gpu_page(
         "GPU, a model of a billion random parameters", "bench/gpu.py", found
     ),
@@ -262,6 +292,7 @@ def main() -> None:
         "patch": patching,
         "large_vocabulary": large_vocab.main,
         "quality": lambda: quality.main(arguments.trials),
+        "launches": launches.main,
         "gpu": lambda: gpu.main() if cuda else None,
         "gpu_e4b": lambda: gpu_e4b.main() if cuda else None,
     }

@@ -299,8 +299,8 @@ MUTANTS = (
     Mutant(
         "divergence is taken the wrong way round",
         "engine/kl",
-        "out.append(kl(p.to(q.device), q.view(s, -1, q.shape[-1])))",
-        "out.append(kl(q.view(s, -1, q.shape[-1]), p.to(q.device).repeat(s, 1, 1)))",
+        "return p.to(q.device), q.view(s, -1, q.shape[-1])",
+        "return q.view(s, -1, q.shape[-1]), p.to(q.device).repeat(s, 1, 1)",
         f"{RUN} -k scores",
     ),
     Mutant(

@@ -51,6 +51,7 @@ INTEGRATION = {
     "test_house": "the repository itself",
     "test_kills": "kill -9 in the phases of whole commands",
     "test_mutations": "the mutants, which must still be found in the source",
+    "test_standin": "all that runs on a GPU, on a stand-in for one",
     "test_recomputed": "a run's figures, made again without the package",
     "model/test_families": "every architecture, from its data row to its export",
     "checkpoints/test_multimodal": "models with towers, from loading to export",

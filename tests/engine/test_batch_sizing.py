@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import builders
 import families
+import psutil
 import pytest
 import torch
 
@@ -228,7 +229,7 @@ def test_one_long_prompt_does_not_say_how_large_passes_are(model, monkeypatch):
     assert usual_length(lengths) == max(seen) == 80
     assert found.stack == short.stack == 16
     assert found.rows >= 3 * 2**20 // (4 * builders.WIDTH * 80)
-    free = batch_sizing.psutil.virtual_memory().available
+    free = psutil.virtual_memory().available
     assert 20 * found.fits("rows", 4501) * 4501**2 < free  # the bias alone
     assert found.fits("rows", 4501) < found.fits("rows", 20) == found.rows
     assert told
@@ -275,7 +276,7 @@ def test_responses_to_direction_prompts_are_had_within_the_free_memory(monkeypat
     roomy = batch_sizing.direction_engine(loaded, prompts, asked)
     assert (roomy.fitted_plan.rows, roomy.fitted_plan.decode) == (Plan().rows, Plan().decode)
     few = SimpleNamespace(available=10**6)
-    monkeypatch.setattr(batch_sizing.psutil, "virtual_memory", lambda: few)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: few)
     tight = batch_sizing.direction_engine(loaded, prompts, asked)
     longest = max(map(len, prompts["contrast"])) + 8
     assert tight.fitted_plan.fits("rows", longest) < 40 < roomy.fitted_plan.fits("rows", longest)

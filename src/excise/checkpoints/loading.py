@@ -38,6 +38,7 @@ from excise.errors import ModelError, UnknownArchitecture, first_line
 from excise.files import temporary
 from excise.folders import commit_of
 from excise.model.anatomy import Anatomy, describe, has_row
+from excise.model.devices import accelerator, has_bfloat16
 from excise.model.forward import Forward
 from excise.model.parameters import (
     any_offloaded,
@@ -274,10 +275,11 @@ def _dtype(section: ModelSection, folder: Path, files: list[Path]) -> torch.dtyp
         return _DTYPES[section.dtype]
     stored = read_config(folder)
     name = str(stored.get("dtype") or stored.get("torch_dtype") or "bfloat16")
-    if torch.cuda.is_available():
+    device = accelerator()
+    if device is not None:
         wanted = _DTYPES.get(name.removeprefix("torch."), torch.bfloat16)
-        bf16 = torch.cuda.is_bf16_supported()
-        return torch.float16 if wanted is torch.bfloat16 and not bf16 else wanted
+        exact = wanted is not torch.bfloat16 or has_bfloat16(device)
+        return wanted if exact else torch.float16
     # On a CPU float32 is the exact choice; half precision is the fallback when memory is short.
     factor = 1 if name.endswith("float32") else 2
     size = factor * sum(file.stat().st_size for file in files)
@@ -319,7 +321,7 @@ def _load_model(
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    device_map = section.device_map or ("cuda:0" if torch.cuda.is_available() else None)
+    device_map = section.device_map or accelerator()
     quantise = _quantisation_config(section, dtype)
     with library_errors(f"model {section.source}"):
         model, info = _auto_class(folder).from_pretrained(

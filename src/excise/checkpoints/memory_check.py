@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
 
 from excise.checkpoints.model_folder import read_tensors
 from excise.config import ModelSection
 from excise.errors import ModelError
+from excise.model.devices import accelerator, free_bytes
 
 _SPARE = 0.95  # of the free memory: loading needs a little more than the weights
 # Bytes of an element of a quantised matrix, scales included.
@@ -48,9 +48,10 @@ def sizes(files: Sequence[Path]) -> Sizes:
 
 def free_memory() -> tuple[int, str]:
     """Return the bytes that weights may take now, and where."""
-    if torch.cuda.is_available():
-        return torch.cuda.mem_get_info()[0], "on the GPU"
-    return psutil.virtual_memory().available, "in this machine's memory"
+    device = accelerator()
+    if device is not None:
+        return free_bytes(device), "on the GPU"
+    return free_bytes(torch.device("cpu")), "in this machine's memory"
 
 
 def check_fits(section: ModelSection, files: Sequence[Path], dtype: torch.dtype) -> None:

@@ -12,7 +12,6 @@ from math import inf
 from statistics import median_low
 from typing import Any
 
-import psutil
 import torch
 
 from excise.checkpoints.loading import Loaded
@@ -20,6 +19,7 @@ from excise.config import Config
 from excise.engine.engine import Engine, Plan
 from excise.errors import RunStateError, is_out_of_memory
 from excise.events import OnEvent, Progress, ignore
+from excise.model.devices import finish, free_bytes
 from excise.model.forward import Forward
 from excise.model.parameters import any_offloaded
 
@@ -162,14 +162,12 @@ def room_of(loaded: Loaded, config: Config) -> Room:
     """Return the memory that is free now, and what a pass of this model takes."""
     inner = max(writer.shape[1] for writer in loaded.anatomy.writers)
     activations = loaded.dtype.itemsize * (8 * loaded.anatomy.width + 4 * inner)
-    if loaded.device.type == "cuda":
-        free = torch.cuda.mem_get_info(loaded.device)[0]
-    else:
-        free = psutil.virtual_memory().available
+    free = config.engine.memory_fraction * free_bytes(loaded.device)
+    room = max(0, free - loaded.forward.chunk_bytes)  # beside a pass, the logits of its last part
     cache, masks = _filled_cache(loaded)
     keys, states = _cache_bytes(cache)
     pair = _pair_bytes(loaded, cache, masks)
-    return Room(config.engine.memory_fraction * free, states, keys + activations, pair)
+    return Room(room, states, keys + activations, pair)
 
 
 def _filled_cache(loaded: Loaded) -> tuple[Any, list[Any]]:
@@ -316,7 +314,6 @@ def _seconds(forward: Forward, device: torch.device, rows: int, tokens: int, rep
         begun = time.perf_counter()
         with torch.inference_mode():
             forward.hidden(ids, torch.ones_like(ids), positions)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        finish(device)
         best = min(best, time.perf_counter() - begun)
     return best

@@ -28,6 +28,7 @@ from excise.engine.stacking import ORIGINAL, CandidateEdits, Stack, first_edited
 from excise.errors import MeasurementError, MemoryExhausted, is_out_of_memory
 from excise.events import OnEvent, Progress, at_most_every, ignore
 from excise.model.anatomy import Writer
+from excise.model.devices import release
 from excise.model.forward import Forward
 from excise.model.kv_cache import can_join
 from excise.model.parameters import any_offloaded
@@ -303,8 +304,7 @@ class Engine:
             MemoryExhausted: it had one row.
         """
         passes.free()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        release(self._loaded.device)
         if rows == 1:
             raise MemoryExhausted(
                 "out of memory with one prompt at a time: use a smaller model, a smaller dtype, "
@@ -382,7 +382,7 @@ class Engine:
             after = torch.stack([torch.cat(rows) for rows in states])
             values = divergences(self._reference, before, self._forward, after, chunk_bytes)
             sizes = [len(original.responses[n].tokens) for n in chunk]
-            return [list(row.split(sizes)) for row in values.double().cpu()]
+            return [list(row.split(sizes)) for row in values.double()]
 
         return work
 

@@ -21,9 +21,14 @@ def kl(original: Tensor, edited: Tensor) -> Tensor:
     found = _kl(original, edited)
     far = ~torch.isfinite(found)
     if bool(far.any()):
-        p, q = (logits.expand(*found.shape, -1)[far].double() for logits in (original, edited))
-        found[far] = _kl(p, q).to(found.dtype)
+        found[far] = _exact(
+            *(logits.expand(*found.shape, -1)[far] for logits in (original, edited))
+        )
     return found
+
+
+def _exact(original: Tensor, edited: Tensor) -> Tensor:
+    return _kl(original.double(), edited.double()).to(original.dtype)
 
 
 def _kl(original: Tensor, edited: Tensor) -> Tensor:
@@ -35,7 +40,7 @@ def _kl(original: Tensor, edited: Tensor) -> Tensor:
 def divergences(
     reference: Forward, original: Tensor, forward: Forward, edited: Tensor, chunk_bytes: int
 ) -> Tensor:
-    """Return the KL per candidate and position (S, N), from final hidden states.
+    """Return the KL per candidate and position (S, N), on the CPU, from final hidden states.
 
     Args:
         reference: gives the original's logits; the same as `forward` unless another model is measured.
@@ -47,9 +52,15 @@ def divergences(
     s, n, width = edited.shape
     # Original and edited logits, with two temporaries of the same size, in float32.
     step = max(1, chunk_bytes // (4 * forward.vocabulary * (s + 1) * 3))
-    out = []
-    for start in range(0, n, step):
-        p = reference.logits(original[start : start + step])
-        q = forward.logits(edited[:, start : start + step].reshape(-1, width))
-        out.append(kl(p.to(q.device), q.view(s, -1, q.shape[-1])))
-    return torch.cat(out, dim=1)
+
+    def logits(part: slice) -> tuple[Tensor, Tensor]:
+        p = reference.logits(original[part])
+        q = forward.logits(edited[:, part].reshape(-1, width))
+        return p.to(q.device), q.view(s, -1, q.shape[-1])
+
+    starts = range(0, n, step)
+    found = torch.cat([_kl(*logits(slice(start, start + step))) for start in starts], dim=1).cpu()
+    # Asked on the CPU, when all is there: a GPU would stand idle for every answer.
+    for at in (~torch.isfinite(found)).any(0).nonzero().flatten().tolist():
+        found[:, at] = _exact(*logits(slice(at, at + 1)))[:, 0].cpu()
+    return found

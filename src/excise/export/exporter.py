@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from excise.checkpoints.loading import Loaded
 from excise.checkpoints.model_folder import library_errors
 from excise.config import ExportSection, ModelSection
@@ -24,6 +22,7 @@ from excise.events import OnEvent, phase
 from excise.files import hashes_of, weights_sha256
 from excise.formats import FORMATS, OPTIONS, Format
 from excise.model.anatomy import Writer
+from excise.model.devices import release
 from excise.model.edits import Edit
 from excise.record import Record, Scores
 from excise.search.evaluation import Measures
@@ -180,8 +179,7 @@ class TransformersExporter(Exporter):
             scores = by.scores(engine)
             del again, engine
         gc.collect()
-        if by.loaded.device.type == "cuda":
-            torch.cuda.empty_cache()
+        release(by.loaded.device)
         return made, scores
 
 

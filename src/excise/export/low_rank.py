@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -181,7 +182,7 @@ def low_rank(delta: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     else:
         # The random start is drawn apart: the result is a function of the edit, and nobody else's
         # random numbers change.
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        with _own_random_numbers(delta.device):
             torch.manual_seed(0)
             q = min(rank + _OVERSAMPLE, smallest)
             u, s, v = torch.svd_lowrank(delta, q=q, niter=_POWER_PASSES)
@@ -242,3 +243,9 @@ def relative_error(squares: list[tuple[float, float]]) -> float:
     """Return the relative error of these parts together; 0 where nothing changes."""
     error, size = (sum(part) for part in zip(*squares, strict=True))
     return math.sqrt(error / size) if size else 0.0
+
+
+def _own_random_numbers(device: torch.device) -> AbstractContextManager[None]:
+    """Return a context whose random numbers are nobody else's, on the CPU and on this device."""
+    others = [] if device.type == "cpu" else [device]
+    return torch.random.fork_rng(others, device_type=device.type)

@@ -16,6 +16,7 @@ from excise.checkpoints.tokenizer import load_tokenizer
 from excise.config import JudgeSection
 from excise.errors import ConfigError, JudgeError
 from excise.judges.verdicts import ANSWERS, OTHER, SHOWS, VERDICTS, Exchange, Opinion
+from excise.model.devices import accelerator
 
 # What labels of published classifiers are called, beside the verdicts' own names.
 _KNOWN = {
@@ -141,4 +142,4 @@ def _limit(model: Any, tokenizer: Any) -> int:
 
 
 def _device(section: JudgeSection) -> torch.device:
-    return torch.device(section.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return torch.device(section.device or accelerator() or "cpu")

@@ -22,7 +22,7 @@ from excise.model.edits import Edit
 
 MOST_NEIGHBOURS = 15
 # Bytes of the writers that are solved together, the optimiser's history included.
-_PART_BYTES = {"cpu": 2 * 2**30, "cuda": 16 * 2**30}
+_PART_BYTES = {"cpu": 2 * 2**30, "gpu": 16 * 2**30}
 _HISTORY = 24  # copies of the unknowns that the optimiser keeps
 
 
@@ -143,7 +143,7 @@ class AraMethod:
                 if candidate.first <= self.writers[number].layer < candidate.last
             ]
             unknowns = stats.start[0].numel() * stats.start.element_size()
-            room = _PART_BYTES.get(stats.start.device.type, _PART_BYTES["cuda"])
+            room = _PART_BYTES["cpu" if stats.start.device.type == "cpu" else "gpu"]
             step = max(1, room // (_HISTORY * unknowns))
             for start in range(0, len(chosen), step):
                 some = chosen[start : start + step]

@@ -148,7 +148,7 @@ def _prepare_one(
 
 
 def _gram(rows: Tensor) -> Tensor:
-    return torch.stack([r.double() @ r.double().T for r in rows]).cpu()
+    return torch.stack([r @ r.T for r in rows.cpu().double()])
 
 
 def build(stats: GroupStats, index: float | None, strengths: Tensor) -> GroupEdits:

@@ -20,8 +20,8 @@ from excise.model.overrides import replaced_forward
 
 # Memory for one chunk of logits and temporaries, and its fewest rows: every chunk reads the head's whole
 # matrix, which is large where the vocabulary is.
-_CHUNK_BYTES = {"cpu": 6 * 2**20, "cuda": 256 * 2**20}
-_CHUNK_ROWS = {"cpu": 64, "cuda": 256}
+_CHUNK_BYTES = {"cpu": 6 * 2**20, "gpu": 256 * 2**20}
+_CHUNK_ROWS = {"cpu": 64, "gpu": 256}
 _PROBE = 12  # tokens of each of two rows that all layers read
 _LONGER = (
     72  # tokens that one layer of each kind reads: past the short texts with kernels of their own
@@ -246,7 +246,7 @@ class Forward:
     @property
     def chunk_bytes(self) -> int:
         """Memory for one chunk of logits, with what is computed from them."""
-        kind = "cuda" if self.model.device.type == "cuda" else "cpu"
+        kind = "cpu" if self.model.device.type == "cpu" else "gpu"
         return max(_CHUNK_BYTES[kind], _CHUNK_ROWS[kind] * 4 * _COPIES * self.vocabulary)
 
     def greedy(self, hidden: Tensor) -> Tensor:

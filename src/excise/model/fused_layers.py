@@ -193,9 +193,13 @@ class FusedLayers:
         return given.setting
 
     def _set(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Setting:
-        """Compute what all layers share; embeddings once per distinct token."""
+        """Compute what all layers share; on a CPU, embeddings once per distinct token."""
         tokens, seen = ids.shape[1], mask.shape[1]
-        different, token = torch.unique(ids, return_inverse=True)
+        if ids.device.type == "cpu":
+            different, token = torch.unique(ids, return_inverse=True)
+        else:  # a GPU would have Python wait for how many there are
+            different = ids.flatten()
+            token = torch.arange(len(different), device=ids.device).view_as(ids)
         embedded = self._backbone.embed_tokens(different[None])
         extras = None
         if getattr(self._backbone, "hidden_size_per_layer_input", 0):
