@@ -3,8 +3,8 @@
 A front runs from edits that change nothing to edits that leave nothing, and nobody wants either end. A
 sampler that is told the scores as they are spends most of a search on the end that is easier to extend.
 So it is told where in the region that people consider a trial lies, from 0 at its best edge to 1 at its
-worst, KL divergence on a logarithmic scale; and of a trial outside only how far outside. The scores
-that are recorded, and the front, are those that were measured.
+worst, KL divergence on a logarithmic scale; and what lies outside by one objective is told as so much
+worse by the others. The scores that are recorded, and the front, are those that were measured.
 """
 
 from __future__ import annotations
@@ -52,14 +52,15 @@ class Region:
     def told(self, values: Sequence[float]) -> tuple[float, ...]:
         """Return what the sampler is told of a trial; less is better, of every objective.
 
-        Within the region it is where the trial lies. Outside, every value is 1 and the sum of how far
-        each lies outside: worse than all that lies within, and the worse the further.
+        Within the region it is where the trial lies. How far it lies outside by one objective is added to
+        every other: what is gained by leaving the region is lost again.
         """
         places = [edge.place(value) for edge, value in zip(self.edges, values, strict=True)]
-        outside = sum(max(0.0, place - 1.0) for place in places)
-        if outside:
-            places = [1.0 + outside] * len(places)
-        return tuple(round(place, _DIGITS) for place in places)
+        beyond = [max(0.0, place - 1.0) for place in places]
+        outside = sum(beyond)
+        return tuple(
+            round(place + outside - own, _DIGITS) for place, own in zip(places, beyond, strict=True)
+        )
 
     def holds(self, values: Sequence[float]) -> bool:
         """Return whether a trial lies in the region."""

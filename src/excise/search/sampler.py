@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution
-from optuna.samplers import TPESampler
+from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.trial import create_trial
 
 from excise.search.pareto import Objective, Point, pareto
@@ -21,8 +21,8 @@ from excise.search.pareto import Objective, Point, pareto
 # The parameters of a trial, and what the sampler is told of it.
 Known = tuple[Mapping[str, Any], Sequence[float]]
 
-MOST = 150  # trials that the sampler is told of
-BEST = 50  # of them, from the front down; the others are the last ones
+MOST = 60  # trials that the sampler is told of
+BEST = 20  # of them, from the front down; the others are the last ones
 
 
 class Sampler:
@@ -46,23 +46,29 @@ class Sampler:
             startup: how many trials must be complete before one is not random.
         """
         study = optuna.create_study(directions=["minimize"] * len(self._goals))
+        if len(known) < startup:
+            return [self._one(study, RandomSampler(self._seed_of(n))) for n in numbers]
         for place in telling([told for _, told in known], self._goals):
             params, told = known[place]
             trial = create_trial(params=dict(params), distributions=self._space, values=told)
             study.add_trial(trial)
-        least = startup if len(known) < startup else 0  # it may be told of fewer than there are
-        return [self._one(study, number, least) for number in numbers]
+        return [self._one(study, self._tpe(number)) for number in numbers]
 
-    def _one(self, study: optuna.Study, number: int, startup: int) -> dict[str, Any]:
-        state = np.random.SeedSequence([self._seed, number]).generate_state(1)[0]
-        study.sampler = TPESampler(
+    def _one(self, study: optuna.Study, sampler: BaseSampler) -> dict[str, Any]:
+        study.sampler = sampler
+        return study.ask(self._space).params
+
+    def _tpe(self, number: int) -> TPESampler:
+        return TPESampler(
             multivariate=True,
             constant_liar=True,
-            n_startup_trials=startup,
+            n_startup_trials=0,
             n_ei_candidates=self._candidates,
-            seed=int(state),
+            seed=self._seed_of(number),
         )
-        return study.ask(self._space).params
+
+    def _seed_of(self, number: int) -> int:
+        return int(np.random.SeedSequence([self._seed, number]).generate_state(1)[0])
 
 
 def telling(told: Sequence[Sequence[float]], goals: Sequence[Objective]) -> list[int]:
