@@ -17,6 +17,35 @@ from excise.search import journal
 from excise.search.stored_study import check_study
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("region", [], "cannot be read"),
+        (
+            "region",
+            {"edges": [{"best": "low", "worst": 1}, {"best": 0, "worst": 1}]},
+            "cannot be read",
+        ),
+        ("region", {"edges": [{"best": 0, "worst": 1}]}, "not one of its objectives"),
+        ("region", {"edges": [{"best": 1, "worst": 1}] * 2}, "not one of its objectives"),
+        (
+            "region",
+            {"edges": [{"best": 0, "worst": 1, "log": True}] * 2},
+            "not one of its objectives",
+        ),
+        ("spent", -1.0, "not a time"),
+        ("spent", "long", "not a time"),
+        ("startup", 0, "not a count"),
+        ("startup", True, "not a count"),
+    ],
+)
+def test_a_study_that_says_what_no_search_wrote_is_refused(tmp_path, name, value, words):
+    search = search_in(tmp_path)
+    search.study.set_user_attr(name, value)
+    with pytest.raises(RunStateError, match=f"^[^\n]*{words}[^\n]*--out$"):
+        check_study(journal.open_study(tmp_path), SPACE, GOALS, "journal")
+
+
 @pytest.fixture(scope="module")
 def lines(tmp_path_factory) -> list[bytes]:
     folder = tmp_path_factory.mktemp("study")

@@ -20,6 +20,7 @@ from itertools import takewhile
 from typing import Any
 
 import optuna
+import pydantic
 from optuna.distributions import BaseDistribution
 from optuna.samplers import RandomSampler
 from optuna.trial import FrozenTrial, Trial, TrialState
@@ -30,11 +31,12 @@ from excise.events import OnEvent, Progress, TrialMeasured
 from excise.record import ScoreRecord, SearchRecord, TrialRecord
 from excise.search.journal import Study
 from excise.search.pareto import Objective, Point, pareto
-from excise.search.region import Edges, Region
+from excise.search.region import Region
 from excise.search.sampler import Sampler
 
 MOST_EXPLAINED = 300  # trials that the importance of the parameters is computed from
 RANDOM_SHARE = 0.3  # of the trials that a time allows, as 60 of 200
+_REGION: pydantic.TypeAdapter[Region | None] = pydantic.TypeAdapter(Region | None)
 
 
 @dataclass(frozen=True)
@@ -309,9 +311,12 @@ def points(records: Sequence[TrialRecord], objectives: Sequence[Objective]) -> l
 
 
 def region_of_study(study: optuna.Study) -> Region | None:
-    """Return the region of interest of a study; None where its sampler is told scores as they are."""
-    stored = study.user_attrs.get("region")
-    return None if stored is None else Region(tuple(Edges(**one) for one in stored["edges"]))
+    """Return the region of interest of a study; None where its sampler is told scores as they are.
+
+    Raises:
+        pydantic.ValidationError: what is stored is no region.
+    """
+    return _REGION.validate_python(study.user_attrs.get("region"))
 
 
 def record_of(trial: FrozenTrial, region: Region | None = None) -> TrialRecord:

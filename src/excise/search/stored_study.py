@@ -23,9 +23,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from excise.errors import RunStateError
 from excise.record import TrialRecord
-from excise.search.loop import record_of
+from excise.search.loop import record_of, region_of_study
 from excise.search.pareto import Objective
-from excise.search.region import Region
 
 _MOST = 10**7  # trials of any plausible search
 Space = Mapping[str, BaseDistribution]
@@ -52,7 +51,7 @@ def check_study(
     try:
         trials = study.get_trials(deepcopy=False)
         _check_totals(study.user_attrs.get("stops", []), len(trials))
-        _check_told(study.user_attrs, len(objectives))
+        _check_told(study, len(objectives))
         for number, trial in enumerate(trials):
             _check_trial(trial, number, space, objectives)
     except _Damaged as damage:
@@ -70,10 +69,11 @@ def _check_totals(stops: Any, there: int) -> None:
         raise _Damaged(f"it has {there} trials, more than were asked for")
 
 
-def _check_told(facts: Mapping[str, Any], objectives: int) -> None:
+def _check_told(study: optuna.Study, objectives: int) -> None:
     """Check what a study holds of its region, its time and its random trials."""
+    facts = study.user_attrs
     try:
-        region = pydantic.TypeAdapter(Region | None).validate_python(facts.get("region"))
+        region = region_of_study(study)
     except pydantic.ValidationError:
         raise _Damaged("its region of interest cannot be read") from None
     if region is not None and not (
