@@ -75,8 +75,9 @@ class Room:
 
     def bound(self, plan: Plan, usual: int) -> Plan:
         """Return the plan with bounds on tokens and pairs, for texts of `usual` tokens."""
-        pairs = int(self.free / self.pair) if self.pair else None
-        return replace(plan, tokens=int(self.free / (self.token + self.row / usual)), pairs=pairs)
+        pairs = max(1, int(self.free / self.pair)) if self.pair else None
+        tokens = max(1, int(self.free / (self.token + self.row / usual)))
+        return replace(plan, tokens=tokens, pairs=pairs)
 
 
 def size(
@@ -163,7 +164,8 @@ def room_of(loaded: Loaded, config: Config) -> Room:
     inner = max(writer.shape[1] for writer in loaded.anatomy.writers)
     activations = loaded.dtype.itemsize * (8 * loaded.anatomy.width + 4 * inner)
     free = config.engine.memory_fraction * free_bytes(loaded.device)
-    room = max(0, free - loaded.forward.chunk_bytes)  # beside a pass, the logits of its last part
+    # Beside a pass stand the logits of its last part, which are fewer where passes are small.
+    room = max(free / 2, free - loaded.forward.chunk_bytes)
     cache, masks = _filled_cache(loaded)
     keys, states = _cache_bytes(cache)
     pair = _pair_bytes(loaded, cache, masks)
