@@ -185,8 +185,8 @@ MUTANTS = (
     Mutant(
         "rows of the search are left in the holdout",
         "prompts/sets",
-        "holdout = _without(holdout, direction + rest[:m])",
-        "holdout = _without(holdout, direction)",
+        "seen, spare, held = direction + rest[:m],",
+        "seen, spare, held = direction,",
         "tests/prompts/test_sets.py -k search_sees",
     ),
     Mutant(
@@ -436,6 +436,27 @@ MUTANTS = (
         '1 if s.goal == "minimize" else -1',
         "1",
         "tests/runs/test_setup.py",
+    ),
+    Mutant(
+        "prompts that the choice was confirmed on are left in the holdout",
+        "prompts/sets",
+        "holdout, confirm = spare[:end], _without(",
+        "holdout, confirm = spare, _without(",
+        "tests/prompts/test_sets.py -k spare",
+    ),
+    Mutant(
+        "the second measurement takes the place of the first",
+        "search/resampling",
+        "totals[:, trials] += weights",
+        "totals[:, trials] = weights",
+        "tests/search/test_resampling.py -k further",
+    ),
+    Mutant(
+        "a bound is taken on the side that flatters",
+        "search/choosing",
+        "return ends[goal.sign > 0]",
+        "return ends[goal.sign < 0]",
+        "tests/search/test_choosing.py -k confidence_hold",
     ),
     # -- edits on activations and in weights
     Mutant(

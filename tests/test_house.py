@@ -40,7 +40,7 @@ PURE = (
     *("model/edits", "capture/directions", "capture/geometry", "methods/profiles"),
     *("methods/search_space", "methods/directional_math", "methods/subspace_math"),
     *("methods/ridge_math", "methods/ara_math", "methods/lbfgs", "search/pareto"),
-    "intervals",
+    *("intervals", "search/resampling"),
 )
 
 TESTS = sorted((ROOT / "tests").rglob("test_*.py"))
@@ -210,7 +210,9 @@ def test_the_interface_of_scorers_is_what_their_page_says():
     assert shape(excise.scorer) == ["name", "needs", "goal='minimize'", "worth=None"]
     assert shape(excise.Responses) == ["side", "decided=None"]
     assert shape(excise.Divergence) == ["side='contrast'"]
-    assert shape(excise.Score) == ["value", "n", "interval=None", "parts=<factory>"]
+    assert shape(excise.Score) == [
+        *("value", "n", "interval=None", "parts=<factory>", "draws=None")
+    ]
     assert shape(excise.ratio) == ["totals", "sizes"]
     assert fields(Evidence) == ["responses", "divergence"]
     assert fields(Response) == ["tokens", "text", "ended"]

@@ -56,6 +56,10 @@ GLOBAL_HEAD_DIM = 64
 
 # (trained forms, kept-out forms) of questions about seen objects, per prompt set; 1/8 kept out
 SETS_SEEN = {"direction": (175, 25), "search": (88, 12), "holdout": (24, 24)}
+CONFIRM_SEEN = (
+    96,
+    4,
+)  # further rows of the search files: guarded objects have no more kept-out forms
 N_HOLDOUT_UNSEEN = (77, 35)
 
 CARD = """\
@@ -318,6 +322,7 @@ def select_prompts(number: int, fold: int = 0) -> dict[str, list[Question]]:
             sets[f"{kind}_{name}"] = chosen
         holdout = sets[f"{kind}_holdout"] + unseen
         sets[f"{kind}_holdout"] = rng.sample(holdout, len(holdout))  # so that any part is fair
+        sets[f"{kind}_search"] += _draw(rng, rest, CONFIRM_SEEN)
     return sets
 
 

@@ -67,6 +67,8 @@ class PromptSection(Section):
 
     `keep` are ordinary prompts whose responses should stay, of every source that it names; at most
     `keep_size` of them are used, sources and kinds in turn.
+    `confirm_size` bounds the rows beyond the holdout on which trials that could be chosen are measured
+    again; 0 leaves that out.
     `response_prefix` is the text that every response begins with; None finds what most of them share.
     """
 
@@ -81,6 +83,7 @@ class PromptSection(Section):
     eval_size: Count = 100
     keep_size: Count = 256
     holdout_size: Count | None = None
+    confirm_size: CountOrNone = 100
     system: str | None = None
     prefix: str = ""
     suffix: str = ""

@@ -92,6 +92,9 @@ class PromptRecord(Part):
 class TrialRecord(Part):
     """One trial.
 
+    `front_probability` is the share of resampled prompt sets on which it is on the front, `regret` how
+    far its knee's cost is from the best there, on average. `confirm` are its scores on prompts that the
+    search had not used, where it was measured again.
     `screened`, in records of earlier versions: it was measured on 16 prompts a side, because its drift
     alone put it behind the front. Always false now. `told` is what the sampler was told of it, where that
     is not its scores: where in the region of interest it lies (`search.region`).
@@ -105,6 +108,9 @@ class TrialRecord(Part):
     screened: bool = False
     reason: str | None = None
     told: list[Finite] | None = None
+    front_probability: Annotated[float, Field(ge=0, le=1)] | None = None
+    regret: Finite | None = None
+    confirm: Scores | None = None
 
 
 class SearchRecord(Part):

@@ -274,7 +274,7 @@ def span(prompt_set):
 )
 def test_the_rows_of_each_role(tmp_path, files, more, expected):
     files = {**files, "contrast": 40}
-    found = sets_of(tmp_path, files, direction_size=10, eval_size=5, **more)
+    found = sets_of(tmp_path, files, direction_size=10, eval_size=5, confirm_size=0, **more)
     assert [span(s) for s in (found.target, found.target_eval, found.target_holdout)] == expected
     names = [s.role for s in found.all()]
     assert names == [
@@ -283,6 +283,42 @@ def test_the_rows_of_each_role(tmp_path, files, more, expected):
     ]  # fmt: skip
     held = more.get("holdout_size", 25)
     assert span(found.contrast_holdout) == ("contrast", 15, 15 + held)
+
+
+@pytest.mark.parametrize(
+    ("files", "more", "expected"),
+    [
+        # the holdout keeps a hundred rows before any go to `confirm`
+        ({"target": 130}, {}, [("target", 15, 115), ("target", 115, 130)]),
+        ({"target": 130}, {"confirm_size": 8}, [("target", 15, 122), ("target", 122, 130)]),
+        ({"target": 115}, {}, [("target", 15, 115), ()]),
+        ({"target": 60}, {"holdout_size": 4}, [("target", 15, 19), ("target", 19, 60)]),
+        (
+            {"target": 10, "target_eval": 150, "target_holdout": 7},
+            {},
+            [("target_holdout", 0, 7), ("target_eval", 5, 105)],
+        ),
+        ({"target": 130}, {"confirm_size": 0}, [("target", 15, 130), ()]),
+    ],
+)
+def test_what_the_holdout_can_spare_confirms(tmp_path, files, more, expected):
+    files = {**files, "contrast": 300}
+    found = sets_of(tmp_path, files, direction_size=10, eval_size=5, **more)
+    used = "target_confirm" in [s.role for s in found.all()]
+    assert used == bool(expected[1])  # of both sides or of none
+    assert span(found.target_holdout) == expected[0]
+    assert span(found.target_confirm) == expected[1]
+
+
+def test_a_prompt_that_confirms_stands_nowhere_else(tmp_path):
+    numbers = {"target_eval": [0, 1, 2, 3, 7, 2, 4, 1, 5], "target_holdout": [1, 4, 6]}
+    for name, rows in numbers.items():
+        (tmp_path / f"{name}.txt").write_text("".join(f"orb {number}\n" for number in rows))
+    sources = {name: PromptSource(source=str(tmp_path / f"{name}.txt")) for name in numbers}
+    plain = {side: numbered(tmp_path, side, 300) for side in ("target", "contrast")}
+    found = load_prompt_sets(PromptSection(**plain, **sources, direction_size=5, eval_size=2))
+    texts = [p.text for p in found.target_confirm.prompts]
+    assert texts == ["orb 2", "orb 3", "orb 7", "orb 2", "orb 5"]
 
 
 def test_no_row_that_the_search_sees_is_left_in_the_holdout(tmp_path):

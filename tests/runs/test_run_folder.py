@@ -468,8 +468,8 @@ def test_a_rate_is_a_share(rule):
 
 
 def test_shares_and_drifts_are_limits():
-    assert parse_rule("rate<=0.05", GOALS) == (0, 0.05)
-    assert parse_rule("drift<=5", GOALS) == (1, 5.0)
+    assert parse_rule("rate<=0.05", GOALS) == (0, 0.05, None)
+    assert parse_rule("drift<=5", GOALS) == (1, 5.0, None)
 
 
 # -- what others read ------------------------------------------------------------------------------

@@ -117,7 +117,10 @@ def _export(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--to", type=Path, required=True, metavar="PATH", help="new folder")
     choice = sub.add_mutually_exclusive_group()
     choice.add_argument("--trial", **_TRIAL)
-    text = "rule in place of a number: knee, drift<=X (KL divergence) or rate<=X (behaviour rate)"
+    text = (
+        "rule in place of a number: knee, drift<=X (KL divergence), rate<=X (behaviour rate), or "
+        "rate<=X@95%% for the upper bound of that confidence"
+    )
     choice.add_argument("--select", metavar="RULE", help=text)
     _format(sub)
     text = "write a quantised model's weights in bfloat16 (default: packed as they came)"

@@ -79,11 +79,14 @@ def front_table(record: Record, *, most: int = 12) -> Table:
     of = f", {len(shown)} shown" if len(shown) < len(trials) else ""
     table = _table(f"Pareto front: {len(trials)} of {len(record.trials)} trials{of}")
     table.add_column("trial", justify="right")
-    names = list(dict.fromkeys([*record.objectives, "drift_first"]))
+    known = any(trial.front_probability is not None for trial in shown)
+    names = list(dict.fromkeys([*record.objectives, *([] if known else ["drift_first"])]))
     for name in names:
         # Narrow, so that the words at the end fit a line of 80 characters.
         head = Text("\n".join(wrap(visible(_called(name)), 9, break_long_words=False)))
         table.add_column(head, justify="right", vertical="bottom")
+    if known:
+        table.add_column(Text("on the\nfront"), justify="right", vertical="bottom")
     table.add_column("", style="dim")
     for trial in shown:
         mine = trial.number == record.selected
@@ -92,6 +95,7 @@ def front_table(record: Record, *, most: int = 12) -> Table:
             table,
             f"{'* ' if mine else ''}{trial.number}",
             *(_value(name, trial.scores) for name in names),
+            *([formatting.chance(trial)] if known else []),
             words.replace(" of the behaviour", "").removeprefix("makes "),
             style="bold" if mine else "",
         )
@@ -109,6 +113,7 @@ def figures_table(record: Record) -> Table:
     chosen = record.chosen().scores
     parts: list[tuple[str, Scores, Scores]] = [
         ("on search prompts", record.baseline | record.final_baseline, chosen | record.final),
+        ("on confirm prompts", {}, record.chosen().confirm or {}),
         ("on holdout prompts", record.holdout_baseline, record.holdout),
     ]
     for where, before, after in parts:

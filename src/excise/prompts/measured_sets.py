@@ -22,10 +22,10 @@ from excise.prompts.tokens import (
     vocabulary,
 )
 
-Part = Literal["search", "holdout"]  # what candidates are measured on
+Part = Literal["search", "confirm", "holdout"]  # what candidates are measured on
 LONGEST = 24  # tokens of an opening: what responses share for longer than this is not a beginning
 
-_SUFFIX = {"search": "eval", "holdout": "holdout"}  # of the part's roles
+_SUFFIX = {"search": "eval", "confirm": "confirm", "holdout": "holdout"}  # of the part's roles
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,9 @@ class MeasuredSets(Mapping[str, MeasuredSet]):
         return len(self.sets)
 
     def part(self, part: Part) -> dict[str, MeasuredSet]:
-        """Return the sets that candidates are measured on, by side."""
+        """Return the sets that candidates are measured on, by side; there may be none to confirm with."""
+        if part == "confirm" and "target_confirm" not in self.sets:
+            return {}
         return {side: self.sets[f"{side}_{_SUFFIX[part]}"] for side in ("target", "contrast")}
 
     def opened(self, opening: Opening) -> MeasuredSets:

@@ -24,6 +24,7 @@ from excise.trees import BUILTIN
 _SHIPPED = PromptSource(
     source=str(resources.files("excise") / "data" / "keep" / "prompts.jsonl"), group_column="kind"
 )
+_LEAST_HELD = 100  # rows that the holdout keeps before any go to `confirm`
 _MOST = 100_000  # prompts of one set
 _LARGEST = 1 << 28  # characters of one set
 
@@ -65,7 +66,7 @@ def _digest(texts: list[str]) -> str:
 
 @dataclass(frozen=True)
 class PromptSets:
-    """Prompt sets of all roles of a run. The holdout and `keep` may be empty: then neither is used."""
+    """Prompt sets of all roles of a run. All but the first four may be empty: then they are not used."""
 
     target: PromptSet
     contrast: PromptSet
@@ -74,10 +75,15 @@ class PromptSets:
     target_holdout: PromptSet
     contrast_holdout: PromptSet
     keep: PromptSet = PromptSet("keep", "", ())
+    target_confirm: PromptSet = PromptSet("target_confirm", "", ())
+    contrast_confirm: PromptSet = PromptSet("contrast_confirm", "", ())
 
     def all(self) -> tuple[PromptSet, ...]:
-        """Return the sets, in the order of their roles."""
-        return tuple(vars(self).values())
+        """Return the sets, in the order of their roles; `confirm` only where both sides have prompts."""
+        confirms = len(self.target_confirm) and len(self.contrast_confirm)
+        return tuple(
+            s for role, s in vars(self).items() if confirms or not role.endswith("confirm")
+        )
 
     def without_keep(self) -> PromptSets:
         """Return the sets for work that has no use for the keep set."""
@@ -88,8 +94,10 @@ def load_prompt_sets(section: PromptSection) -> PromptSets:
     """Read every role of `section`.
 
     Without sources for evaluation, the rows after the first `direction_size` evaluate. Without
-    sources for the holdout, the rows after the first `eval_size` of those are the holdout. A prompt
-    that stands in an earlier part is left out of a later one, so the search never sees the holdout.
+    sources for the holdout, the rows after the first `eval_size` of those are the holdout. What that
+    can spare at its end is `confirm`: at most `confirm_size` rows, and none where the holdout would have
+    fewer than `holdout_size`, or 100. A prompt that stands in an earlier part is left out of a later one,
+    so neither the search nor the choice sees the holdout.
 
     Raises:
         PromptError: a set is missing, unreadable, empty or equal to its counterpart.
@@ -100,14 +108,14 @@ def load_prompt_sets(section: PromptSection) -> PromptSets:
     return replace(sets, keep=_load_keep(section, sets))
 
 
-def _load_side(section: PromptSection, side: str) -> tuple[PromptSet, PromptSet, PromptSet]:
+def _load_side(section: PromptSection, side: str) -> tuple[PromptSet, ...]:
     source: PromptSource | None = getattr(section, side)
     eval_source: PromptSource | None = getattr(section, f"{side}_eval")
     holdout_source: PromptSource | None = getattr(section, f"{side}_holdout")
     if source is None:
         raise PromptError(f"no {side} prompts: give --{side} FILE or a --behaviour that names them")
     n, m, h = section.direction_size, section.eval_size, section.holdout_size
-    whole = None if h is None else n + m + h
+    whole = None if h is None else n + m + section.confirm_size + h
     rows = read_prompts(source, limit=n if eval_source else whole)
     direction, rest = rows[:n], rows[n:]
     where = eval_source or source
@@ -119,12 +127,19 @@ def _load_side(section: PromptSection, side: str) -> tuple[PromptSet, PromptSet,
             f"{where.source}: all of its rows are used for the direction (direction_size {n}): "
             f"give --{side}-eval with other prompts, more rows, or a smaller --direction-size"
         )
-    held = holdout_source or where
-    holdout = rest[m:] if holdout_source is None else read_prompts(holdout_source)
-    holdout = _without(holdout, direction + rest[:m])
+    seen, spare, held = direction + rest[:m], rest[m:], holdout_source or where
+    if holdout_source is None:
+        spare = _without(spare, seen)
+        beyond = min(section.confirm_size, max(0, len(spare) - (h or _LEAST_HELD)))
+        end = min(h or len(spare) - beyond, len(spare))
+        holdout, confirm = spare[:end], _without(spare[end : end + beyond], spare[:end])
+    else:
+        holdout = _without(read_prompts(holdout_source), seen)
+        confirm = _without(spare, seen + holdout)[: section.confirm_size]
     return (
         PromptSet(side, source.source, direction),
         PromptSet(f"{side}_eval", where.source, rest[:m]),
+        PromptSet(f"{side}_confirm", where.source, confirm),
         PromptSet(f"{side}_holdout", held.source, holdout[:h]),
     )
 
@@ -171,6 +186,7 @@ def _check_distinct(sets: PromptSets) -> None:
     for a, b in (
         (sets.target, sets.contrast),
         (sets.target_eval, sets.contrast_eval),
+        (sets.target_confirm, sets.contrast_confirm),
         (sets.target_holdout, sets.contrast_holdout),
     ):
         if not len(a) or not len(b):

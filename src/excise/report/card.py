@@ -24,7 +24,13 @@ from excise.report.rerun_command import command, withheld
 
 _LICENCE = re.compile(r"[a-z0-9][a-z0-9.-]*")
 _FUNCTIONS = (
-    *(formatting.count, formatting.difference, formatting.heading, formatting.inline),
+    *(
+        formatting.chance,
+        formatting.count,
+        formatting.difference,
+        formatting.heading,
+        formatting.inline,
+    ),
     *(formatting.large, formatting.measured, formatting.parameter, formatting.public_source),
     *(
         formatting.judge_words,
@@ -113,6 +119,7 @@ def _of_the_run(record: Record) -> dict[str, Any]:
         "strengthened": views.strengthened(record),
         "safeguard": views.is_safeguard(record) and not views.strengthened(record),
         "trial_counts": views.trial_counts(record),
+        "confirmed": views.confirmed(record),
         "formatting_notes": views.formatting_notes(record),
         "max_new_tokens": views.setting(record, "scores", "max_new_tokens"),
         "thresholds": formatting.thresholds(),

@@ -15,7 +15,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from excise.formats import FORMATS
 from excise.named_models import ORIGINS, TITLES
-from excise.record import JudgeRecord, Record, ScoreRecord, Scores
+from excise.record import JudgeRecord, Record, ScoreRecord, Scores, TrialRecord
 from excise.search.pareto import SHARES
 
 Change = Literal["less", "same", "more", "unmeasured"]
@@ -41,6 +41,8 @@ _ROLES = {
     "contrast": "do not trigger it; used for directions",
     "target_eval": "trigger the behaviour; score trials",
     "contrast_eval": "do not trigger it; score trials",
+    "target_confirm": "trigger the behaviour; measure again what could be chosen",
+    "contrast_confirm": "do not trigger it; measure again what could be chosen",
     "target_holdout": "trigger the behaviour; final measurement",
     "contrast_holdout": "do not trigger it; final measurement",
     "keep": "ordinary use; their responses are kept",
@@ -59,6 +61,7 @@ _PHASES = {
     "responses": "generating responses",
     "passes": "forward passes",
     "judge": "judging responses",
+    "confirm": "Measuring again what could be chosen",
     "holdout": "Measuring on holdout prompts",
     "export": "Exporting",
     "load edited": "Loading the edited model",
@@ -296,6 +299,12 @@ def duration(seconds: float) -> str:
         return f"{whole // 60} min {whole % 60} s"
     minutes = round(seconds / 60)
     return f"{minutes // 60} h {minutes % 60} min"
+
+
+def chance(trial: TrialRecord) -> str:
+    """Return how often a trial is on the front of resampled prompts: '84 %'; a dash where unknown."""
+    known = trial.front_probability
+    return MISSING if known is None else f"{100 * known:.0f} %"
 
 
 def count(n: int, noun: str) -> str:

@@ -27,6 +27,7 @@ from excise.report.views import (
     Row,
     Shape,
     behaviour,
+    confirmed,
     evidence,
     formatting_notes,
     front_points,
@@ -211,10 +212,13 @@ def _front(record: Record) -> Table:
     points = front_points(record)
     names = score_names(record.objectives, *(p.trial.scores for p in points))
     rows = [
-        [_number(p), Cell(p.words), *(_measured(name, p.trial.scores.get(name)) for name in names)]
+        [
+            *(_number(p), Cell(p.words), Cell(wording.chance(p.trial))),
+            *(_measured(name, p.trial.scores.get(name)) for name in names),
+        ]
         for p in points
     ]
-    head = ["Trial", "In words", *(wording.heading(name) for name in names)]
+    head = ["Trial", "In words", "On the front", *(wording.heading(name) for name in names)]
     return Table(head, rows, words=2, marked=_marked(points))
 
 
@@ -281,6 +285,7 @@ def _facts(record: Record) -> Table:
         "Judge": None if record.judge is None else wording.judge_words(record.judge),
         "Objectives": "; ".join(map(wording.title, record.objectives)),
         "Chosen by": record.selection,
+        "Measured again": wording.count(confirmed(record), "trial") if confirmed(record) else None,
         "Seed": str(record.seed),
         "Response limit": None if limit is None else wording.count(int(limit), "token"),
         "Configuration": f"SHA-256 {model.config_sha256[:_HASH_CHARS]}",

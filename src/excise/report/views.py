@@ -95,12 +95,14 @@ def score_names(objectives: Iterable[str], *tables: Scores) -> list[str]:
 
 
 def prompt_sets(record: Record, trial: TrialRecord) -> list[PromptSet]:
-    """Return search prompts, and the holdout where `trial` is the one that was measured on it."""
+    """Return search prompts, and the others where `trial` is the one that was measured on the holdout."""
     selected = trial.number == record.selected
     before = record.baseline | (record.final_baseline if selected else {})
     after = trial.scores | (record.final if selected else {})
     sets = [PromptSet("search", before, after)]
     if selected and record.holdout:
+        if trial.confirm:
+            sets.append(PromptSet("confirm", {}, trial.confirm))
         sets.append(PromptSet("holdout", record.holdout_baseline, record.holdout))
     return sets
 
@@ -192,6 +194,11 @@ def strengthened(record: Record) -> bool:
 def is_safeguard(record: Record) -> bool:
     """Return whether the behaviour reads like a safeguard against misuse, such as refusal."""
     return _SAFEGUARD.search(f"{record.behaviour} {record.description}") is not None
+
+
+def confirmed(record: Record) -> int:
+    """Count the trials that were measured again, on prompts that the search had not used."""
+    return sum(trial.confirm is not None for trial in record.trials)
 
 
 def trial_counts(record: Record) -> dict[str, int]:

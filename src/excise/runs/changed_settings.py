@@ -22,6 +22,7 @@ _FREE = (
     *("search.trials", "search.time", "search.select", "scores.final", "scores.show"),
     *("model.source", "model.revision", "model.gguf_file", "model.device_map"),
     *("scores.files", "scores.markers", "scores.judge.", "prompts.chat_template", "prompts.keep"),
+    "prompts.confirm_size",
     *(
         f"prompts.{side}{part}."
         for side in ("target", "contrast")
@@ -68,6 +69,8 @@ def read_settings(
         known = read_toml(folder / CONFIG, "configuration file", ConfigError).get("prompts")
         if isinstance(known, dict) and "keep" not in known:  # written before there was a keep set
             flags["prompts.keep"] = []
+        if isinstance(known, dict) and "confirm_size" not in known:  # nor this part of the prompts
+            flags["prompts.confirm_size"] = 0
         config = load_config(file=folder / CONFIG, flags=flags)
     except ConfigError as error:
         raise RunStateError(f"{folder / CONFIG}: {error}. Set it back; else {_ANOTHER}") from None

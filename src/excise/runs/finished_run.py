@@ -34,8 +34,8 @@ from excise.runs.run_folder import DIRECTIONS, check_files, read_opening
 from excise.runs.session import Session
 from excise.runs.study_identity import check_judge, digests, fingerprint, identity
 from excise.search import journal
-from excise.search.loop import points
-from excise.search.pareto import Objective, Point, choose
+from excise.search.choosing import choose_among
+from excise.search.pareto import Objective
 from excise.search.scoring import Scoring, markers_of, scoring_by_judge
 
 
@@ -58,7 +58,7 @@ def export_run(
         to: a folder that does not exist yet.
         format_name: one of `formats.FORMATS`.
         trial: which trial; by default the selected one.
-        select: a rule instead of a number: knee, drift<=X, rate<=X.
+        select: a rule instead of a number: knee, drift<=X, rate<=X, rate<=X@95%.
         options: settings of `config.ExportSection` that are not the run's own.
         trust_run: let code run that the run folder names: scorers, a model's own, llama.cpp's.
         on_event: told of progress.
@@ -249,8 +249,9 @@ def _shapes(config: Mapping[str, Any]) -> dict[str, Any]:
 def _selected(record: Record, rule: str | None, goals: list[Objective]) -> int:
     if rule is None:
         return record.chosen().number
-    front = [p for p in points(record.trials, goals) if p.number in record.front]
-    chosen: Point | None = choose(rule, front, goals)
+    if rule == record.selection and record.selected is not None:
+        return record.selected
+    chosen = choose_among(rule, [record.trial(number) for number in record.front], goals)
     if chosen is None:
         raise RunStateError(f"no trial on the front keeps {rule!r}: see `excise front`")
     return chosen.number

@@ -54,9 +54,10 @@ from excise.runs.run_folder import (
 from excise.runs.session import EditingSession, Session
 from excise.runs.study_identity import identity
 from excise.search import journal
+from excise.search.choosing import BUDGET, Chooser
 from excise.search.evaluation import Panel
 from excise.search.loop import Measure, Measured, Search
-from excise.search.pareto import choose, pareto, parse_rule
+from excise.search.pareto import parse_rule
 from excise.search.region import region_of
 from excise.search.scoring import Scoring, scoring_by_judge
 from excise.search.stored_study import check_study
@@ -156,8 +157,9 @@ def _measure(
             search.run(section.trials, measure, clock.on_event)
         else:
             search.run_for(section.time, measure, clock.on_event)
-    front, chosen = _choose(session, search, out)
-    facts |= {"baseline": baseline, "front": front, "selected": chosen.number, **_kept(out)}
+    trials, front, chosen = _choose(session, search, engine, out, clock)
+    facts |= {"baseline": baseline, "trials": trials, "front": front, "selected": chosen.number}
+    facts |= _kept(out)
     with clock.phase("holdout"):
         facts |= final_figures(session, engine, session.edits(chosen.params))
     record = build_record(session, search, timing=dict(clock.seconds), **facts)
@@ -267,18 +269,31 @@ def _keep_facts(study: journal.Study) -> dict[str, Any]:
     return {"keep": study.user_attrs["keep"]} if "keep" in study.user_attrs else {}
 
 
-def _choose(session: Session, search: Search, out: Path) -> tuple[list[int], TrialRecord]:
-    """Return the numbers of the trials on the front, and the chosen one of them.
+def _choose(
+    session: EditingSession, search: Search, engine: Engine, out: Path, clock: Clock
+) -> tuple[list[TrialRecord], list[int], TrialRecord]:
+    """Measure those again that could be chosen; return all trials, the front's numbers, the chosen one.
 
     Raises:
         MeasurementError: the rule fits none.
     """
-    goals = session.scoring.goals()
-    front = pareto(search.points(), goals)
-    chosen = choose(session.config.search.select, front, goals)
+    section, sides = session.config.search, session.sets.part("confirm").values()
+    chooser = Chooser(search, section.select, session.config.seed)
+    if sides:
+        used = sum(map(len, session.sets.part("search").values()))
+        most = int(BUDGET * len(search.records()) * used / sum(map(len, sides)))
+        contenders = chooser.contenders(most)
+        if contenders:
+            with clock.phase("confirm", len(contenders)):
+                held = session.engine("confirm", engine.fitted_plan)
+                panel = session.panel(held, "confirm", session.scoring.objectives)
+                measure = measurer(session, panel, nullcontext)
+                chooser.confirm(contenders, measure, clock.on_event)
+    trials = chooser.annotated()
+    front, chosen = chooser.choose(trials)
     if chosen is None:
         raise MeasurementError(_nothing_chosen(session.config, len(front), out))
-    return [p.number for p in front], search.records()[chosen.number]
+    return trials, front, chosen
 
 
 def _sizing(session: Session) -> Sizing:

@@ -153,11 +153,12 @@ def reproduce(
 def _without_code(config: dict[str, Any]) -> dict[str, Any]:
     """Revoke a configuration's permission to run code: a record may come from anyone.
 
-    One of a version without a keep set has none.
+    One of a version without a keep set, or prompts to confirm with, has none.
     """
     tree = deepcopy(config)
     if isinstance(tree.get("prompts"), dict):
         tree["prompts"].setdefault("keep", [])
+        tree["prompts"].setdefault("confirm_size", 0)
     for section, key in (
         ("model", "trust_remote_code"),
         ("scores", "files"),

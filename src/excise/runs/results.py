@@ -144,7 +144,6 @@ def build_record(session: EditingSession, search: Search, **found: Any) -> Recor
             "formatting": session.sets.as_dict(),
             "objectives": [goal.name for goal in goals],
             "goals": ["minimize" if goal.sign > 0 else "maximize" for goal in goals],
-            "trials": search.records(),
             "selection": config.search.select,
             "coverage": CoverageRecord(
                 edited=list(coverage.edited), not_edited=[*coverage.not_edited, *method.notes]

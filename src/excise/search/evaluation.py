@@ -13,6 +13,7 @@ from excise.engine.stacking import CandidateEdits
 from excise.errors import MeasurementError
 from excise.record import ScoreRecord, Scores
 from excise.search.loop import Measured
+from excise.search.resampling import Draws, StoredDraws
 from excise.search.scorers import Score, ScoreContext, Scorer, needs_of, score_of
 
 _Clock = Callable[[], float]
@@ -35,7 +36,12 @@ class Panel:
         self._engine = engine
         self._scorers = scorers
         self._context = context
-        self._requests = [request for s in scorers for request in needs_of(s, context)]
+        needs = {s.name: needs_of(s, context) for s in scorers}
+        self._requests = [request for of_one in needs.values() for request in of_one]
+        self._sides = {
+            name: "+".join(sorted({request.side for request in of_one}))
+            for name, of_one in needs.items()
+        }
 
     def measure(
         self, candidates: Sequence[CandidateEdits], clock: _Clock = time.perf_counter
@@ -54,15 +60,19 @@ class Panel:
             seconds[phase] = (clock() - begun) / len(candidates)
         return [self._measured(one, seconds, clock) for one in evidence]
 
-    def _measured(self, one: Evidence, seconds: dict[str, float], clock: _Clock) -> Measured:
-        if self._context.judge is None:
-            return Measured(self._scores(one), dict(seconds))
+    def _measured(self, evidence: Evidence, seconds: dict[str, float], clock: _Clock) -> Measured:
         begun = clock()
-        scores = self._scores(one)
-        return Measured(scores, seconds | {"judge": clock() - begun})
-
-    def _scores(self, evidence: Evidence) -> Scores:
-        return {s.name: _recorded(s, score_of(s, evidence, self._context)) for s in self._scorers}
+        found = {s: score_of(s, evidence, self._context) for s in self._scorers}
+        scores: Scores = {s.name: _recorded(s, score) for s, score in found.items()}
+        draws = {
+            s.name: StoredDraws.of(score.draws, self._sides[s.name])
+            for s, score in found.items()
+            if isinstance(score.draws, Draws)
+        }
+        if self._context.judge is not None:
+            seconds = seconds | {"judge": clock() - begun}
+        known = {name: one for name, one in draws.items() if one is not None}
+        return Measured(scores, dict(seconds), draws=known)
 
 
 def _recorded(one: Scorer, score: Score) -> ScoreRecord:

@@ -32,6 +32,7 @@ from excise.record import ScoreRecord, SearchRecord, TrialRecord
 from excise.search.journal import Study
 from excise.search.pareto import Objective, Point, pareto
 from excise.search.region import Region
+from excise.search.resampling import StoredDraws
 from excise.search.sampler import Sampler
 
 MOST_EXPLAINED = 300  # trials that the importance of the parameters is computed from
@@ -46,6 +47,7 @@ class Measured:
     scores: dict[str, ScoreRecord] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     reason: str | None = None  # why there are no scores
+    draws: dict[str, StoredDraws] = field(default_factory=dict)  # of scores that have them
 
 
 # Parameters of a batch -> measurements, in order. The first batch of a study is always measured first,
@@ -285,9 +287,11 @@ def _stored(result: Measured, values: list[float] | None) -> dict[str, Any]:
     """Return a measurement as a trial stores it. JSON has no infinities, so such scores are left out."""
     good = values is not None
     scores = {name: score for name, score in result.scores.items() if _finite(score)}
+    draws = {k: v.model_dump(exclude_defaults=True) for k, v in result.draws.items()}
     return {
         "scores": {k: v.model_dump(exclude_none=True) for k, v in scores.items()},
         "seconds": result.seconds,
+        "draws": draws,
         "reason": result.reason if good or result.reason else "a score is not finite",
     }
 
@@ -308,6 +312,12 @@ def points(records: Sequence[TrialRecord], objectives: Sequence[Objective]) -> l
         for r in records
         if r.state == "complete"
     ]
+
+
+def draws_of(trial: FrozenTrial) -> dict[str, StoredDraws]:
+    """Return what each prompt added to a trial's scores; {} in studies of earlier versions."""
+    found = trial.user_attrs.get("measured", {}).get("draws", {})
+    return {name: StoredDraws.model_validate(one) for name, one in found.items()}
 
 
 def region_of_study(study: optuna.Study) -> Region | None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from excise.errors import ConfigError
 
-_LIMIT = re.compile(r"\s*([a-z_][\w.]*)\s*([<>]=)\s*([0-9.eE+-]+)\s*$")
+_LIMIT = re.compile(r"\s*([a-z_][\w.]*)\s*([<>]=)\s*([0-9.eE+-]+)\s*(?:@\s*([0-9.]{1,9})\s*%\s*)?$")
 _VERDICTS = ("verdict_shows", "verdict_answers", "verdict_other", "verdict_broken")
 SHARES = frozenset(
     {"behaviour_rate", "false_rate", "restored", "kept", *_VERDICTS}
@@ -33,6 +34,19 @@ class Point:
     values: tuple[float, ...]
 
 
+class Limit(NamedTuple):
+    """A limit on the objective `at`; with `level` it must hold with that confidence."""
+
+    at: int
+    limit: float
+    level: float | None = None
+
+
+# A point's number, an objective's position and a level -> what its figure is at worst, with that
+# confidence.
+Bound = Callable[[int, int, float], float]
+
+
 def beats(a: Point, b: Point, objectives: Sequence[Objective]) -> bool:
     """Return whether `a` dominates `b`: nowhere worse and somewhere better."""
     differences = [o.sign * (y - x) for o, x, y in zip(objectives, a.values, b.values, strict=True)]
@@ -55,23 +69,31 @@ def pareto(points: Sequence[Point], objectives: Sequence[Objective]) -> list[Poi
     return kept
 
 
-def choose(rule: str, front: Sequence[Point], objectives: Sequence[Objective]) -> Point | None:
-    """Choose the point of a rule: `knee`, or the best under a limit (`drift<=X`, `rate<=X`).
+def choose(
+    rule: str, front: Sequence[Point], objectives: Sequence[Objective], bound: Bound | None = None
+) -> Point | None:
+    """Choose the point of a rule: `knee`, or the best under a limit (`drift<=X`, `rate<=X@95%`).
 
     The limit of an objective that is maximised is a least value: `rate>=X`. Under a limit on one
-    objective the best of the others wins; None when no point keeps the limit.
+    objective the best of the others wins; None when no point keeps the limit. A limit with a level is
+    kept by points whose figure keeps it with that confidence, as `bound` says.
 
     Raises:
         ConfigError: the rule does not parse or names no objective.
     """
-    limits = parse_rule(rule, objectives)
+    found = parse_rule(rule, objectives)
     if not front:
         return None
-    if limits is None:
+    if found is None:
         return knee(front, objectives)
-    at, limit = limits
+    at, limit, level = found
     sign = objectives[at].sign
-    kept = [p for p in front if sign * p.values[at] <= sign * limit]
+
+    def figure(point: Point) -> float:
+        known = None if level is None or bound is None else bound(point.number, at, level)
+        return point.values[at] if known is None else known
+
+    kept = [p for p in front if sign * figure(p) <= sign * limit]
     others = [i for i in range(len(objectives)) if i != at]
     return min(
         kept,
@@ -84,8 +106,8 @@ def choose(rule: str, front: Sequence[Point], objectives: Sequence[Objective]) -
     )
 
 
-def parse_rule(rule: str, objectives: Sequence[Objective]) -> tuple[int, float] | None:
-    """Parse a rule to (position of the objective, limit), or None for the knee.
+def parse_rule(rule: str, objectives: Sequence[Objective]) -> Limit | None:
+    """Parse a rule to its limit, or None for the knee.
 
     Raises:
         ConfigError: the rule does not parse or names no objective.
@@ -95,7 +117,9 @@ def parse_rule(rule: str, objectives: Sequence[Objective]) -> tuple[int, float] 
     match = _LIMIT.match(rule)
     names = [o.name for o in objectives]
     if match is None:
-        raise ConfigError(f"cannot select by {rule!r:.80}: use knee, drift<=X or rate<=X")
+        raise ConfigError(
+            f"cannot select by {rule!r:.80}: use knee, drift<=X, rate<=X or rate<=X@95%"
+        )
     name = _SHORT.get(match[1], match[1])
     if name not in names:
         raise ConfigError(f"cannot select by {match[1]!r}: the objectives are {', '.join(names)}")
@@ -111,7 +135,19 @@ def parse_rule(rule: str, objectives: Sequence[Objective]) -> tuple[int, float] 
         raise ConfigError(f"cannot select by {rule!r}: {match[3]!r} is not a number") from None
     if name in SHARES and not 0 <= limit <= 1:
         raise ConfigError(f"cannot select by {rule!r}: {match[3]} is not a share, 0.05 is 5 %")
-    return at, limit
+    return Limit(at, limit, None if match[4] is None else _level(match[4], rule))
+
+
+def _level(percent: str, rule: str) -> float:
+    try:
+        level = float(percent) / 100
+    except ValueError:
+        level = 0.0
+    if not 0.5 < level < 1:
+        raise ConfigError(
+            f"cannot select by {rule!r}: the confidence is more than 50 % and less than 100 %"
+        )
+    return level
 
 
 def knee(front: Sequence[Point], objectives: Sequence[Objective]) -> Point:

@@ -22,18 +22,23 @@ from excise.judges.markers import Markers
 from excise.judges.text_folding import fold
 from excise.judges.verdicts import ANSWERS, BROKEN, SHOWS, VERDICTS, Exchange, Verdicts
 from excise.prompts.sets import Prompt
+from excise.search.resampling import Draws
 
 ENTRY_POINTS = "excise.scorers"
 
 
 @dataclass(frozen=True)
 class Score:
-    """A score, from `n` samples. `interval` is 95 %; `parts` holds the score of each group of prompts."""
+    """A score, from `n` samples. `interval` is 95 %; `parts` holds the score of each group of prompts.
+
+    `draws` says what each prompt of a side adds to it, so that prompts can be resampled.
+    """
 
     value: float
     n: int
     interval: tuple[float, float] | None = None
     parts: dict[str, Score] = field(default_factory=dict)
+    draws: Draws | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -204,7 +209,7 @@ def rate(flags: Sequence[bool], prompts: Sequence[Prompt]) -> Score:
         )
         for group in groups
     }
-    return Score(*share(flags), parts=parts)
+    return Score(*share(flags), parts=parts, draws=Draws(tuple(map(float, flags))))
 
 
 def mean_by_group(sums: Sequence[float], counts: Sequence[int], prompts: Sequence[Prompt]) -> Score:
@@ -219,7 +224,7 @@ def mean_by_group(sums: Sequence[float], counts: Sequence[int], prompts: Sequenc
         str(group): score([n for n, p in enumerate(prompts) if p.group == group])
         for group in groups
     }
-    return replace(score(range(len(sums))), parts=parts)
+    return replace(score(range(len(sums))), parts=parts, draws=Draws.of(sums, counts))
 
 
 @scorer(
@@ -257,9 +262,17 @@ def _shown(evidence: Evidence, context: ScoreContext, side: str) -> Score:
 
 def _share(evidence: Evidence, context: ScoreContext, side: str, counted: Collection[str]) -> Score:
     """Return the share of `counted` verdicts; what the judge gave no verdict on is left out."""
-    found = zip(context.verdicts(evidence, side), context.prompts[side], strict=True)
+    verdicts = context.verdicts(evidence, side)
+    found = zip(verdicts, context.prompts[side], strict=True)
     known = [(verdict in counted, prompt) for verdict, prompt in found if verdict is not None]
-    return rate([flag for flag, _ in known], [prompt for _, prompt in known])
+    score = rate([flag for flag, _ in known], [prompt for _, prompt in known])
+    return _drawn(score, [None if one is None else float(one in counted) for one in verdicts])
+
+
+def _drawn(score: Score, values: Sequence[float | None]) -> Score:
+    """Return a mean with what each prompt of its side adds to it; None where that does not count."""
+    sizes = [int(value is not None) for value in values]
+    return replace(score, draws=Draws.of([value or 0.0 for value in values], sizes))
 
 
 def _verdict_scorer(verdict: str) -> None:
@@ -286,7 +299,8 @@ def severity(evidence: Evidence, context: ScoreContext) -> Score:
     found = context.judge.severities(context.exchanges(evidence, "target"))
     pairs = zip(found, context.prompts["target"], strict=True)
     known = [(value, prompt) for value, prompt in pairs if value is not None]
-    return mean_by_group([v for v, _ in known], [1] * len(known), [p for _, p in known])
+    score = mean_by_group([v for v, _ in known], [1] * len(known), [p for _, p in known])
+    return _drawn(score, found)
 
 
 def _judged(context: ScoreContext, *, grades: bool = False) -> list[Request]:
@@ -372,7 +386,9 @@ def _accuracy(evidence: Evidence, context: ScoreContext, side: str) -> Score:
     prompts = context.prompts[side]
     known = [(p, r) for p, r in zip(prompts, responses, strict=True) if _answer_of(p)]
     flags = [stands_in(_answer_of(prompt), fold(response.text)) for prompt, response in known]
-    return rate(flags, [prompt for prompt, _ in known])
+    each = iter(map(float, flags))
+    values = [next(each) if _answer_of(prompt) else None for prompt in prompts]
+    return _drawn(rate(flags, [prompt for prompt, _ in known]), values)
 
 
 def _answer_of(prompt: Prompt) -> str:

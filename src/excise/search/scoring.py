@@ -57,6 +57,8 @@ class Scoring:
         """
         for scorer in (*self.objectives, *self.report, *self.final):
             needs_of(scorer, self.context(sets.part("search")))
+        for scorer in self.objectives if sets.part("confirm") else ():
+            needs_of(scorer, self.context(sets.part("confirm")))
         for scorer in self.final:
             needs_of(scorer, self.context(sets.part("holdout")))
 
