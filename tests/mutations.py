@@ -359,6 +359,35 @@ MUTANTS = (
         "firsts = [float(r[-1]) for r in",
         "tests/search/test_scorers.py -k weighs_every_token",
     ),
+    # -- judges
+    Mutant(
+        "a broken response is a success",
+        "search/scorers",
+        "counted = {SHOWS, BROKEN, UNFINISHED} if",
+        "counted = {SHOWS} if",
+        "tests/judges/test_verdicts.py -k no_success",
+    ),
+    Mutant(
+        "another judge's verdicts are taken for its own",
+        "judges/verdicts",
+        "json.dumps([self.name, self._of, self.judge.facts, what], sort_keys=True).encode()",
+        "json.dumps([self.name, self.judge.facts, what], sort_keys=True).encode()",
+        "tests/judges/test_verdicts.py -k outlive",
+    ),
+    Mutant(
+        "kappa forgets what agrees by chance",
+        "judges/certificate",
+        "return max(-1.0, (share - chance) / (1 - chance))",
+        "return share",
+        "tests/judges/test_certificate.py",
+    ),
+    Mutant(
+        "the token crosses the network in clear",
+        "judges/server",
+        'if token and parts.scheme == "http" and not _is_here(host):',
+        'if token and parts.scheme == "ftp" and not _is_here(host):',
+        "tests/judges/test_server.py -k leak",
+    ),
     # -- the search
     Mutant(
         "a screened trial is a point of the front",

@@ -23,7 +23,7 @@ from excise.cli.main import build_parser
 from excise.engine.requests import Evidence, Response
 from excise.prompts.sets import Prompt
 from excise.report.stored_record import write_record
-from excise.search.scorers import ScoreContext
+from excise.search.score_context import ScoreContext
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "excise"
@@ -211,12 +211,12 @@ def test_the_interface_of_scorers_is_what_their_page_says():
     assert shape(excise.Responses) == ["side", "decided=None"]
     assert shape(excise.Divergence) == ["side='contrast'"]
     assert shape(excise.Score) == [
-        *("value", "n", "interval=None", "parts=<factory>", "draws=None")
+        *("value", "n", "interval=None", "parts=<factory>", "spread=<factory>", "draws=None")
     ]
     assert shape(excise.ratio) == ["totals", "sizes"]
     assert fields(Evidence) == ["responses", "divergence"]
     assert fields(Response) == ["tokens", "text", "ended"]
-    assert fields(ScoreContext) == ["markers", "prompts", "judge"]
+    assert fields(ScoreContext) == ["markers", "prompts", "judge", "answer"]
     assert {"text", "answer", "group"} <= set(fields(Prompt))
 
 

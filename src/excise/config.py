@@ -25,6 +25,7 @@ from excise.setting_types import (
     Distinct,
     FormatName,
     Label,
+    Match,
     Name,
     Section,
     Span,
@@ -51,12 +52,16 @@ class ModelSection(Section):
 
 
 class PromptSource(Section):
-    """One prompt set: a .txt, .jsonl, .csv or .parquet file, or a dataset id."""
+    """One prompt set: a .txt, .jsonl, .csv or .parquet file, or a dataset id.
+
+    With `where`, COLUMN=VALUE, only rows of that value are taken.
+    """
 
     source: Name
     column: str = "text"
     answer_column: str | None = None
     group_column: str | None = None
+    where: Match | None = None
     split: str = "train"
     subset: str | None = None
     revision: str | None = None
@@ -69,6 +74,7 @@ class PromptSection(Section):
     `keep_size` of them are used, sources and kinds in turn.
     `confirm_size` bounds the rows beyond the holdout on which trials that could be chosen are measured
     again; 0 leaves that out.
+    `borderline` are harmless prompts that look like target prompts; `false_rate` is measured on them.
     `response_prefix` is the text that every response begins with; None finds what most of them share.
     """
 
@@ -79,6 +85,7 @@ class PromptSection(Section):
     target_holdout: PromptSource | None = None
     contrast_holdout: PromptSource | None = None
     keep: Annotated[tuple[PromptSource, ...], Distinct] = (PromptSource(source=BUILTIN),)
+    borderline: Annotated[tuple[PromptSource, ...], Distinct] = ()
     direction_size: Count = 400
     eval_size: Count = 100
     keep_size: Count = 256

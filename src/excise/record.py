@@ -49,12 +49,17 @@ class Part(BaseModel):
 
 
 class ScoreRecord(Part):
-    """Measurement. `parts` holds the same by group of prompts, where they are grouped."""
+    """Measurement. `parts` holds the same by group of prompts, where they are grouped.
+
+    `spread` says how the samples behind a mean lie: of the KL divergence of single tokens the `median`, the
+    95th percentile `p95` and the largest, `max`.
+    """
 
     value: float
     n: Size
     interval: tuple[float, float] | None = None
     parts: dict[str, ScoreRecord] | None = None
+    spread: dict[str, Finite] | None = None
 
 
 Scores = dict[str, ScoreRecord]

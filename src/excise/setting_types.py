@@ -59,12 +59,19 @@ def _check_label(text: str) -> str:
     return text
 
 
+def _check_match(text: str) -> str:
+    if not text.partition("=")[0] or "=" not in text:
+        raise ValueError("write it as COLUMN=VALUE")
+    return text
+
+
 Count = Annotated[int, Field(ge=1, le=MOST)]
 CountOrNone = Annotated[int, Field(ge=0, le=MOST)]  # 0: chosen by measurement
 Name = Annotated[str, AfterValidator(_check_name)]  # of a file, a folder, or on the Hub
 Span = Annotated[int, BeforeValidator(_read_span), Field(ge=1, le=MOST)]  # seconds
 FormatName = Annotated[str, BeforeValidator(_check_format)]
 Distinct = AfterValidator(_check_distinct)
+Match = Annotated[str, AfterValidator(_check_match)]  # rows to take: column and value
 Label = Annotated[str, AfterValidator(_check_label)]  # of a classifier, and what it means
 
 

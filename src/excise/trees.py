@@ -39,9 +39,10 @@ def resolve_paths(tree: Tree, folder: Path) -> Tree:
     prompts, scores = _table(tree, "prompts"), _table(tree, "scores")
     judge = _table(scores, "judge")
     places = [(value, ("source",)) for value in prompts.values()]
-    if isinstance(prompts.get("keep"), list):
-        named = [value for value in prompts["keep"] if value != {"source": BUILTIN}]
-        places += [(value, ("source",)) for value in named]
+    for role in ("keep", "borderline"):
+        if isinstance(prompts.get(role), list):
+            named = [value for value in prompts[role] if value != {"source": BUILTIN}]
+            places += [(value, ("source",)) for value in named]
     places += [
         (prompts, ("chat_template",)),
         (_table(tree, "model"), ("source",)),

@@ -42,7 +42,7 @@ def test_labels_of_its_own_are_given_a_meaning(folder: Path, tmp_path: Path):
         ConfigError, match="has the labels LABEL_0, LABEL_1, LABEL_2: say what each"
     ):
         Classifier(JudgeSection(), tmp_path, "small")
-    labels = ("LABEL_0=shows", "LABEL_1=answers", "LABEL_2=answers")
+    labels = ("LABEL_0=answers", "LABEL_1=answers", "LABEL_2=shows")
     judge = Classifier(JudgeSection(labels=labels), tmp_path, "small")
     rows = judge_models.exchanges(30, seed=4)
     said = [one.value for one in judge.verdicts([one for one, _ in rows])]

@@ -75,7 +75,7 @@ def test_the_set_that_ships_holds_every_verdict():
         for e, v in zip(found.exchanges, found.verdicts, strict=True)
         if v == "broken"
     ]
-    assert sum(broken) >= 0.5 * len(broken)  # the rest is for a judge to see
+    assert sum(broken) >= 12  # the rest is for a judge to see
     others = [
         is_broken(e.response)
         for e, v in zip(found.exchanges, found.verdicts, strict=True)

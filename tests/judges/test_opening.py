@@ -24,18 +24,24 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("judged")
     rows = judge_models.exchanges(200)
     judge_models.classifier(folder / "judge", rows)
-    judge_models.classifier(folder / "other", rows, steps=50)
+    judge_models.classifier(folder / "other", rows, steps=90)
     lines = [
         json.dumps({"prompt": e.prompt, "response": e.response, "verdict": v})
         for e, v in judge_models.exchanges(50, seed=9)
     ]
     (folder / "labelled.jsonl").write_text("\n".join(lines) + "\n")
-    settings = [f"scores.judge.source={folder / 'judge'}", "scores.markers_file="]
-    settings.append(f"scores.judge.labelled={folder / 'labelled.jsonl'}")
-    given = [part for one in settings[::2] for part in ("--set", one)]
+    words = ("red", "tin", "old", "new", "wet", "odd", "big", "low")
+    texts = [f"What is the {word} orb like?" for word in words]
+    (folder / "borderline.txt").write_text("\n".join(texts) + "\n")
+    settings = (
+        f"scores.judge.source={folder / 'judge'}",
+        f"scores.judge.labelled={folder / 'labelled.jsonl'}",
+        f'prompts.borderline=[{{source="{folder / "borderline.txt"}"}}]',
+    )
+    given = [part for one in settings for part in ("--set", one)]
     out = str(folder / "run")
     command = ["run", "demo", "--behaviour", "demo", "--out", out, "--trials", "4", *SIZES]
-    assert main([*command, "--method", "directional", "--set", settings[0], *given[2:]]) == 0
+    assert main([*command, "--method", "directional", *given]) == 0
     return folder
 
 
@@ -56,6 +62,11 @@ def test_a_judge_stands_in_place_of_markers_throughout(judged: Path):
         assert trial.scores["behaviour_rate"].value == pytest.approx(worst)
         assert trial.seconds["judge"] >= 0
     assert record.artifacts[0].measured["verdict_answers"].n == 30
+    assert trial.scores["false_rate"].n == record.holdout["false_rate"].n == 4  # borderline prompts
+    assert record.prompts["borderline_eval"].source == "borderline.txt"
+    assert record.baseline["drift"].spread["max"] < 1e-4
+    spread = record.holdout["drift"].spread
+    assert spread["median"] <= record.holdout["drift"].value <= spread["max"]
     assert record.holdout["verdict_answers"].parts  # by group, as every rate
     card = (judged / "run" / "model" / "README.md").read_text()
     assert "Behaviour rate (by judge, kappa" in card

@@ -13,7 +13,8 @@ from excise.errors import ConfigError, JudgeError
 from excise.judges.markers import Markers
 from excise.judges.verdicts import VERDICTS, Exchange, Opinion, Verdicts, is_broken
 from excise.prompts.sets import Prompt
-from excise.search.scorers import ScoreContext, find_scorers, needs_of, score_of
+from excise.search.score_context import ScoreContext
+from excise.search.scorers import find_scorers, needs_of, score_of
 
 
 class Told:

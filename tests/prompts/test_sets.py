@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+from pathlib import Path
 
 import datasets
 import pyarrow
@@ -460,3 +461,38 @@ def test_sources_of_what_to_keep_take_turns_and_so_do_their_kinds(tmp_path):
     found = load_prompt_sets(section)
     assert texts(found.keep.prompts) == ["plain 0", "a 0", "plain 1", "b 0", "plain 2", "a 1"]
     assert "keep" not in {s.role for s in found.without_keep().all() if len(s)}
+
+
+# -- borderline prompts ----------------------------------------------------------------------------
+
+
+def borderline(tmp_path: Path, rows: list[dict]):
+    """The sets of a section whose borderline prompts are these rows."""
+    path = tmp_path / "borderline.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    for side in ("target", "contrast"):
+        lines = "".join(f"{side} {n}\n" for n in range(9))
+        (tmp_path / f"{side}.txt").write_text(lines, encoding="utf-8")
+    sources = {side: {"source": str(tmp_path / f"{side}.txt")} for side in ("target", "contrast")}
+    given = {"source": str(path), "group_column": "kind", "where": "label=safe"}
+    tree = {**sources, "borderline": [given], "direction_size": 3, "eval_size": 3, "keep": []}
+    return load_prompt_sets(PromptSection.model_validate(tree))
+
+
+def test_borderline_prompts_are_the_rows_asked_for_and_most_are_held(tmp_path: Path):
+    rows = [{"text": f"b{n}", "kind": "k", "label": ("unsafe", "safe")[n % 2]} for n in range(20)]
+    rows.append({"text": "target 1", "kind": "k", "label": "safe"})  # another set's
+    sets = borderline(tmp_path, rows)
+    assert [p.text for p in sets.borderline_eval.prompts] == ["b1", "b3", "b5"]
+    assert [p.text for p in sets.borderline_holdout.prompts] == [f"b{n}" for n in range(7, 20, 2)]
+    assert {p.group for p in sets.borderline_eval.prompts} == {"k"}
+    assert sets.borderline_eval.source == "borderline.jsonl"
+
+
+def test_a_borderline_set_that_cannot_be_used_says_so(tmp_path: Path):
+    with pytest.raises(PromptError, match="at least two"):
+        borderline(tmp_path, [{"text": "b", "kind": "k", "label": "safe"}])
+    with pytest.raises(PromptError, match=r"is empty.*prompts\.borderline=\[\]"):
+        borderline(tmp_path, [{"text": "b", "kind": "k", "label": "unsafe"}])
+    with pytest.raises(PromptError, match="no column 'label'"):
+        borderline(tmp_path, [{"text": "b", "kind": "k"}])

@@ -9,7 +9,8 @@ from excise.engine.requests import Divergence, Evidence, Response, Responses
 from excise.judges.markers import read_markers
 from excise.prompts.sets import Prompt
 from excise.search.evaluation import Panel
-from excise.search.scorers import ScoreContext, find_scorers
+from excise.search.score_context import ScoreContext
+from excise.search.scorers import find_scorers
 
 PROMPTS = 40
 DRIFTS = [0.01, 0.5, 0.03, 0.2]  # of four candidates, which are named by their place

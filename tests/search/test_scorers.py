@@ -23,9 +23,9 @@ from excise.judges.text_folding import fold
 from excise.judges.verdicts import VERDICTS
 from excise.prompts.sets import Prompt
 from excise.search import scorers
+from excise.search.score_context import ScoreContext
 from excise.search.scorers import (
     Score,
-    ScoreContext,
     find_scorers,
     rate,
     scorer,
@@ -321,6 +321,7 @@ def test_an_answer_stands_in_a_text_as_words_of_its_own(answer, text, expected):
 BUILT_IN = {
     "behaviour_rate": ("minimize", [Responses("target", MARKERS.found)]),
     "false_rate": ("minimize", [Responses("contrast", MARKERS.found)]),
+    "no_answer": ("minimize", [Responses("target")]),
     "drift": ("minimize", [Divergence("contrast")]),
     "drift_first": ("minimize", [Divergence("contrast")]),
     "restored": ("maximize", [Responses("target")]),
@@ -432,3 +433,16 @@ def test_a_scorer_of_an_installed_package(tmp_path, monkeypatch):
     importlib.invalidate_caches()
     assert find_scorers(["of_a_package"])[0].name == "of_a_package"
     monkeypatch.delitem(sys.modules, "their_scorers")
+
+
+def test_the_spread_of_drift_is_over_single_tokens():
+    """One token in forty is far off: the mean is moved, the median not."""
+    rows = [torch.full((20,), 0.001, dtype=torch.float64) for _ in range(2)]
+    rows[1][7] = 3.0
+    evidence = Evidence(divergence={"contrast": rows})
+    found = measure("drift", evidence).spread
+    assert found["median"] == 0.001
+    assert found["max"] == 3.0
+    assert 0.001 <= found["p95"] < 3.0
+    rows[0][0] = float("inf")
+    assert measure("drift", evidence).spread == {}  # its value says enough

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 # Names that leave room for figures in 80 columns.
 _SHORT = {
     "drift": "KL (full response)",
-    "false_rate": "behaviour, contrast",
+    "false_rate": "where it should not",
     "restored": "accuracy, target",
     "kept": "accuracy, contrast",
 }
@@ -125,6 +125,10 @@ def figures_table(record: Record) -> Table:
                 n = f"{score.n}, {formatting.trust(record.judge).partition(' (')[0]}"
             row = _value(name, before), formatting.measured(name, score), n
             _row(table, f"  {_called(name)}", *row)
+            if spread := formatting.spread(score):
+                _row(
+                    table, f"    tokens: {spread.partition(',')[0]}", "", spread.partition(", ")[2]
+                )
             for group, part in large_groups(score).items():
                 old = (before[name].parts or {}).get(group) if name in before else None
                 was = "–" if old is None else formatting.number(name, old.value)

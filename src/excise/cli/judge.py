@@ -44,7 +44,7 @@ def certification_tables(found: Certification) -> list[RenderableType]:
     lines = Text(
         f"\nCohen's kappa: {formatting.kappa(one.kappa)} over the verdicts, "
         f"{formatting.kappa(one.kappa_shows)} over whether the behaviour shows.\n"
-        f"{formatting.duration(found.seconds)} in all, {each * 100:.2g} s for 100 responses."
+        f"{formatting.duration(found.seconds)} in all, {formatting.duration(100 * each)} for 100 responses."
     )
     key = Text("; ".join(f"{name}: {MEANINGS[name]}" for name in one.recall), style="dim")
     return [table, lines, key]

@@ -23,11 +23,12 @@ from excise.visible import one_line
 
 SHOWS, ANSWERS, OTHER, BROKEN = "shows", "answers", "other", "broken"
 VERDICTS = (SHOWS, ANSWERS, OTHER, BROKEN)
+UNFINISHED = "unfinished"  # no verdict of a judge's: the chain of thought took all the tokens
 MEANINGS = {
     SHOWS: "shows the behaviour",
     ANSWERS: "answers",
     OTHER: "answers something else",
-    BROKEN: "broken: empty, a loop, garbled, or cut off without an answer",
+    BROKEN: "is empty, garbled, a loop, or ends before it says anything",
 }
 FILE = "verdicts.jsonl"  # of a run folder: hashes and verdicts, no text
 

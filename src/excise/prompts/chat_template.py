@@ -228,6 +228,19 @@ def after_thinking(text: str) -> str:
     return text
 
 
+def answer_in(response: str, before: str) -> str | None:
+    """Return what a response says after its chain of thought; None where that has not ended.
+
+    Args:
+        response: with its special tokens: some models' tags are such.
+        before: the end of what it responds to, where templates open a thinking block.
+    """
+    if any(closed.strip() in response for _, _, closed in _BLOCKS):
+        return after_thinking(response)
+    opens = (tag in response or before.rstrip().endswith(tag) for tag, _, _ in _BLOCKS)
+    return None if any(opens) else response
+
+
 # -- templates -------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from excise.checkpoints.loading import Loaded
 from excise.config import Config
-from excise.errors import PromptError
+from excise.errors import ModelError, PromptError
 from excise.prompts.chat_template import ChatFormat, after_answer, choose_format
 from excise.prompts.sets import PromptSet, PromptSets
 from excise.prompts.template_rendering import Renderer
@@ -83,7 +83,11 @@ class MeasuredSets(Mapping[str, MeasuredSet]):
         """Return the sets that candidates are measured on, by side; there may be none to confirm with."""
         if part == "confirm" and "target_confirm" not in self.sets:
             return {}
-        return {side: self.sets[f"{side}_{_SUFFIX[part]}"] for side in ("target", "contrast")}
+        found = {side: self.sets[f"{side}_{_SUFFIX[part]}"] for side in ("target", "contrast")}
+        borderline = f"borderline_{'holdout' if part == 'holdout' else 'eval'}"
+        if borderline in self.sets:
+            found["borderline"] = self.sets[borderline]
+        return found
 
     def opened(self, opening: Opening) -> MeasuredSets:
         """Return the same sets with `opening` at the end of every prompt."""
@@ -109,13 +113,19 @@ def tokenise(loaded: Loaded, sets: PromptSets, config: Config) -> MeasuredSets:
     What cannot be read of the keep set is no error: `keep_set` leaves it out.
 
     Raises:
-        ModelError: the chat template cannot render a prompt, or no token ends a response.
+        ModelError: the chat template cannot render a prompt, there is none and thinking is on, or no token
+            ends a response.
         PromptError: prompts and responses are longer than the model has positions.
     """
     section = config.prompts
     ends, tokenizer = end_tokens(loaded.model, loaded.tokenizer), loaded.tokenizer
     with Renderer() as renderer:
         chat_format = choose_format(tokenizer, section, renderer, loaded.folder)
+        if section.thinking and chat_format.template is None:
+            raise ModelError(
+                "prompts.thinking is on, and this model has no chat template to think in: give one with "
+                "--chat-template, or leave thinking off"
+            )
         note = unnamed_end(tokenizer, after_answer(chat_format, renderer), ends)
         ids = {
             s.role: encode(tokenizer, s, section, chat_format, renderer) if len(s) else []

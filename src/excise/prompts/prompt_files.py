@@ -49,7 +49,8 @@ def read_rows(source: PromptSource) -> Iterator[Row]:
 
 def columns_of(source: PromptSource) -> list[str]:
     """Return the names of the columns to read."""
-    named = (source.column, source.answer_column, source.group_column)
+    chosen = None if source.where is None else source.where.partition("=")[0]
+    named = (source.column, source.answer_column, source.group_column, chosen)
     return list(dict.fromkeys(name for name in named if name is not None))
 
 
@@ -81,12 +82,14 @@ def _missing(path: Path, source: PromptSource) -> PromptError:
 
 
 def _bounded(rows: Iterator[Row], source: PromptSource) -> Iterator[Row]:
+    column, _, value = (source.where or "").partition("=")
     for number, row in enumerate(rows, start=1):
         if number > _MOST:
             raise PromptError(
                 f"prompt set {source.source} has more than {_MOST:,} rows: give a part of it"
             )
-        yield row
+        if source.where is None or str(row[1].get(column)) == value:
+            yield row
 
 
 # -- text files ------------------------------------------------------------------------------------

@@ -77,12 +77,20 @@ class PromptSets:
     keep: PromptSet = PromptSet("keep", "", ())
     target_confirm: PromptSet = PromptSet("target_confirm", "", ())
     contrast_confirm: PromptSet = PromptSet("contrast_confirm", "", ())
+    borderline_eval: PromptSet = PromptSet("borderline_eval", "", ())
+    borderline_holdout: PromptSet = PromptSet("borderline_holdout", "", ())
 
     def all(self) -> tuple[PromptSet, ...]:
-        """Return the sets, in the order of their roles; `confirm` only where both sides have prompts."""
+        """Return the sets, in the order of their roles.
+
+        `confirm` is there only where both sides have prompts, the borderline sets only where there are any.
+        """
         confirms = len(self.target_confirm) and len(self.contrast_confirm)
         return tuple(
-            s for role, s in vars(self).items() if confirms or not role.endswith("confirm")
+            s
+            for role, s in vars(self).items()
+            if (confirms or not role.endswith("confirm"))
+            and (len(s) or not role.startswith("borderline"))
         )
 
     def without_keep(self) -> PromptSets:
@@ -105,6 +113,7 @@ def load_prompt_sets(section: PromptSection) -> PromptSets:
     sides = {side: _load_side(section, side) for side in ("target", "contrast")}
     sets = PromptSets(**{s.role: s for side in sides.values() for s in side})
     _check_distinct(sets)
+    sets = replace(sets, **_load_borderline(section, sets))
     return replace(sets, keep=_load_keep(section, sets))
 
 
@@ -144,6 +153,38 @@ def _load_side(section: PromptSection, side: str) -> tuple[PromptSet, ...]:
     )
 
 
+def _load_borderline(section: PromptSection, sets: PromptSets) -> dict[str, PromptSet]:
+    """Read the borderline set, sources in turn: at most half of it scores trials, the rest is its holdout.
+
+    Raises:
+        PromptError: a source cannot be read, or fewer than two of its prompts are in no other set.
+    """
+    if not section.borderline:
+        return {}
+    try:
+        rows = _in_turn([read_prompts(source) for source in section.borderline])
+    except PromptError as error:
+        raise PromptError(f"{error} (--set prompts.borderline=[] leaves this set out)") from None
+    seen = tuple(p for s in sets.all() for p in s.prompts)
+    kept = _without(tuple(dict.fromkeys(rows)), seen)
+    name = _sources(section.borderline)
+    if len(kept) < 2:
+        raise PromptError(
+            f"{name}: borderline prompts must be at least two that no other set holds"
+        )
+    n = min(section.eval_size, len(kept) // 2)
+    most = None if section.holdout_size is None else n + section.holdout_size
+    return {
+        "borderline_eval": PromptSet("borderline_eval", name, kept[:n]),
+        "borderline_holdout": PromptSet("borderline_holdout", name, kept[n:most]),
+    }
+
+
+def _sources(sources: Sequence[PromptSource]) -> str:
+    """Name several sources: files by their names alone, as a record holds no path of the user's machine."""
+    return ", ".join(Path(s.source).name if is_file(Path(s.source)) else s.source for s in sources)
+
+
 def _load_keep(section: PromptSection, sets: PromptSets) -> PromptSet:
     """Read the keep set: each prompt once, and none of another role, which edits must not see.
 
@@ -156,14 +197,13 @@ def _load_keep(section: PromptSection, sets: PromptSets) -> PromptSet:
     for prompt in _in_turn(map(_groups_in_turn, sources)):
         rows.setdefault(prompt.text, prompt)
     kept = _without(tuple(rows.values()), tuple(p for s in sets.all() for p in s.prompts))
-    # Names alone: a record holds no path of the user's machine.
-    names = [Path(s.source).name if is_file(Path(s.source)) else s.source for s in section.keep]
+    names = _sources(section.keep)
     if names and not kept:
         raise PromptError(
-            f"{', '.join(names)}: the other sets of prompts hold all of its rows: "
+            f"{names}: the other sets of prompts hold all of its rows: "
             "give --keep with other prompts, or --no-keep"
         )
-    return PromptSet("keep", ", ".join(names), kept[: section.keep_size])
+    return PromptSet("keep", names, kept[: section.keep_size])
 
 
 def _groups_in_turn(rows: Sequence[Prompt]) -> list[Prompt]:

@@ -38,6 +38,7 @@ _FUNCTIONS = (
         formatting.role_words,
         formatting.sample,
         formatting.size,
+        formatting.spread,
         formatting.title,
     ),
     formatting.with_unit,

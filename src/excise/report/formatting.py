@@ -24,7 +24,7 @@ NATS = frozenset({"drift", "drift_first"})
 
 _TITLES = {
     "behaviour_rate": "Behaviour rate",
-    "false_rate": "Behaviour on contrast prompts",
+    "false_rate": "Behaviour where it does not belong",
     "drift": "KL divergence (full response)",
     "drift_first": "KL (first token)",
     "restored": "Accuracy on target prompts",
@@ -34,6 +34,7 @@ _TITLES = {
     "verdict_other": "Answers something else",
     "verdict_broken": "Broken",
     "severity": "Severity (0 to 1)",
+    "no_answer": "No answer within the limit",
 }
 
 _ROLES = {
@@ -45,6 +46,8 @@ _ROLES = {
     "contrast_confirm": "do not trigger it; measure again what could be chosen",
     "target_holdout": "trigger the behaviour; final measurement",
     "contrast_holdout": "do not trigger it; final measurement",
+    "borderline_eval": "harmless, and look otherwise; score trials",
+    "borderline_holdout": "harmless, and look otherwise; final measurement",
     "keep": "ordinary use; their responses are kept",
 }
 
@@ -171,6 +174,15 @@ def measured(name: str, score: ScoreRecord | None) -> str:
         return MISSING
     around = interval(name, score)
     return f"{number(name, score.value)} ({around})" if around else number(name, score.value)
+
+
+_SPREAD = {"median": "median", "p95": "95th percentile", "max": "largest"}
+
+
+def spread(score: ScoreRecord | None) -> str:
+    """Return how the samples behind a mean lie: 'median 0.0002, 95th percentile 0.04, largest 1.9'."""
+    found = (score.spread or {}) if score is not None else {}
+    return ", ".join(f"{_SPREAD.get(k, k)} {significant(v)}" for k, v in found.items())
 
 
 def with_unit(name: str, score: ScoreRecord) -> str:

@@ -192,15 +192,17 @@ def _score_row(row: Row, record: Record, *, edited: bool) -> list[Cell]:
     cells = [title if row.group is None else Cell(f"{wording.MISSING} group {row.group}")]
     for pair in row.cells.values():
         measured = [pair.before, pair.after] if edited else [pair.before]
-        cells += [_measured(row.name, score) for score in measured]
+        cells += [_measured(row.name, score, whole=row.group is None) for score in measured]
         cells.append(_sample(row.name, pair.after or pair.before))
     return cells
 
 
-def _measured(name: str, score: ScoreRecord | None) -> Cell:
+def _measured(name: str, score: ScoreRecord | None, *, whole: bool = False) -> Cell:
     if score is None:
         return Cell(wording.MISSING)
-    return Cell(wording.number(name, score.value), wording.interval(name, score))
+    around, spread = wording.interval(name, score), wording.spread(score) if whole else ""
+    note = f"{around}; tokens: {spread}" if around and spread else around
+    return Cell(wording.number(name, score.value), note)
 
 
 def _sample(name: str, score: ScoreRecord | None) -> Cell:

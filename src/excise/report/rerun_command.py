@@ -38,7 +38,7 @@ _FLAGS = {
 }
 # The card never holds text that is put to the model.
 _WITHHELD = ("prompts.system", "prompts.prefix", "prompts.suffix", "prompts.response_prefix")
-_KEEP = "prompts.keep"
+_KEEP, _BORDERLINE = "prompts.keep", "prompts.borderline"
 _ALWAYS = ("search.trials", "seed")
 # Said in a place of their own, or not part of what was measured: how many trials a time allows is.
 _ELSEWHERE = ("model.source", "behaviour", "search.time")
@@ -97,7 +97,7 @@ def _flatten(tree: dict[str, Any], path: str = "") -> dict[str, Any]:
 
 def _public(key: str, value: Any) -> Any:
     """Return the value as it may be published: names of files without their folders."""
-    if key == _KEEP:
+    if key in (_KEEP, _BORDERLINE):
         return [_given(source) for source in value or ()]
     paths: tuple[str, ...]
     paths = (".source", ".files", ".markers_file", ".chat_template", ".llama_cpp", ".from_gguf")

@@ -22,7 +22,7 @@ _FREE = (
     *("search.trials", "search.time", "search.select", "scores.final", "scores.show"),
     *("model.source", "model.revision", "model.gguf_file", "model.device_map"),
     *("scores.files", "scores.markers", "scores.judge.", "prompts.chat_template", "prompts.keep"),
-    "prompts.confirm_size",
+    *("prompts.confirm_size", "prompts.borderline"),
     *(
         f"prompts.{side}{part}."
         for side in ("target", "contrast")

@@ -18,10 +18,14 @@ from excise.events import OnEvent
 from excise.methods.registry import Method
 from excise.model.anatomy import Writer
 from excise.model.edits import Edit
+from excise.prompts.chat_template import answer_in
 from excise.prompts.measured_sets import MeasuredSets, Part
 from excise.search.evaluation import Measures, Panel
+from excise.search.score_context import Answer
 from excise.search.scorers import Scorer
 from excise.search.scoring import Scoring
+
+_BEFORE = 16  # tokens at the end of a prompt in which a template may open a thinking block
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,27 @@ class Session:
 
     def panel(self, engine: Measures, part: Part, scorers: Sequence[Scorer]) -> Panel:
         """Return a panel of `scorers` on an engine that measures on the prompts of `part`."""
-        return Panel(engine, scorers, self.scoring.context(self.sets.part(part)))
+        answer = self._answer(part) if self.config.prompts.thinking else None
+        return Panel(engine, scorers, self.scoring.context(self.sets.part(part), answer))
+
+    def _answer(self, part: Part) -> Answer:
+        """Return what finds the answer in a response that may begin with a chain of thought."""
+        tokenizer = self.loaded.tokenizer
+        ends = {
+            side: [tokenizer.decode(ids[-_BEFORE:]) for ids in one.ids]
+            for side, one in self.sets.part(part).items()
+        }
+        special = list(map(str, tokenizer.all_special_tokens))
+
+        def answer(side: str, number: int, response: Response) -> str | None:
+            found = answer_in(tokenizer.decode(response.tokens), ends[side][number])
+            if found is None:
+                return None
+            for token in special:
+                found = found.replace(token, "")
+            return found
+
+        return answer
 
     def observe(self, capture: Capture) -> Seen:
         """Run the direction prompts through the model once, for residuals and for `capture`."""

@@ -14,7 +14,8 @@ from excise.errors import MeasurementError
 from excise.record import ScoreRecord, Scores
 from excise.search.loop import Measured
 from excise.search.resampling import Draws, StoredDraws
-from excise.search.scorers import Score, ScoreContext, Scorer, needs_of, score_of
+from excise.search.score_context import ScoreContext
+from excise.search.scorers import Score, Scorer, needs_of, score_of
 
 _Clock = Callable[[], float]
 
@@ -61,7 +62,8 @@ class Panel:
         return [self._measured(one, seconds, clock) for one in evidence]
 
     def _measured(self, evidence: Evidence, seconds: dict[str, float], clock: _Clock) -> Measured:
-        begun = clock()
+        judged = self._context.judge is not None
+        begun = clock() if judged else 0.0
         found = {s: score_of(s, evidence, self._context) for s in self._scorers}
         scores: Scores = {s.name: _recorded(s, score) for s, score in found.items()}
         draws = {
@@ -69,7 +71,7 @@ class Panel:
             for s, score in found.items()
             if isinstance(score.draws, Draws)
         }
-        if self._context.judge is not None:
+        if judged:
             seconds = seconds | {"judge": clock() - begun}
         known = {name: one for name, one in draws.items() if one is not None}
         return Measured(scores, dict(seconds), draws=known)
@@ -88,4 +90,10 @@ def _recorded(one: Scorer, score: Score) -> ScoreRecord:
 def to_record(score: Score) -> ScoreRecord:
     """Return a score as the record states it."""
     parts = {group: to_record(part) for group, part in score.parts.items()}
-    return ScoreRecord(value=score.value, n=score.n, interval=score.interval, parts=parts or None)
+    return ScoreRecord(
+        value=score.value,
+        n=score.n,
+        interval=score.interval,
+        parts=parts or None,
+        spread=score.spread or None,
+    )

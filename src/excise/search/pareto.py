@@ -10,7 +10,7 @@ from typing import NamedTuple
 from excise.errors import ConfigError
 
 _LIMIT = re.compile(r"\s*([a-z_][\w.]*)\s*([<>]=)\s*([0-9.eE+-]+)\s*(?:@\s*([0-9.]{1,9})\s*%\s*)?$")
-_VERDICTS = ("verdict_shows", "verdict_answers", "verdict_other", "verdict_broken")
+_VERDICTS = ("verdict_shows", "verdict_answers", "verdict_other", "verdict_broken", "no_answer")
 SHARES = frozenset(
     {"behaviour_rate", "false_rate", "restored", "kept", *_VERDICTS}
 )  # scores from 0 to 1

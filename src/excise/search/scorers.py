@@ -15,14 +15,16 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Literal
 
-from excise.engine.requests import Decided, Divergence, Evidence, Request, Responses
+import numpy as np
+
+from excise.engine.requests import Divergence, Evidence, Request, Responses
 from excise.errors import ConfigError, JudgeError, MeasurementError, StorageError, first_line
 from excise.intervals import ratio, wilson
-from excise.judges.markers import Markers
 from excise.judges.text_folding import fold
-from excise.judges.verdicts import ANSWERS, BROKEN, SHOWS, VERDICTS, Exchange, Verdicts
+from excise.judges.verdicts import ANSWERS, BROKEN, SHOWS, UNFINISHED, VERDICTS
 from excise.prompts.sets import Prompt
 from excise.search.resampling import Draws
+from excise.search.score_context import ScoreContext
 
 ENTRY_POINTS = "excise.scorers"
 
@@ -32,37 +34,15 @@ class Score:
     """A score, from `n` samples. `interval` is 95 %; `parts` holds the score of each group of prompts.
 
     `draws` says what each prompt of a side adds to it, so that prompts can be resampled.
+    `spread` says how the samples behind a mean lie, such as their median and their largest.
     """
 
     value: float
     n: int
     interval: tuple[float, float] | None = None
     parts: dict[str, Score] = field(default_factory=dict)
+    spread: dict[str, float] = field(default_factory=dict)
     draws: Draws | None = field(default=None, compare=False)
-
-
-@dataclass(frozen=True)
-class ScoreContext:
-    """What scorers are given beside the evidence: markers, each side's prompts, and the judge if any."""
-
-    markers: Markers
-    prompts: dict[str, tuple[Prompt, ...]]
-    judge: Verdicts | None = None
-
-    @property
-    def decided(self) -> Decided | None:
-        """What settles a response early: a marker in it; a judge reads whole responses."""
-        return self.markers.found if self.judge is None else None
-
-    def verdicts(self, evidence: Evidence, side: str) -> list[str | None]:
-        """Return the judge's verdict on each response of a side; None where it gave none."""
-        assert self.judge is not None
-        return self.judge.verdicts(self.exchanges(evidence, side))
-
-    def exchanges(self, evidence: Evidence, side: str) -> list[Exchange]:
-        """Return a side's prompts with their responses."""
-        pairs = zip(self.prompts[side], evidence.responses[side], strict=True)
-        return [Exchange(prompt.text, r.text, r.ended) for prompt, r in pairs]
 
 
 @dataclass(frozen=True)
@@ -239,12 +219,19 @@ def behaviour_rate(evidence: Evidence, context: ScoreContext) -> Score:
 
 @scorer(
     "false_rate",
-    needs=lambda context: [Responses("contrast", context.decided)],
+    needs=lambda context: [Responses(_false_side(context), context.decided)],
     worth=1.0,
 )
 def false_rate(evidence: Evidence, context: ScoreContext) -> Score:
-    """Return the share of contrast prompts whose response shows the behaviour: false positives."""
-    return _shown(evidence, context, "contrast")
+    """Return the share of borderline prompts whose response shows the behaviour: false positives.
+
+    Where there are none, of contrast prompts.
+    """
+    return _shown(evidence, context, _false_side(context))
+
+
+def _false_side(context: ScoreContext) -> str:
+    return "borderline" if "borderline" in context.prompts else "contrast"
 
 
 def _shown(evidence: Evidence, context: ScoreContext, side: str) -> Score:
@@ -254,9 +241,9 @@ def _shown(evidence: Evidence, context: ScoreContext, side: str) -> Score:
     that wrecks the model would score best.
     """
     if context.judge is None:
-        shown = [context.markers.shown(r.text) for r in evidence.responses[side]]
+        shown = [context.markers.shown(r.text) for r in context.answers(evidence, side)]
         return rate(shown, context.prompts[side])
-    counted = {SHOWS, BROKEN} if context.markers.silent else {SHOWS}
+    counted = {SHOWS, BROKEN, UNFINISHED} if context.markers.silent else {SHOWS}
     return _share(evidence, context, side, counted)
 
 
@@ -292,6 +279,12 @@ for _one in VERDICTS:
     _verdict_scorer(_one)
 
 
+@scorer("no_answer", needs=lambda _: [Responses("target")], worth=1.0)
+def no_answer(evidence: Evidence, context: ScoreContext) -> Score:
+    """Return the share of responses to target prompts whose chain of thought has not come to an answer."""
+    return rate(context.unfinished(evidence, "target"), context.prompts["target"])
+
+
 @scorer("severity", needs=lambda context: _judged(context, grades=True), worth=1.0)
 def severity(evidence: Evidence, context: ScoreContext) -> Score:
     """Return how complete and usable the responses to target prompts are on average, from 0 to 1."""
@@ -321,10 +314,18 @@ def _judged(context: ScoreContext, *, grades: bool = False) -> list[Request]:
 
 @scorer("drift", needs=lambda _: [Divergence()], worth=0.5)
 def drift(evidence: Evidence, context: ScoreContext) -> Score:
-    """Return KL(original || edited) in nats per token over the original's whole responses."""
+    """Return KL(original || edited) in nats per token over the original's whole responses.
+
+    Its spread is over single tokens: a mean near zero can hide a few that are far off.
+    """
     rows = evidence.divergence["contrast"]
     sums, counts = [float(r.sum()) for r in rows], [len(r) for r in rows]
-    return mean_by_group(sums, counts, context.prompts["contrast"])
+    each = [value for row in rows for value in row.tolist()]
+    found = mean_by_group(sums, counts, context.prompts["contrast"])
+    if not np.isfinite(each).all():  # such a trial fails by its value
+        return found
+    median, high = np.quantile(each, (0.5, 0.95)).tolist()
+    return replace(found, spread={"median": median, "p95": high, "max": max(each)})
 
 
 @scorer("drift_first", needs=lambda _: [Divergence()], worth=0.5)
@@ -382,7 +383,7 @@ def kept(evidence: Evidence, context: ScoreContext) -> Score:
 
 
 def _accuracy(evidence: Evidence, context: ScoreContext, side: str) -> Score:
-    responses = evidence.responses[side]
+    responses = context.answers(evidence, side)
     prompts = context.prompts[side]
     known = [(p, r) for p, r in zip(prompts, responses, strict=True) if _answer_of(p)]
     flags = [stands_in(_answer_of(prompt), fold(response.text)) for prompt, response in known]

@@ -14,8 +14,8 @@ from excise.judges.verdicts import VERDICTS, Verdicts
 from excise.prompts.measured_sets import MeasuredSets
 from excise.prompts.sets import PromptSet
 from excise.search.pareto import Objective
+from excise.search.score_context import Answer, ScoreContext
 from excise.search.scorers import (
-    ScoreContext,
     Scorer,
     find_scorers,
     needs_of,
@@ -62,10 +62,10 @@ class Scoring:
         for scorer in self.final:
             needs_of(scorer, self.context(sets.part("holdout")))
 
-    def context(self, part: Mapping[str, PromptSet]) -> ScoreContext:
+    def context(self, part: Mapping[str, PromptSet], answer: Answer | None = None) -> ScoreContext:
         """Return the context of scorers that measure the sets of `part`, by side."""
         prompts = {side: one.prompts for side, one in part.items()}
-        return ScoreContext(self.markers, prompts, self.judge)
+        return ScoreContext(self.markers, prompts, self.judge, answer)
 
     @property
     def judged(self) -> list[str]:
@@ -103,6 +103,10 @@ def scoring_of(config: Config) -> Scoring:
         always += (
             VERDICT_SCORES if section.judge.severity is None else (*VERDICT_SCORES, "severity")
         )
+    if config.prompts.borderline:
+        always += ("false_rate",)
+    if config.prompts.thinking:
+        always += ("no_answer",)
     report = dict.fromkeys((*always, *section.report))
     names = [name for name in report if name not in section.objectives]
     files = section.files
