@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import judge_models
@@ -150,3 +152,63 @@ def test_judge_measures_markers_and_classifiers_alike(judged: Path, capsys):
     assert classifier["kappa"]["value"] > markers["kappa"]["value"] > 0.5
     assert main(["judge", str(judged / "judge"), *labelled[:2], "--quiet"]) == 0
     assert "Cohen's kappa" in capsys.readouterr().out
+
+
+class Leaving(BaseHTTPRequestHandler):
+    """A server that answers so many questions, then none."""
+
+    left = 0
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if Leaving.left == 0:
+            self.connection.close()
+            return
+        Leaving.left -= 1
+        asked = body["messages"][0]["content"].casefold()
+        shows = any(word in asked for word in ("i'm sorry", "i cannot", "discuss", "leave alone"))
+        data = json.dumps({"choices": [{"message": {"content": "A" if shows else "B"}}]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_server_that_goes_away_in_a_search_loses_no_trial(tmp_path: Path, capsys, monkeypatch):
+    monkeypatch.setenv("EXCISE_JUDGE_TOKEN", "sk-seen-by-nobody")
+    monkeypatch.setattr("excise.judges.server._PAUSE", 0.01)
+    out = tmp_path / "run"
+    with ThreadingHTTPServer(("127.0.0.1", 0), Leaving) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        Leaving.left = 14  # the original, and a part of the first batch
+        command = ["run", "demo", "--behaviour", "demo", "--out", str(out), "--quiet", "--no-keep"]
+        command += ["--direction-size", "40", "--eval-size", "12", "--trials", "6"]
+        command += [
+            "--method",
+            "directional",
+            "--set",
+            "search.batch=2",
+            "--set",
+            "engine.rows=128",
+        ]
+        command += ["--set", "prompts.holdout_size=6", "--set", "export.formats=[]"]
+        command += ["--set", f"scores.judge.source=http://127.0.0.1:{server.server_port}/v1"]
+        assert (
+            main([*command, "--set", "scores.judge.model=some", "--set", "scores.judge.tries=2"])
+            == 1
+        )
+        said = capsys.readouterr().err
+        assert "went away" in said
+        assert f"go on with `excise resume {out}`" in said
+        assert said.count("\n") == 1
+        Leaving.left = 10**6
+        assert main(["resume", str(out), "--quiet"]) == 0
+        server.shutdown()
+    record = read_record(out)
+    assert [trial.state for trial in record.trials] == ["complete"] * 6
+    assert record.judge.certificate is None
+    for file in (path for path in out.rglob("*") if path.is_file()):
+        assert b"sk-seen-by-nobody" not in file.read_bytes(), file

@@ -125,10 +125,9 @@ def figures_table(record: Record) -> Table:
                 n = f"{score.n}, {formatting.trust(record.judge).partition(' (')[0]}"
             row = _value(name, before), formatting.measured(name, score), n
             _row(table, f"  {_called(name)}", *row)
-            if spread := formatting.spread(score):
-                _row(
-                    table, f"    tokens: {spread.partition(',')[0]}", "", spread.partition(", ")[2]
-                )
+            if score.spread:
+                each = ", ".join(map(formatting.significant, score.spread.values()))
+                _row(table, "    " + ", ".join(score.spread), "", each, "single tokens")
             for group, part in large_groups(score).items():
                 old = (before[name].parts or {}).get(group) if name in before else None
                 was = "–" if old is None else formatting.number(name, old.value)

@@ -180,9 +180,11 @@ def _scores(record: Record, chosen: TrialRecord | None) -> Table:
     if chosen is not None:
         sets, columns = prompt_sets(record, chosen), ["original", "edited", "n"]
     head = ["Score", *(f"{s.name.capitalize()}: {c}" for s in sets for c in columns)]
-    rows = [
-        _score_row(row, record, edited=chosen is not None) for row in side_by_side(record, sets)
-    ]
+    rows = []
+    for row in side_by_side(record, sets):
+        rows.append(_score_row(row, record, edited=chosen is not None))
+        if row.group is None and any(c.after and c.after.spread for c in row.cells.values()):
+            rows.append(_spread_row(row))
     return Table(head, rows)
 
 
@@ -192,17 +194,24 @@ def _score_row(row: Row, record: Record, *, edited: bool) -> list[Cell]:
     cells = [title if row.group is None else Cell(f"{wording.MISSING} group {row.group}")]
     for pair in row.cells.values():
         measured = [pair.before, pair.after] if edited else [pair.before]
-        cells += [_measured(row.name, score, whole=row.group is None) for score in measured]
+        cells += [_measured(row.name, score) for score in measured]
         cells.append(_sample(row.name, pair.after or pair.before))
     return cells
 
 
-def _measured(name: str, score: ScoreRecord | None, *, whole: bool = False) -> Cell:
+def _spread_row(row: Row) -> list[Cell]:
+    """Return how the samples behind an edited model's means lie, in a row of its own."""
+    cells = [Cell(f"{wording.MISSING} single tokens")]
+    for pair in row.cells.values():
+        first, *others = wording.spread(pair.after).split(", ")
+        cells += [Cell(""), Cell(first, ", ".join(others)), Cell("")]
+    return cells
+
+
+def _measured(name: str, score: ScoreRecord | None) -> Cell:
     if score is None:
         return Cell(wording.MISSING)
-    around, spread = wording.interval(name, score), wording.spread(score) if whole else ""
-    note = f"{around}; tokens: {spread}" if around and spread else around
-    return Cell(wording.number(name, score.value), note)
+    return Cell(wording.number(name, score.value), wording.interval(name, score))
 
 
 def _sample(name: str, score: ScoreRecord | None) -> Cell:
