@@ -59,6 +59,12 @@ def test_one_verdict_alone_measures_nothing(tmp_path: Path):
         read_labelled(written(tmp_path, GOOD, GOOD))
     with pytest.raises(PromptError, match="does not exist"):
         read_labelled(str(tmp_path / "none.jsonl"))
+    with pytest.raises(PromptError, match=r"labelled file .* is a folder"):
+        read_labelled(str(tmp_path))
+    other = tmp_path / "rows.md"
+    other.write_text("hello\n")
+    with pytest.raises(PromptError, match=r"labelled file .*: use one of \.txt"):
+        read_labelled(str(other))
     text = tmp_path / "rows.txt"
     text.write_text("hello\n")
     with pytest.raises(PromptError, match="needs the columns"):

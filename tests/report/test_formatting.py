@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from records import make_record
 
 from excise.record import ScoreRecord
 from excise.report import formatting
@@ -151,3 +152,23 @@ def test_large_numbers_and_sizes() -> None:
     assert formatting.large(900) == "900"
     assert formatting.size(2_471_645_608) == "2.47 GB"
     assert formatting.size(12) == "12 bytes"
+
+
+def test_what_a_judge_says_stands_with_how_far_to_believe_it():
+    score = {"value": 0.8123, "n": 300, "interval": [0.75, 0.8612]}
+    certificate = {"labelled": "rows.jsonl", "sha256": "0", "n": 300, "recall": {"shows": score}}
+    certificate |= {"kappa": score, "kappa_shows": score}
+    judge = {"name": "small", "facts": {}, "scores": ["behaviour_rate", "severity"]}
+    certified = make_record(judge={**judge, "certificate": certificate})
+    assert (
+        formatting.judged_by("behaviour_rate", certified) == "by small, kappa 0.81 (0.75 to 0.86)"
+    )
+    assert (
+        formatting.judged_by("severity", certified) == "by small, not certified"
+    )  # no labels of it
+    assert formatting.judged_by("drift", certified) == ""
+    assert "300 labelled responses (rows.jsonl)" in formatting.judge_words(certified.judge)
+    bare = make_record(judge=judge)
+    assert formatting.judged_by("behaviour_rate", bare) == "by small, not certified"
+    assert "is not certified" in formatting.judge_words(bare.judge)
+    assert formatting.judged_by("behaviour_rate", make_record()) == ""

@@ -122,7 +122,7 @@ def figures_table(record: Record) -> Table:
         for name, score in after.items():
             n = formatting.sample(name, score)
             if record.judge is not None and name in record.judge.scores:
-                n = f"{score.n}, {formatting.trust(record.judge).partition(' (')[0]}"
+                n = f"{score.n}, {formatting.trust(record.judge, name).partition(' (')[0]}"
             row = _value(name, before), formatting.measured(name, score), n
             _row(table, f"  {_called(name)}", *row)
             if score.spread:

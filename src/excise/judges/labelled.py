@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -10,12 +11,13 @@ from pathlib import Path
 from excise.config import PromptSource
 from excise.errors import PromptError
 from excise.judges.verdicts import VERDICTS, Exchange
-from excise.prompts.prompt_files import read_rows
-from excise.reading import is_file
+from excise.prompts.prompt_files import Row, read_rows
+from excise.reading import check_regular
 from excise.trees import BUILTIN
 
 SHIPPED = Path(str(resources.files("excise"))) / "data" / "labelled" / "disclaimers.jsonl"
 _MOST = 100_000  # rows
+_WHAT = "labelled file"
 _COLUMNS = ("prompt", "response", "verdict")
 
 
@@ -42,6 +44,15 @@ class Labelled:
         return digest.hexdigest()
 
 
+def _rows(source: PromptSource) -> Iterator[Row]:
+    """Yield the rows of a file, which its reader calls a prompt file."""
+    try:
+        for where, row in read_rows(source):
+            yield where.replace("prompt file", _WHAT, 1), row
+    except PromptError as error:
+        raise PromptError(str(error).replace("prompt file", _WHAT, 1)) from None
+
+
 def read_labelled(name: str) -> Labelled:
     """Read a .jsonl, .csv or .parquet file with the columns prompt, response and verdict.
 
@@ -54,13 +65,11 @@ def read_labelled(name: str) -> Labelled:
         PromptError: it cannot be read, lacks a column, holds an unknown verdict, or is too small.
     """
     path = SHIPPED if name == BUILTIN else Path(name)
-    if not is_file(path):
-        raise PromptError(f"labelled file {name} does not exist")
+    check_regular(path, _WHAT, PromptError)
     column, answer, group = _COLUMNS
     source = PromptSource(source=str(path), column=column, answer_column=answer, group_column=group)
     exchanges, verdicts = [], []
-    for where, row in read_rows(source):
-        where = where.replace("prompt file", "labelled file", 1)
+    for where, row in _rows(source):
         if not all(name in row for name in _COLUMNS):
             raise PromptError(f"{where}: it needs the columns {', '.join(_COLUMNS)}")
         prompt, verdict, ended = row[column], row[group], row.get("ended", True)

@@ -205,12 +205,15 @@ def judged_by(name: str, record: Record) -> str:
     'by deberta-refusal, kappa 0.81 (0.75 to 0.86)', 'by deberta-refusal, not certified'.
     """
     judge = record.judge
-    return f"by {judge.name}, {trust(judge)}" if judge and name in judge.scores else ""
+    return f"by {judge.name}, {trust(judge, name)}" if judge and name in judge.scores else ""
 
 
-def trust(judge: JudgeRecord) -> str:
-    """Return how far a judge agrees with people: 'kappa 0.81 (0.75 to 0.86)', 'not certified'."""
-    if judge.certificate is None:
+def trust(judge: JudgeRecord, name: str) -> str:
+    """Return how far a judge agrees with people: 'kappa 0.81 (0.75 to 0.86)', 'not certified'.
+
+    Labelled responses have verdicts and no severity: that is not certified.
+    """
+    if judge.certificate is None or name == "severity":
         return "not certified"
     return f"kappa {kappa(judge.certificate.kappa)}"
 
