@@ -144,11 +144,8 @@ def held(out: Path) -> Iterator[bool]:
 
 
 def done(out: Path, trials: int) -> bool:
-    """Whether the study has that many trials and its record."""
-    if not (out / RECORD).exists():
-        return False
-    known = journal.open_study(out)
-    return known is not None and len(known.get_trials(deepcopy=False)) >= trials
+    """Whether the study has a record of that many trials."""
+    return (out / RECORD).exists() and len(read_record(out).trials) >= trials
 
 
 def search_all(names: Sequence[str], sizes: argparse.Namespace) -> None:
@@ -203,20 +200,20 @@ class Holdout:
         return setup.restore(setup.open_responses(bare, read_opening(out / DIRECTIONS)), out)
 
     def measure(self, name: str, out: Path, record: Record) -> dict[str, Any]:
-        """One study: its front on the search prompts, and its points at LIMITS on the holdout."""
+        """What `searched` says of a study, with its points at LIMITS on the holdout."""
         session = self.session(name, out)
         engine = session.engine("holdout", from_dict(record.engine).plan, self._known)
         scorers = session.scoring.every_trial + session.scoring.final
         panel = session.panel(engine, "holdout", scorers)
-        searched = {
+        seen = {
             one.group
             for role in ("target_eval", "contrast_eval")
             for one in session.sets[role].prompts
         }
         held = {p.group for side in session.sets.part("holdout").values() for p in side.prompts}
         halves = {
-            "same": frozenset(str(g) for g in held & searched),
-            "other": frozenset(str(g) for g in held - searched),
+            "same": frozenset(str(g) for g in held & seen),
+            "other": frozenset(str(g) for g in held - seen),
         }
 
         def both(scores: Scores) -> dict[str, Any]:
@@ -226,40 +223,81 @@ class Holdout:
             self.original = both(panel.measure([ORIGINAL])[0].scores)
             originals = {side: engine.original(side) for side in session.sets.part("holdout")}
             self._known = Reference(originals, self.loaded.forward)
-        chosen = {limit: least(record.trials, limit) for limit in LIMITS}
-        points = {t.number: t for t in chosen.values() if t is not None}
-        found = panel.measure([session.edits(t.params) for t in points.values()])
-        measured = {n: both(m.scores) for n, m in zip(points, found, strict=True)}
-        return {
-            "trials": len(record.trials),
-            "baseline": plain(record.baseline),
-            "edits": short(statistics.mean(t.seconds.get("edits", 0) for t in record.trials)),
-            "front": sorted(
-                [plain(record.trial(n).scores)[s] for s in SCORES] for n in record.front
-            ),
-            "least": {
-                str(limit): t
-                and {"trial": t.number, "search": plain(t.scores)} | measured[t.number]
-                for limit, t in chosen.items()
-            },
-        }
+        chosen = {t.number: t for t in chosen_of(record).values() if t is not None}
+        found = panel.measure([session.edits(t.params) for t in chosen.values()])
+        measured = {n: both(m.scores) for n, m in zip(chosen, found, strict=True)}
+        one = searched(record)
+        least_of = {k: p and p | measured[p["trial"]] for k, p in one["least"].items()}
+        return one | {"least": least_of}
+
+
+def chosen_of(record: Record) -> dict[float, TrialRecord | None]:
+    return {limit: least(record.trials, limit) for limit in LIMITS}
+
+
+def searched(record: Record) -> dict[str, Any]:
+    """One study: its front, and its points at LIMITS, on the search prompts."""
+    return {
+        "trials": len(record.trials),
+        "baseline": plain(record.baseline),
+        "edits": short(statistics.mean(t.seconds.get("edits", 0) for t in record.trials)),
+        "front": sorted([plain(record.trial(n).scores)[s] for s in SCORES] for n in record.front),
+        "least": {
+            str(limit): t and {"trial": t.number, "search": plain(t.scores)}
+            for limit, t in chosen_of(record).items()
+        },
+    }
+
+
+def is_held(one: dict[str, Any]) -> bool:
+    """Whether a study's points were measured on the holdout."""
+    return any(point and "same" in point for point in one["least"].values())
+
+
+def paired(sizes: argparse.Namespace) -> dict[str, Any]:
+    """Trials of the same parameters with and without the keep set, as studies of a seed begin."""
+    pairs = []
+    for seed in sizes.seeds:
+        outs = [folder_of(sizes.runs, name, seed) for name in ("ridge", "ridge-no-keep")]
+        if not all(done(out, sizes.trials) for out in outs):
+            continue
+        for both in zip(*(read_record(out).trials for out in outs), strict=False):
+            if both[0].params == both[1].params and all(t.state == "complete" for t in both):
+                pairs.append([plain(t.scores) for t in both])
+    if not pairs:
+        return {}
+    ratios = {
+        name: sorted(short(a[name] / b[name]) for a, b in pairs)
+        for name in ("drift", "drift_first")
+    }
+    rates = [a["behaviour_rate"] - b["behaviour_rate"] for a, b in pairs]
+    return {
+        "pairs": len(pairs),
+        "rate": short(statistics.mean(rates)),
+        **{name: [statistics.median(some), some[0], some[-1]] for name, some in ratios.items()},
+    }
 
 
 def hold_out(names: Sequence[str], sizes: argparse.Namespace) -> None:
-    """Measure every finished study that is not in the results yet."""
+    """Store every finished study, and measure on the holdout those that have more trials than were."""
     store("sizes", {k: v for k, v in vars(sizes).items() if isinstance(v, int)})
+    store("paired", paired(sizes))
+    fresh = {}
+    for seed, name in itertools.product(sizes.seeds, names):
+        out, key = folder_of(sizes.runs, name, seed), f"{name} {seed}"
+        if done(out, sizes.trials):
+            record, known = read_record(out), stored().get(key)
+            if known and is_held(known) and known["trials"] >= len(record.trials):
+                continue
+            store(key, searched(record))
+            fresh[key] = name, out, record
+    if not fresh:
+        return
     holdout = Holdout(sizes)
-    for seed in sizes.seeds:
-        for name in names:
-            out, key = folder_of(sizes.runs, name, seed), f"{name} {seed}"
-            if not done(out, sizes.trials):
-                continue
-            if stored().get(key, {}).get("trials", 0) >= sizes.trials:
-                continue
-            store(key, holdout.measure(name, out, read_record(out)))
-            if holdout.original:
-                store("original", holdout.original)
-            print(key, "holdout", flush=True)
+    for key, study in fresh.items():
+        store(key, holdout.measure(*study))
+        store("original", holdout.original)
+        print(key, "holdout", flush=True)
 
 
 def stored() -> dict[str, Any]:

@@ -10,11 +10,12 @@ from itertools import pairwise
 from typing import Any
 
 from real_kinds import AT, SCALES
-from real_methods import LIMITS, METHODS, RESULTS
+from real_methods import LIMITS, METHODS, RESULTS, is_held
 
 from excise.report.formatting import percent, significant
 
 NOTES = RESULTS.parent / "real_methods_notes.md"
+NOT_RUN = "Not run yet: `bench/real_kinds.py` measures it."
 Studies = dict[str, list[dict[str, Any]]]
 
 
@@ -30,8 +31,9 @@ def page() -> list[str]:
         "searched": lambda: searched(found),
         "same": lambda: held(found, "same", results["original"]),
         "other": lambda: held(found, "other", results["original"]),
-        "left_out": lambda: left_out(results["left_out"]),
-        "shapes": lambda: shapes(results["shapes"]),
+        "paired": lambda: paired(results["paired"]),
+        "left_out": lambda: left_out(results["left_out"]) if "left_out" in results else NOT_RUN,
+        "shapes": lambda: shapes(results["shapes"]) if "shapes" in results else NOT_RUN,
     }
     for name, write in tables.items():
         if f"({name})" in notes:
@@ -60,6 +62,8 @@ def ran(results: dict[str, Any], found: Studies) -> str:
     trials = ", ".join(
         f"{name} {' + '.join(str(one['trials']) for one in some)}" for name, some in found.items()
     )
+    absent = [name for name in METHODS if name not in found]
+    trials += f"; none of {', '.join(absent)}" if absent else ""
     where = ", ".join(f"{key}: {value}" for key, value in on.items() if value)
     return (
         f"Trials by method, one number a seed: {trials}; the first {sizes['startup_trials']} of each are "
@@ -117,6 +121,10 @@ def searched(found: Studies) -> str:
 def held(found: Studies, half: str, original: dict[str, Any]) -> str:
     """The points at LIMITS, measured on one half of the holdout: rate and KL, true answers."""
     rows = []
+    absent = [name for name, some in found.items() if not any(map(is_held, some))]
+    found = {
+        name: list(filter(is_held, some)) for name, some in found.items() if name not in absent
+    }
     for name, some in found.items():
         cells = []
         for limit in LIMITS:
@@ -136,7 +144,21 @@ def held(found: Studies, half: str, original: dict[str, Any]) -> str:
         ]
     )
     head = [f"chosen at {percent(limit)}" for limit in LIMITS]
-    return table(["method", *head, f"true answers, at {percent(AT)}"], rows)
+    text = table(["method", *head, f"true answers, at {percent(AT)}"], rows)
+    return text + (f"\n\nNot measured there: {', '.join(absent)}." if absent else "")
+
+
+def paired(found: dict[str, Any]) -> str:
+    """Trials of the same parameters with and without the keep set, in a sentence."""
+    drift, first = (
+        f"{median:.2f} times ({low:.2f} to {high:.2f})"
+        for median, low, high in (found["drift"], found["drift_first"])
+    )
+    return (
+        f"Of {found['pairs']} pairs of trials with the same parameters, the one with the keep set has "
+        f"{drift} the KL on search prompts in the median, {first} at the first token; its rate is "
+        f"{100 * found['rate']:+.1f} points higher in the mean."
+    )
 
 
 def left_out(found: dict[str, Any]) -> str:
