@@ -33,7 +33,7 @@ FOLDERS = sorted(path.parent for path in SOURCE.glob("*/__init__.py"))
 # Bottom to top, as ARCHITECTURE.md draws them: a folder imports only from those before it. "" is the root.
 ORDER = (
     *("", "model", "checkpoints", "prompts", "capture", "methods", "engine", "judges", "search"),
-    *("report", "export", "gguf", "runs", "chat", "cli"),
+    *("report", "export", "gguf", "runs", "chat", "page", "cli"),
 )
 
 PURE = (
@@ -265,6 +265,7 @@ def test_the_command_line_is_what_the_contract_says():
             *("--base", "--in-turn", "--json", "--max-new-tokens", "--prompt", "--save", "--seed"),
             *("--system", "--temperature", "--thinking", "--trial", "--trust-run"),
         ],
+        "ui": ["--no-browser", "--port", "--trust-run"],
         "report": [],
     }
     assert flags == {k: sorted([*v, "--debug", "--help"]) for k, v in expected.items()}

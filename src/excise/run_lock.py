@@ -10,8 +10,10 @@ from filelock import FileLock, Timeout
 
 from excise.errors import RunStateError, StorageError
 from excise.files import sweep_held
+from excise.reading import is_file
 
 LOCK = ".lock"
+_PATIENCE = 0.2  # seconds: `is_held` of another process has the lock for a moment
 
 
 @contextmanager
@@ -23,7 +25,7 @@ def hold(folder: Path) -> Iterator[None]:
     """
     lock = FileLock(folder / LOCK)
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=_PATIENCE, poll_interval=0.02)
     except Timeout:
         raise RunStateError(
             f"{folder} is in use by another process: wait for it or stop it"
@@ -35,3 +37,18 @@ def hold(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def is_held(folder: Path) -> bool:
+    """Return whether a process works on a run folder now; nothing is made or changed there."""
+    if not is_file(folder / LOCK):
+        return False
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return True
+    except OSError:  # it may not be opened: nobody could hold it for us
+        return False
+    lock.release()
+    return False

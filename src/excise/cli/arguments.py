@@ -233,6 +233,16 @@ def _chat(sub: argparse.ArgumentParser) -> None:
     _trust(sub)
 
 
+def _ui(sub: argparse.ArgumentParser) -> None:
+    text = "run folders, or folders of runs: all that the page may see (default: runs)"
+    sub.add_argument("folders", type=Path, nargs="*", metavar="DIR", help=text)
+    text = "port on this machine's loopback (default: a free one)"
+    sub.add_argument("--port", type=int, default=0, metavar="P", help=text)
+    text = "print the address, and open no browser"
+    sub.add_argument("--no-browser", action="store_true", help=text)
+    _trust(sub)
+
+
 def _job(sub: argparse.ArgumentParser, *, search: bool = True) -> None:
     edit = sub.add_argument_group("the edit")
     text = "built-in behaviour (demo, disclaimers, refusal) or a TOML file of your own"
@@ -386,6 +396,12 @@ _COMMANDS = {
         "RUN",
         "runs/qwen3-4b --base --trial 31 87",
         _chat,
+    ),
+    "ui": _Command(
+        "show runs in the browser: watch, talk, export, start",
+        "[DIR ...]",
+        "runs --no-browser",
+        _ui,
     ),
     "report": _Command(
         "rewrite report.html and the model cards of a run", "DIR", "runs/qwen3-4b", _report

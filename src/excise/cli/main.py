@@ -88,6 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
             "inspect": _inspect,
             "geometry": _geometry,
             "chat": _chat,
+            "ui": _ui,
             "report": _report,
         }
     )
@@ -362,6 +363,28 @@ def _chat(arguments: argparse.Namespace) -> int:
     from excise.cli import chat
 
     chat.talk(arguments)
+    return EXIT_DONE
+
+
+def _ui(arguments: argparse.Namespace) -> int:
+    import webbrowser
+
+    from excise.errors import ConfigError
+
+    try:
+        from excise.page.server import serve
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"the page needs {error.name}, which is not installed: pip install 'excise[ui]'"
+        ) from None
+
+    def ready(address: str) -> None:
+        terminal.say(address)
+        if not arguments.no_browser:
+            webbrowser.open(address)
+
+    folders = arguments.folders or [Path("runs")]
+    serve(folders, arguments.port, ready, trust_run=arguments.trust_run)
     return EXIT_DONE
 
 
