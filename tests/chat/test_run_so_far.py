@@ -22,6 +22,11 @@ def unfinished(tiny_run, tmp_path):
     return folder
 
 
+def measured(trial):
+    """What the search knew of a trial; how it stands among all others is known at the end."""
+    return trial.number, trial.state, trial.params, trial.scores
+
+
 def test_a_finished_run_is_its_record(tiny_run):
     assert run_so_far(tiny_run) == read_record(tiny_run)
 
@@ -29,7 +34,7 @@ def test_a_finished_run_is_its_record(tiny_run):
 def test_a_run_without_a_record_is_its_journal(tiny_run, unfinished):
     before = {path.name: path.read_bytes() for path in unfinished.iterdir() if path.is_file()}
     found, whole = run_so_far(unfinished), read_record(tiny_run)
-    assert found.trials == whole.trials
+    assert list(map(measured, found.trials)) == list(map(measured, whole.trials))
     assert found.front == whole.front
     assert found.selected == whole.selected  # the knee of both
     assert found.identity == whole.identity

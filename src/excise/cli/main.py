@@ -367,24 +367,9 @@ def _chat(arguments: argparse.Namespace) -> int:
 
 
 def _ui(arguments: argparse.Namespace) -> int:
-    import webbrowser
+    from excise.cli import page
 
-    from excise.errors import ConfigError
-
-    try:
-        from excise.page.server import serve
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"the page needs {error.name}, which is not installed: pip install 'excise[ui]'"
-        ) from None
-
-    def ready(address: str) -> None:
-        terminal.say(address)
-        if not arguments.no_browser:
-            webbrowser.open(address)
-
-    folders = arguments.folders or [Path("runs")]
-    serve(folders, arguments.port, ready, trust_run=arguments.trust_run)
+    page.show(arguments)
     return EXIT_DONE
 
 
