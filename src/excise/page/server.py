@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import socket
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -37,6 +38,8 @@ def serve(
         ConfigError: the port is taken.
     """
     shelf = Shelf(roots, trust_run=trust_run)
+    # To find its server NiceGUI looks at every object of the process, torch's deprecated ones among them.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="nicegui")
     try:
         with _listening(port) as listener:
             number, token = listener.getsockname()[1], secrets.token_urlsafe(24)
