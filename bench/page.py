@@ -51,6 +51,7 @@ def opened(address: str, trials: int, shots: Path | None) -> list[tuple[str, str
         if shots is not None:
             page.screenshot(path=shots / "page-many.png")
             page.emulate_media(color_scheme="dark")
+            page.wait_for_timeout(1000)
             page.screenshot(path=shots / "page-dark.png")
         browser.close()
     return found

@@ -36,7 +36,7 @@ def test_a_run_without_a_record_is_its_journal(tiny_run, unfinished):
     found, whole = run_so_far(unfinished), read_record(tiny_run)
     assert list(map(measured, found.trials)) == list(map(measured, whole.trials))
     assert found.front == whole.front
-    assert found.selected == whole.selected  # the knee of both
+    assert found.selected in found.front  # the knee, until the choice is measured on fresh prompts
     assert found.identity == whole.identity
     assert found.files == whole.files
     assert found.config == whole.config

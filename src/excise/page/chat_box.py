@@ -37,10 +37,12 @@ class ChatBox:
             with ui.element("div").classes("line"):
                 self._base = ui.checkbox("base", value=True)
                 self._chips = ui.element("div").classes("line")
-                ui.button("Add the point", on_click=lambda: attempt(self._add)).props("outline")
-                ui.button("Read its responses", on_click=lambda: attempt(self._read)).props(
+                ui.button("Add the point", on_click=lambda: attempt(self._add), color=None).props(
                     "outline"
                 )
+                ui.button(
+                    "Read its responses", on_click=lambda: attempt(self._read), color=None
+                ).props("outline")
             with ui.element("div").classes("line"):
                 self._system = ui.input("System prompt (empty: the run's)").classes("grow")
                 self._heat = ui.number("Temperature", value=0, min=0, max=5, step=0.1).classes(
@@ -59,9 +61,9 @@ class ChatBox:
                     ui.button("New", on_click=self._talker.clear),
                     ui.button("Save", on_click=lambda: attempt(self._save)),
                 ]
-                self._stop = ui.button("Stop the reply", on_click=self._talker.stop).props(
-                    "outline"
-                )
+                self._stop = ui.button(
+                    "Stop the reply", on_click=self._talker.stop, color=None
+                ).props("outline")
             self._does = text("", "faint").props("role=status")
             self._problem = text("", "problem").props("role=alert")
             self._talk = ui.element("div")
@@ -81,7 +83,7 @@ class ChatBox:
         with self._chips:
             for trial in self._trials:
                 words = f"trial {trial} ✕"
-                button = ui.button(words, on_click=lambda _, t=trial: self._remove(t))
+                button = ui.button(words, on_click=lambda _, t=trial: self._remove(t), color=None)
                 button.props(f'flat dense aria-label="take trial {trial} away"')
 
     def _remove(self, trial: int) -> None:

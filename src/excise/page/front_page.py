@@ -36,7 +36,9 @@ class FrontPage:
         with box("Runs here"):
             self._list = ui.element("div")
             self._begun = text("", "faint").props("role=status")
-            ui.button("Compare those that are ticked", on_click=self._compare).props("outline")
+            ui.button("Compare those that are ticked", on_click=self._compare, color=None).props(
+                "outline"
+            )
         self._form()
         ui.timer(_EVERY, self._look)
 

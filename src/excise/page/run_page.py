@@ -78,7 +78,7 @@ class RunPage:
 
     def _control(self) -> None:
         with ui.element("div").classes("line"):
-            self._stop = ui.button("Stop", on_click=self._stop_job).props("outline")
+            self._stop = ui.button("Stop", on_click=self._stop_job, color=None).props("outline")
             self._trials = ui.number("Trials in all", min=1, precision=0)
             self._resume = ui.button("Resume", on_click=lambda: attempt(self._resume_job))
             self._stop.visible = False

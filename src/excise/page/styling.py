@@ -26,7 +26,7 @@ h2 { font-size: 1.1rem; } h3 { font-size: 0.95rem; }
 .problem { border-left: 4px solid #b3261e; padding: 4px 10px; overflow-wrap: anywhere; }
 a { color: inherit; text-decoration: underline; }
 a:focus-visible, button:focus-visible { outline: 3px solid #3b86d6; outline-offset: 2px; }
-.q-btn { text-transform: none; } .q-btn--outline, .q-btn--flat { color: inherit !important; }
+.q-btn { text-transform: none; }
 .grow { flex: 1 1 240px; } .short { flex: 0 1 160px; }
 .js-plotly-plot { width: 100%; min-height: 240px; }
 """
