@@ -120,6 +120,7 @@ ollama run {{ ("hf.co/" ~ repo ~ ":" ~ kind) | word }}
 {% endif %}
 ollama create edited -f Modelfile
 ollama run edited"""
+_OLLAMA_HERE = "ollama create edited -f Modelfile\nollama run edited"
 _LLAMA_CPP = "GGUF, its converter and its quantisers: the llama.cpp project."
 
 _ROWS = (
@@ -185,6 +186,19 @@ _ROWS = (
                 _OLLAMA,
             ),
         ),
+        credits=(_LLAMA_CPP,),
+    ),
+    Format(
+        "ollama",
+        folder="ollama",
+        label="ollama",
+        exporter="excise.gguf.exporters:OllamaExporter",
+        options=frozenset({"quantize", "llama_cpp"}),
+        relation="finetune",
+        tags=("gguf",),
+        words="whole model for Ollama, GGUF",
+        rest="Every other tensor is the original's, in GGUF.",
+        usage=(Usage("With Ollama, with the files here:", "sh", _OLLAMA_HERE),),
         credits=(_LLAMA_CPP,),
     ),
     Format(

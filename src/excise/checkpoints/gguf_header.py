@@ -93,6 +93,8 @@ class GgufFile:
     keys: dict[str, Any]
     tensors: dict[str, GgufTensor]
     size: int
+    keys_start: int = 0  # the bytes of the keys in the file, and where they end
+    keys_stop: int = 0
 
     @property
     def architecture(self) -> str:
@@ -220,11 +222,13 @@ def _parse(path: Path, data: mmap.mmap) -> GgufFile:
     if max(tensor_count, key_count) > _MOST:
         raise ValueError(f"{tensor_count:,} tensors and {key_count:,} keys")
     keys: dict[str, Any] = {}
+    keys_start = cursor.at
     for _ in range(key_count):
         key = cursor.string()
         if key in keys:
             raise ValueError(f"two values of {key[:80]!r}")
         keys[key] = cursor.value(cursor.scalar("I"))
+    keys_stop = cursor.at
     infos = [_tensor_info(cursor) for _ in range(tensor_count)]
     alignment = keys.get("general.alignment", 32)
     if type(alignment) is not int or not 0 < alignment <= _MOST or alignment & (alignment - 1):
@@ -234,7 +238,7 @@ def _parse(path: Path, data: mmap.mmap) -> GgufFile:
     if len(tensors) < len(infos):
         raise ValueError("two tensors of one name")
     _check_places(tensors.values(), len(data))
-    return GgufFile(path, keys, tensors, len(data))
+    return GgufFile(path, keys, tensors, len(data), keys_start, keys_stop)
 
 
 def _tensor_info(cursor: _Cursor) -> tuple[str, int, tuple[int, ...], int]:

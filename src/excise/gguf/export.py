@@ -33,6 +33,7 @@ from excise.files import (
     weights_sha256,
 )
 from excise.gguf.ggml import FLOATS, check_file_type, file_types
+from excise.gguf.joining import Layout, join_projector, layout_of
 from excise.gguf.llamacpp import Tools, convert, find_tools, plain_copy, quantise
 from excise.gguf.patching import patch_gguf
 from excise.model.anatomy import Writer
@@ -127,6 +128,8 @@ def export_gguf(
     on_event: OnEvent = ignore,
     extra_files: Mapping[str, str] | None = None,
     describe: Callable[[GgufFile, str, str | None], str] | None = None,
+    *,
+    join: bool = False,
 ) -> Exported:
     """Convert the edited checkpoint and quantise it; for a multimodal model the projector as well.
 
@@ -140,6 +143,7 @@ def export_gguf(
         on_event: told of the steps.
         extra_files: name -> text of files to add.
         describe: the Modelfile, from the first file's header and name and the projector's name.
+        join: put language model and projector into one file where Ollama takes such a one.
 
     Raises:
         ExportError: a tool failed. OutputError, StorageError: as `files.staged`.
@@ -159,12 +163,29 @@ def export_gguf(
             kind = own_type(source)
             projector = f"mmproj-{name}-{kind}.gguf"
             convert(plan.tools, plain, folder / projector, kind, name, mmproj=True)
+        layout = None if projector is None or not join else layout_of(folder / projector)
+        if projector is not None and layout is not None:
+            _join_all(folder, folder / projector, layout, read_config(source), room)
+            projector = None
         files = dict(extra_files or {})
         if describe is not None:
             first = folder / f"{name}-{types[0]}.gguf"
             files[MODELFILE] = describe(read_gguf(first), first.name, projector)
         add_files(folder, files)
-    return _exported(destination, "gguf", {"patched": False})
+    details = {"patched": False, "joined": layout is not None}
+    return _exported(destination, "ollama" if join else "gguf", details)
+
+
+def _join_all(
+    folder: Path, projector: Path, layout: Layout, config: dict[str, Any], room: Path
+) -> None:
+    """Put the projector into every language model in the folder, and remove it."""
+    aside = room / projector.name
+    projector.rename(aside)
+    for text in sorted(folder.glob("*.gguf")):
+        joined = room / "joined.gguf"
+        join_projector(text, aside, layout, config, joined)
+        joined.replace(text)
 
 
 def convert_all(

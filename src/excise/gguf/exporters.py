@@ -1,4 +1,4 @@
-"""The formats `gguf` and `gguf-adapter`, as exporters."""
+"""The formats `gguf`, `ollama` and `gguf-adapter`, as exporters."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from excise.checkpoints.gguf_header import read_gguf
+from excise.checkpoints.gguf_header import read_gguf, read_shards
 from excise.checkpoints.loading import Loaded
 from excise.config import ExportSection
 from excise.events import OnEvent
@@ -16,6 +16,7 @@ from excise.export.matching import check_stored
 from excise.formats import Format
 from excise.gguf.export import (
     MODELFILE,
+    GgufPlan,
     architecture_of,
     export_gguf,
     export_gguf_adapter,
@@ -35,20 +36,22 @@ from excise.report.formatting import model_name
 class GgufExporter(Exporter):
     """Whole models: converted and quantised, or patched into an existing file; with a Modelfile."""
 
+    join = False
+
     def __init__(self, form: Format, section: ExportSection) -> None:
         super().__init__(form, section)
         self.plan = plan_gguf(section)
 
     def check(self, loaded: Loaded, writers: Sequence[Writer]) -> None:
         """See `Exporter.check`: to be converted, the checkpoint must store plain weights."""
-        if self.plan.base is None:
+        if self._plan_of(loaded).base is None:
             check_stored(loaded.folder, writers)
 
     def write(
         self, edited: EditedModel, to: Path, files: Mapping[str, str], on_event: OnEvent
     ) -> Exported:
         """See `Exporter.write`."""
-        loaded, base = edited.loaded, self.plan.base
+        loaded, base = edited.loaded, self._plan_of(edited.loaded).base
         edits, writers = edited.edits, edited.writers
         describe = partial(modelfile_of, loaded, edited.record.model.license)
         if base is not None:
@@ -56,14 +59,39 @@ class GgufExporter(Exporter):
             return export_patched(to, edits, writers, loaded.model, base, on_event, files)
         stem = _stem(edited.record)
         return export_gguf(
-            loaded.folder, to, edits, writers, self.plan, stem, on_event, files, describe
+            loaded.folder,
+            to,
+            edits,
+            writers,
+            self.plan,
+            stem,
+            on_event,
+            files,
+            describe,
+            join=self.join,
         )
 
     def measure(
         self, made: Exported, by: Measurement, on_event: OnEvent
     ) -> tuple[Exported, Scores]:
         """See `Exporter.measure`: every file in llama.cpp, beside the unedited one of its type."""
-        return measure_gguf(made, self.plan, by, on_event)
+        return measure_gguf(made, self._plan_of(by.loaded), by, on_event)
+
+    def _plan_of(self, loaded: Loaded) -> GgufPlan:
+        """Return the plan for this model: a GGUF of which no other type is asked is patched itself."""
+        source = None if loaded.plain is None else loaded.plain.source
+        if source is None or not source.is_file() or self.join or self.plan.base or self.plan.types:
+            return self.plan
+        return GgufPlan(base=read_shards(source)[0].path)
+
+
+class OllamaExporter(GgufExporter):
+    """Whole models for Ollama: one file with the towers in it, where Ollama takes that of the family."""
+
+    join = True
+
+    def __init__(self, form: Format, section: ExportSection) -> None:
+        super().__init__(form, section.model_copy(update={"from_gguf": None}))
 
 
 class GgufAdapterExporter(Exporter):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from excise.gguf import engine
 from excise.gguf.engine import GgufEngine, GgufModel
 from excise.gguf.export import GgufPlan, convert_all, own_type
 from excise.gguf.ggml import GET_LLAMA_CPP
+from excise.gguf.joining import text_part
 from excise.gguf.llamacpp import plain_copy
 from excise.prompts.tokens import end_tokens
 from excise.record import Scores
@@ -50,8 +52,11 @@ def measure_gguf(
         for one in models:
             if not adapter and plan.base is None and one["type"] != kind:
                 continue
-            path = made.path / one["file"]
-            with phase(f"measure {kind if adapter else one['type']}", on_event):
+            file = made.path / one["file"]
+            with (
+                phase(f"measure {kind if adapter else one['type']}", on_event),
+                _runnable(file, bool(made.details.get("joined"))) as path,
+            ):
                 edited, lora = (base, path) if adapter else (path, None)
                 before, after = _measure_pair(base, edited, lora, by)
             one["original"] = {
@@ -61,6 +66,17 @@ def measure_gguf(
             if one is models[0]:
                 first = after
     return replace(made, details={**made.details, "files": files}), first
+
+
+@contextmanager
+def _runnable(file: Path, joined: bool) -> Iterator[Path]:
+    """Give a file that llama.cpp runs: of a joined one the language model, as long as it is needed."""
+    if not joined:
+        yield file
+        return
+    with scratch(file.parent, file.stat().st_size) as room:
+        text_part(file, room / file.name)
+        yield room / file.name
 
 
 def _originals(

@@ -167,7 +167,7 @@ def _of_the_export(
         "export_details": {k: v for k, v in found.items() if isinstance(v, str | int | float)},
         "files": files,
         "files_measured": any(one.edited is not None for one in files),
-        "projector": any(one.part == "projector" for one in files),
+        "projector": bool(found.get("joined")) or any(o.part == "projector" for o in files),
         "usages": usages(record, artifact_format, artifact, repo),
     }
 
