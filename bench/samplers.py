@@ -1,6 +1,6 @@
 """What the sampler is told, compared where trials cost nothing: made-up worlds of twelve parameters.
 
-    python bench/samplers.py [--seeds 0 1] [--trials 200]
+    python bench/samplers.py [--told scores region few] [--seeds 0 1] [--trials 200]
 
 A world says for any parameters which behaviour rate and KL divergence they have: how far the edits of all
 layers move together decides the rate, in hundredths, as prompts turn one by one; what they disturb, and
@@ -37,7 +37,7 @@ from excise.record import ScoreRecord
 from excise.search import sampler
 from excise.search.journal import create_study
 from excise.search.loop import Measured, Search
-from excise.search.pareto import hypervolume
+from excise.search.pareto import Objective, Point, hypervolume, pareto
 from excise.search.region import Region, region_of
 
 LAYERS = 30
@@ -128,8 +128,9 @@ def study(world: World, how: str, seed: int, trials: int) -> dict[str, Any]:
 
 def volume(points: Sequence[Sequence[float]], region: Region) -> float:
     """The share of the region that points beat."""
-    within = [region.told(one) for one in points if region.holds(one)]
-    return hypervolume([(one[0], one[1]) for one in within], (1.0, 1.0))
+    within = [Point(n, region.told(one)) for n, one in enumerate(points) if region.holds(one)]
+    front = pareto(within, [Objective(goal.name) for goal in GOALS])
+    return hypervolume([(one.values[0], one.values[1]) for one in front], (1.0, 1.0))
 
 
 def main() -> None:
@@ -137,8 +138,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--trials", type=int, default=200)
     parser.add_argument("--worlds", type=int, nargs="+", default=list(range(WORLDS)))
+    parser.add_argument("--told", nargs="+", choices=HOWS, default=HOWS)
     arguments = parser.parse_args()
-    for how in HOWS:
+    for how in arguments.told:
         found = [
             study(World(number), how, seed, arguments.trials)
             for number in arguments.worlds

@@ -78,6 +78,7 @@ class Search:
         self._clock = clock
         self._begun = False
         self._finished: list[TrialRecord] = []  # of the first trials, which no longer change
+        self._front: list[Point] = []  # of the trials after the last batch
 
     def aim(self, region: Region | None) -> None:
         """Let the sampler be told where in this region a trial lies, in place of its scores.
@@ -97,9 +98,9 @@ class Search:
         """
         with _storing():
             self._drop_unfinished()
-            stops = self._stops(trials)
+            stops, done = self._stops(trials), len(self._trials())
             for start, stop in batches(stops, self._batch):
-                if stop > len(self._trials()):
+                if stop > done:
                     self._run_batch(start, stop, measure, on_event)
                     on_event(Progress("search", stop, stops[-1]))
 
@@ -174,6 +175,7 @@ class Search:
         if whole < len(trials):
             self.study = self.study.before(whole)
             del self._finished[whole:]
+            self._front = []
             if self.study.user_attrs.get("stops", []) != stops:  # asked for after those trials
                 self.study.set_user_attr("stops", stops)
 
@@ -227,11 +229,20 @@ class Search:
                 )
             for trial, result in zip(asked, measured, strict=True):
                 self._tell(trial, result)
-        front = {p.number for p in pareto(self.points(), self.objectives)}
+        front = self._front_with(start)
         for trial, result in zip(asked, measured, strict=True):
             values = {name: score.value for name, score in result.scores.items()}
             number = trial.number
             on_event(TrialMeasured(number, values, number in front))
+
+    def _front_with(self, start: int) -> set[int]:
+        """Return the numbers of the trials on the front, given that of the trials before `start`."""
+        if start == 0 or not self._front:
+            new = self.points()
+        else:
+            new = [*self._front, *points(self.records()[start:], self.objectives)]
+        self._front = pareto(new, self.objectives)
+        return {point.number for point in self._front}
 
     def _random_share(self, batches_in_all: float, batch: int) -> int:
         """Return how many of the trials that a time allows are random ones: the usual share at most."""
