@@ -21,15 +21,15 @@ def drawn(count: int, seed: int = 0, grid: int = 0) -> list[tuple[float, float]]
 
 
 def test_of_few_trials_the_sampler_is_told_of_all():
-    assert telling(drawn(sampler.MOST), GOALS) == list(range(sampler.MOST))
-    assert telling([], GOALS) == []
+    assert telling(drawn(sampler.MOST)) == list(range(sampler.MOST))
+    assert telling([]) == []
 
 
 @pytest.mark.parametrize("grid", [0, 1, 3, 40])
 @pytest.mark.parametrize("count", [sampler.MOST + 1, 400, 3359])
 def test_of_many_it_is_told_of_the_front_and_of_the_last(count, grid):
     told = drawn(count, grid=grid)
-    places = telling(told, GOALS)
+    places = telling(told)
     assert places == sorted(set(places))
     assert len(places) <= sampler.MOST
     front = pareto([Point(n, one) for n, one in enumerate(told)], GOALS)
@@ -42,7 +42,7 @@ def test_of_a_front_that_is_too_long_it_is_told_of_every_part():
     count = 5 * sampler.MOST
     told = [(n / count, 1 - n / count) for n in range(count)]
     random.Random(1).shuffle(told)
-    firsts = sorted(told[place][0] for place in telling(told, GOALS))
+    firsts = sorted(told[place][0] for place in telling(told))
     assert len(firsts) == sampler.MOST
     gaps = [b - a for a, b in zip([0.0, *firsts], [*firsts, 1.0], strict=True)]
     assert max(gaps) < 2 / sampler.BEST
@@ -76,5 +76,5 @@ def test_a_long_search_is_not_taken_for_one_that_begins(monkeypatch):
     known = known_of(30)
     asked = Sampler(SPACE, 2, 24, 0).ask(known, range(30, 32), 20)
     assert asked != Sampler(SPACE, 2, 24, 0).ask([], range(30, 32), 1)
-    few = [known[place] for place in telling([told for _, told in known], GOALS)]
+    few = [known[place] for place in telling([told for _, told in known])]
     assert asked == Sampler(SPACE, 2, 24, 0).ask(few, range(30, 32), 10)
