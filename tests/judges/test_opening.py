@@ -15,8 +15,8 @@ from excise.cli.main import main
 from excise.report.stored_record import read_record
 
 SIZES = (
-    *("--direction-size", "60", "--eval-size", "30", "--quiet", "--set", "search.batch=4"),
-    *("--set", "prompts.holdout_size=30", "--set", "engine.rows=256"),
+    *("--direction-size", "40", "--eval-size", "20", "--quiet", "--set", "search.batch=4"),
+    *("--set", "prompts.holdout_size=20", "--set", "engine.rows=256"),
 )
 
 
@@ -63,7 +63,7 @@ def test_a_judge_stands_in_place_of_markers_throughout(judged: Path):
         worst = trial.scores["verdict_shows"].value + trial.scores["verdict_broken"].value
         assert trial.scores["behaviour_rate"].value == pytest.approx(worst)
         assert trial.seconds["judge"] >= 0
-    assert record.artifacts[0].measured["verdict_answers"].n == 30
+    assert record.artifacts[0].measured["verdict_answers"].n == 20
     assert trial.scores["false_rate"].n == record.holdout["false_rate"].n == 4  # borderline prompts
     assert record.prompts["borderline_eval"].source == "borderline.txt"
     assert record.baseline["drift"].spread["max"] < 1e-4
