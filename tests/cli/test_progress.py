@@ -63,6 +63,21 @@ def test_plain_lines_where_there_is_no_terminal(capsys):
     ]
 
 
+def test_a_search_for_a_time_says_how_much_of_it_is_left(capsys):
+    with Reporter() as report:
+        for event in (
+            Progress("search", 1, 1200, 5000.0),
+            Progress("search", 16, 48, 95.0),
+            Progress("search", 48, 48, 3.0),
+        ):
+            report(event)
+    assert capsys.readouterr().err.splitlines() == [
+        "Searching: 1 trial of about 1,200, 1 h 23 min left",
+        "Searching: 16 trials of about 48, 1 min 35 s left",
+        "Searching: 48 trials, no time for another batch",
+    ]
+
+
 def test_a_plain_line_is_one_line_however_long(capsys):
     with Reporter() as report:
         report(Notice("word " * 100))
