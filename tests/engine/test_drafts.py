@@ -52,7 +52,18 @@ def test_equally_frequent_ones_are_offered_the_same_whatever_came_first():
     assert known([one], [other]).after(0, (5,)) == known([other], [one]).after(0, (5,))
 
 
-def test_reading_pays_while_it_brings_more_than_a_quarter_of_what_is_read():
-    assert cheaper_than_decoding(10, 39)
-    assert not cheaper_than_decoding(10, 40)
+def test_reading_pays_while_it_brings_more_than_half_of_what_is_read():
+    assert cheaper_than_decoding(10, 19)
+    assert not cheaper_than_decoding(10, 20)
     assert not cheaper_than_decoding(0, 0)
+
+
+def test_drafts_pay_until_first_rounds_say_otherwise():
+    drafts = Drafts()
+    assert drafts.pay
+    drafts.tried(10, 12)
+    assert drafts.pay
+    drafts.tried(0, 8)  # the sum counts, as one batch of rows says little
+    assert not drafts.pay
+    drafts.tried(9, 9)
+    assert drafts.pay

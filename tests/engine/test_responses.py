@@ -91,9 +91,8 @@ def test_a_response_may_go_from_one_draft_to_another(family):
 def test_what_was_learnt_is_read_and_not_decoded(family, pass_shapes):
     model, edits = setup(family)
     edits = edits[:2]
-    ours = engine(model)
-    with ours.keeping_drafts():
-        expected = ours.measure(edits, TARGET)
+    ours, expected = engine(model), engine(model).measure(edits, TARGET)
+    teach(ours, tokens(expected))
     pass_shapes.clear()
     engine(model).measure(edits, TARGET)
     assert [width for _, width in pass_shapes].count(1) >= LIMIT - 1
@@ -190,9 +189,8 @@ def test_passes_of_any_size_find_the_same(rows):
 @pytest.mark.parametrize("depth", [0, 2, 5])
 def test_out_of_memory_while_drafts_are_read(depth):
     model, edits = setup("gemma4")
-    ours = engine(model)
-    with ours.keeping_drafts():
-        expected = ours.measure(edits, TARGET)
+    ours, expected = engine(model), engine(model).measure(edits, TARGET)
+    teach(ours, tokens(expected))
     calls = 0
 
     def strike(_module, _args, output):
@@ -335,6 +333,20 @@ def test_drafts_that_bring_little_are_not_tried_again(rounds):
     teach(ours, [[tuple(n for t in r for n in (t, 299, 298, 297)) for r in one] for one in said])
     assert tokens(ours.measure(edits[:2], TARGET)) == said
     assert rounds == [2 * 9]
+
+
+@pytest.mark.parametrize("wrong", [True, False])
+def test_drafts_are_left_out_where_they_did_not_pay_in_the_first_batch(rounds, wrong):
+    model, edits = setup("qwen3")
+    said = tokens(engine(model).measure(edits[:2], TARGET))
+    ours = engine(model)
+    teach(ours, [[(*t[:1], *[299] * (LIMIT - 1)) if wrong else t for t in one] for one in said])
+    with ours.keeping_drafts():
+        assert tokens(ours.measure(edits[:2], TARGET)) == said
+    assert rounds[0] == 2 * 9
+    rounds.clear()
+    assert tokens(ours.measure(edits[:2], TARGET)) == said  # which are all known by now
+    assert rounds[:1] == ([] if wrong else [2 * 9])
 
 
 def test_a_draft_that_breaks_late_is_followed_by_another(rounds):

@@ -14,9 +14,10 @@ from excise.engine.requests import Response
 
 Tokens = tuple[int, ...]
 
-# Cost of decoding a token over that of verifying it: decoding takes a pass per token through all layers,
-# where drafts share those below the first edit.
-_DECODING_OVER_READING = 4
+# Cost of decoding a token over that of verifying it. Decoding takes a pass per token through all layers,
+# where drafts share those below the first edit; but many rows decode together, and rows that a draft has
+# helped on wait for those that it has not.
+_DECODING_OVER_READING = 2
 # Longest n-gram that prompt lookup matches.
 _LONGEST_MATCH = 2
 
@@ -31,6 +32,7 @@ class Drafts:
 
     def __init__(self) -> None:
         self._counts: list[Counter[Tokens]] = []
+        self._gained, self._read = 0, 0
         # (prompt, or None for any; n-gram) -> a response, and the position after the n-gram in it.
         self._places: dict[tuple[int | None, Tokens], tuple[Tokens, int]] = {}
 
@@ -41,6 +43,16 @@ class Drafts:
             counts[one.tokens] += 1
             if counts[one.tokens] == 1:
                 self._index(prompt, one.tokens)
+
+    def tried(self, gained: int, read: int) -> None:
+        """Count the first round of one batch of rows, while drafts are collected."""
+        self._gained += gained
+        self._read += read
+
+    @property
+    def pay(self) -> bool:
+        """Whether a first round was cheaper than decoding; assumed where none was counted."""
+        return not self._read or cheaper_than_decoding(self._gained, self._read)
 
     def _index(self, prompt: int, tokens: Tokens) -> None:
         for end in range(1, len(tokens)):

@@ -345,8 +345,10 @@ class Engine:
                 # Caches that do not join have to be filled in one pass.
                 rows=self._plan.fits("rows", lengths[chunk[0]]) if joins else rows,
             )
-            if drafts is not None:
+            if drafts is not None and (drafts.pay or self._learning):
                 batch.decode_with_drafts(drafts)
+                if self._learning:
+                    drafts.tried(*(batch.first_round or (0, 0)))
             else:
                 batch.decode()
             on_step(self.limit)  # the rest of them ended before

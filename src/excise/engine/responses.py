@@ -41,6 +41,9 @@ class ResponseBatch:
         self._transcript = transcript
         self._most = rows
         self._owners = Rows.grid(members, self._prompts).owners
+        self.first_round: tuple[int, int] | None = (
+            None  # tokens of drafts that it accepted, and read
+        )
 
     def decode(self) -> None:
         """Prefill the prompts in passes of at most `rows` rows, then decode all rows in one batch."""
@@ -53,7 +56,9 @@ class ResponseBatch:
             self._transcript.append(row, token)
         pays = True
         while pays and (likely := self._likely(drafts)):
-            pays = self._verify_drafts(likely, past)
+            gained, read = self._verify_drafts(likely, past)
+            pays = cheaper_than_decoding(gained, read)
+            self.first_round = self.first_round or (gained, read)
         left = self._transcript.open_rows()
         if left:
             some = [left[start : start + self._most] for start in range(0, len(left), self._most)]
@@ -78,10 +83,10 @@ class ResponseBatch:
                 found[row] = draft[: self._transcript.room(row)]
         return found
 
-    def _verify_drafts(self, likely: dict[int, Text], past: Past) -> bool:
+    def _verify_drafts(self, likely: dict[int, Text], past: Past) -> tuple[int, int]:
         """Run every draft through the model once, and accept the tokens up to the first mismatch.
 
-        Returns whether that was cheaper than decoding the accepted tokens.
+        Returns how many tokens were accepted, and how many were read.
         """
         texts = {row: (*self._text(row), *draft[:-1]) for row, draft in likely.items()}
         new = {row: len(self._transcript.tokens(row)) + len(likely[row]) - 1 for row in likely}
@@ -101,7 +106,7 @@ class ResponseBatch:
             said = iter(self._passes.forward.greedy(hidden[wanted.to(hidden.device)]).tolist())
             for row in some:
                 gained += self._compare(row, likely[row], [next(said) for _ in likely[row]])
-        return cheaper_than_decoding(gained, sum(new.values()))
+        return gained, sum(new.values())
 
     def _compare(self, row: int, draft: Text, said: list[int]) -> int:
         """Append the model's tokens up to the first that differs from the draft; return how many."""
