@@ -824,7 +824,7 @@ MUTANTS = (
     Mutant(
         "sizes are measured for as long as it takes",
         "engine/batch_sizing",
-        "most = min(_SECONDS, _SHARE * self.search / speed)",
+        "most = min(_SECONDS, _SHARE * search * took / (rows * some))",
         "most = inf",
         "tests/engine/test_batch_sizing.py -k measuring",
     ),

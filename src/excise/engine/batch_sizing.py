@@ -1,4 +1,4 @@
-"""Batch sizes from measured throughput, within free memory and a short measuring time.
+"""Batch sizes from a model of what a pass costs, within free memory; a few short passes give its numbers.
 
 Shapes: B rows, T tokens of the longest of them; a pass holds B x T tokens and B x T x T pairs of them.
 """
@@ -8,7 +8,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from math import inf
+from itertools import accumulate
+from math import ceil, inf
 from statistics import median_low
 from typing import Any
 
@@ -20,22 +21,23 @@ from excise.engine.engine import Engine, Plan
 from excise.errors import RunStateError, is_out_of_memory
 from excise.events import OnEvent, Progress, ignore
 from excise.model.devices import finish, free_bytes
-from excise.model.forward import Forward
 from excise.model.parameters import any_offloaded
 
-_GAIN = 1.05  # a larger batch must have this much more throughput to be worth its memory
+_GAIN = 1.05  # a pass twice as large must have this much more throughput to be worth its memory
 _DECODE_FACTOR = 8
 # The residual states of a pass, in float32, should take at least this much: below it the edits of many
 # candidates cost more than what the smaller pass gains. Wide models reach it with few rows.
 _FEWEST_BYTES = 3 * 2**20
 _LARGEST_BATCH = 16  # candidates asked together: more would make the sampler blind for longer
 _LARGEST_STACK = _LARGEST_BATCH  # the more share a pass, the less often what they share is run
-_FIRST_ROWS, _FIRST_TOKENS = 16, 4096  # of the smallest pass that is measured
-_SMALLEST = 16  # tokens of the first of the passes that say whether there is time for that
+_FEWEST_ROWS, _FEWEST_TOKENS = 16, 4096  # no pass holds less than either, where memory allows
 _OFFLOADED_TOKENS = 2**15  # of a pass that takes as long as it takes to bring the weights
-_REPEATS = 3
-# Measuring sizes ends after so many seconds, and after this share of what the search is likely to take.
-_SECONDS, _SHARE = 3.0, 0.03
+_SMALLEST = 16  # tokens of the first pass that is timed
+_SLOWER = (
+    3  # times as long as that one: in a pass that takes so long, tokens cost more than the call
+)
+# Timing ends after so many seconds, and after this share of what the search is likely to take.
+_SECONDS, _SHARE = 2.0, 0.02
 _TIMES_USUAL = 4  # a prompt this much longer than the median has passes of its own
 _SCORES = 3 * 4  # bytes of a score: three float32 at once where attention keeps them
 
@@ -236,86 +238,95 @@ def _pair_bytes(loaded: Loaded, cache: Any, masks: list[Any]) -> int:
 
 
 @dataclass(frozen=True)
-class _Time:
-    """Time limit of measuring: a few seconds, and a small share of the search."""
+class Cost:
+    """What a pass costs: seconds of the call, however small it is, and seconds of every token."""
 
-    search: float  # tokens that it is likely to pass
-    begun: float
+    call: float
+    token: float
 
-    def allows(self, seconds: float, speed: float) -> bool:
-        """Return whether `seconds` more fit, at `speed` tokens per second."""
-        most = min(_SECONDS, _SHARE * self.search / speed)
-        return time.perf_counter() - self.begun + seconds <= most
+    @classmethod
+    def of(cls, timed: Sequence[tuple[int, float]]) -> Cost:
+        """Estimate it from (tokens, seconds) of two passes or more, each larger than the one before.
+
+        Of the last two the one counts by which a token costs less: no one slow pass makes a run slow.
+        """
+        (fewest, *tokens), (least, *seconds) = [n for n, _ in timed], undisturbed(timed)
+        each = [(s - least) / (n - fewest) for n, s in zip(tokens, seconds, strict=True)]
+        token = min(each[-2:])
+        return cls(least - token * fewest, token)
+
+    def enough(self) -> float:
+        """Return the tokens of a pass from which on one twice as large gains less than `_GAIN`."""
+        call = max(0.0, self.call)
+        return (_GAIN / (_GAIN - 1) / 2 - 1) * call / self.token if self.token > 0 else inf
+
+
+def undisturbed(timed: Sequence[tuple[int, float]]) -> list[float]:
+    """Return the seconds of passes (tokens, seconds), none longer than a larger one's.
+
+    Other work on the machine only ever adds to them.
+    """
+    return list(accumulate((seconds for _, seconds in reversed(timed)), min))[::-1]
 
 
 def _fastest_rows(
     loaded: Loaded, tokens: int, limit: int, search: float = inf, on_event: OnEvent = ignore
 ) -> int:
-    """Double the rows while tokens per second grow; stop before memory or time runs out.
-
-    Two sizes in a row must fail to gain: one slow measurement, on a machine that does other work
-    beside, must not make a whole run slow.
+    """Return the rows from which on larger passes gain little, by what a few short ones cost.
 
     Args:
         loaded: the model.
         tokens: of a row.
         limit: rows that fit.
         search: tokens that the search is likely to pass.
-        on_event: told of every size that was measured.
+        on_event: told of every pass that was timed.
     """
-    rows = max(1, min(_FIRST_ROWS, limit, _FIRST_TOKENS // tokens))
+    fewest = max(1, min(_FEWEST_ROWS, limit, _FEWEST_TOKENS // tokens))
     if any_offloaded(loaded.model):
-        return max(rows, min(limit, _OFFLOADED_TOKENS // tokens))
-    forward, spare = loaded.forward, _Time(search, time.perf_counter())
-    best, speed, dull, tried = 0, 0.0, 0, 0
+        return max(fewest, min(limit, _OFFLOADED_TOKENS // tokens))
+    timed: list[tuple[int, float]] = []
     try:
-        for some, few in _smaller(rows, tokens):
-            took = _seconds(forward, loaded.device, some, few, 1)
-            if not spare.allows(2 * took, some * few / took):
-                return rows
-        while rows <= limit and dull < 2:
-            begun = time.perf_counter()
-            now = _speed(forward, loaded.device, rows, tokens)
-            if now < _GAIN * speed:
-                dull += 1
-            else:
-                best, speed, dull = rows, now, 0
-            rows, tried = 2 * rows, tried + 1
-            on_event(Progress("plan", tried))
-            if not spare.allows(2 * (time.perf_counter() - begun), speed):
+        for number, seconds in _short_passes(loaded, tokens, limit, search):
+            timed.append((number, seconds))
+            on_event(Progress("plan", len(timed)))
+            taken = undisturbed(timed)
+            if len(taken) > 2 and taken[-2] > _SLOWER * taken[0]:
                 break
     except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-    return best or 1
+        limit = max(1, timed[-1][0] // tokens) if timed else 1
+    if len(timed) < 2:
+        return min(fewest, limit)
+    return ceil(min(limit, max(fewest, Cost.of(timed).enough() / tokens)))
 
 
-def _smaller(rows: int, tokens: int) -> Iterator[tuple[int, int]]:
-    """Yield passes (rows, tokens) up to half of this one, each twice the one before."""
-    few = _SMALLEST
-    while few < tokens:
-        yield 1, few
-        few *= 2
-    some = 1
-    while some < rows:
-        yield some, tokens
-        some *= 2
+def _short_passes(
+    loaded: Loaded, tokens: int, limit: int, search: float
+) -> Iterator[tuple[int, float]]:
+    """Yield (tokens, seconds) of passes, each about twice as large as the one before, while there is time.
+
+    They grow to one whole row first and then by rows, up to `limit`. The first runs twice: what is done
+    once for all passes is no cost of one.
+    """
+    begun, rows, some = time.perf_counter(), 1, min(_SMALLEST, tokens)
+    _seconds(loaded, rows, some)
+    while rows <= limit:
+        took = _seconds(loaded, rows, some)
+        yield rows * some, took
+        most = min(_SECONDS, _SHARE * search * took / (rows * some))
+        if time.perf_counter() - begun + 2 * took > most:
+            return
+        rows, some = (1, min(2 * some, tokens)) if some < tokens else (2 * rows, tokens)
 
 
-def _speed(forward: Forward, device: torch.device, rows: int, tokens: int) -> float:
-    """Return the tokens per second of a pass over `rows` rows: the best of three."""
-    return rows * tokens / _seconds(forward, device, rows, tokens, _REPEATS)
-
-
-def _seconds(forward: Forward, device: torch.device, rows: int, tokens: int, repeats: int) -> float:
-    """Return the seconds of a pass: the best of `repeats`."""
+def _seconds(loaded: Loaded, rows: int, tokens: int) -> float:
+    """Return the seconds of a pass over rows of tokens."""
+    device = loaded.device
     ids = torch.ones(rows, tokens, dtype=torch.long, device=device)
     positions = torch.arange(tokens, device=device).expand(rows, -1)
-    best = inf
-    for _ in range(repeats):
-        begun = time.perf_counter()
-        with torch.inference_mode():
-            forward.hidden(ids, torch.ones_like(ids), positions)
-        finish(device)
-        best = min(best, time.perf_counter() - begun)
-    return best
+    begun = time.perf_counter()
+    with torch.inference_mode():
+        loaded.forward.hidden(ids, torch.ones_like(ids), positions)
+    finish(device)
+    return time.perf_counter() - begun
