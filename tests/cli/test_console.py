@@ -101,6 +101,22 @@ def test_group_names_come_from_users_and_are_shown_as_they_are(group):
     assert group in drawn(figures_table(record), 120)
 
 
+@pytest.mark.parametrize(("count", "rows"), [(1, 1), (4, 4), (5, 2), (20, 2)])
+def test_of_many_groups_the_furthest_apart_have_a_row(count, rows):
+    record = make_record()
+    score = record.holdout["behaviour_rate"]
+    part = score.model_copy(update={"parts": None, "n": 50})
+    values = [(7 * n % count) / 50 for n in range(count)]
+    parts = {f"kind {n}": part.model_copy(update={"value": v}) for n, v in enumerate(values)}
+    holdout = {"behaviour_rate": score.model_copy(update={"parts": parts})}
+    shown = drawn(figures_table(record.model_copy(update={"holdout": holdout})), 80).splitlines()
+    named = [line.split()[1] for line in shown if line.strip().startswith("kind")]
+    assert len(named) == rows
+    assert {str(values.index(end(values))) for end in (min, max)} <= set(named)
+    said = [line.strip() for line in shown if "more" in line]
+    assert said == ([f"{count - 2} more in report"] if rows < count else [])
+
+
 def test_groups_of_a_few_prompts_have_no_row():
     record = make_record()
     score = record.holdout["behaviour_rate"]

@@ -23,6 +23,8 @@ from excise.visible import visible
 if TYPE_CHECKING:
     from excise.runs.reproduce import Reproduction
 
+_MOST_GROUPS = 4  # of a score, that have a row each
+
 # Names that leave room for figures in 80 columns.
 _SHORT = {
     "drift": "KL (full response)",
@@ -128,12 +130,25 @@ def figures_table(record: Record) -> Table:
             if score.spread:
                 each = ", ".join(map(formatting.significant, score.spread.values()))
                 _row(table, "    " + ", ".join(score.spread), "", each, "single tokens")
-            for group, part in large_groups(score).items():
+            groups = large_groups(score)
+            shown = _ends(groups)
+            for group, part in shown.items():
                 old = (before[name].parts or {}).get(group) if name in before else None
                 was = "–" if old is None else formatting.number(name, old.value)
                 now = formatting.measured(name, part)
                 _row(table, f"    {group}", was, now, formatting.sample(name, part))
+            if len(shown) < len(groups):
+                more = f"    {len(groups) - len(shown)} more in report"
+                _row(table, Text(more, style="dim"))
     return table
+
+
+def _ends(groups: Scores) -> Scores:
+    """Return the groups of the lowest and the highest value, where there are many; else all."""
+    if len(groups) <= _MOST_GROUPS:
+        return groups
+    ordered = sorted(groups, key=lambda group: groups[group].value)
+    return {group: groups[group] for group in (ordered[0], ordered[-1])}
 
 
 def _called(name: str) -> str:
