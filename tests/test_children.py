@@ -88,6 +88,15 @@ def test_a_child_gets_what_it_needs_and_nothing_else(
     assert not Path(env["TMPDIR"]).exists()  # its temporary files went with it
 
 
+def test_a_child_is_looked_at_while_it_runs(tmp_path: Path) -> None:
+    looks: list[float] = []
+    command = children.python(script(tmp_path, "import time; time.sleep(1.2)"))
+    code, _ = children.run(command, "a test", look=lambda: looks.append(time.monotonic()))
+    assert code == 0
+    assert len(looks) >= 2
+    assert looks[-1] - looks[0] < 60
+
+
 def test_code_in_the_current_folder_is_not_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,8 +13,8 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -111,9 +111,13 @@ class Child:
         self._errors.close()
         self._room.close()
 
-    def wait(self) -> int:
-        """Wait for its end and return its exit code."""
+    def wait(self, look: Callable[[], None] | None = None) -> int:
+        """Wait for its end, `look` now and then meanwhile, and return its exit code."""
         with self.awaited():
+            while look is not None and self.process.poll() is None:
+                look()
+                with suppress(subprocess.TimeoutExpired):
+                    self.process.wait(_LOOK)
             return self.process.wait()
 
     @contextmanager
@@ -166,13 +170,19 @@ class Child:
         return self._errors.read().decode(errors="replace")
 
 
-def run(command: Sequence[str], what: str, code: Sequence[Path] = ()) -> tuple[int, str]:
+def run(
+    command: Sequence[str],
+    what: str,
+    code: Sequence[Path] = (),
+    look: Callable[[], None] | None = None,
+) -> tuple[int, str]:
     """Run a program to its end.
 
     Args:
         command: the program's whole path and its arguments.
         what: what it does, for messages: "llama.cpp's converter".
         code: folders that it imports from beside its own libraries.
+        look: called twice a second while it runs.
 
     Returns:
         Its exit code, and the end of its standard error.
@@ -182,7 +192,7 @@ def run(command: Sequence[str], what: str, code: Sequence[Path] = ()) -> tuple[i
     """
     child = Child(command, what, code=code)
     try:
-        return child.wait(), child.stderr_tail()
+        return child.wait(look), child.stderr_tail()
     finally:
         child.stop()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import builders
 import families
 import pytest
@@ -209,6 +211,30 @@ def test_one_prompt_that_does_not_fit_is_said():
     loaded.anatomy.layers[2].mlp.register_forward_pre_hook(never)
     with pytest.raises(MemoryExhausted, match="one prompt"):
         observe(loaded, ResidualsAlone(), TOKENS)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_what_is_left_is_said_within_a_batch_too(monkeypatch, kept):
+    """A batch of a large model takes minutes. Long texts come first, so tokens count, not batches."""
+    monkeypatch.setattr(sweep, "ROWS", 5)
+    monkeypatch.setattr(sweep, "_EVERY", 0.0)
+    if not kept:
+        monkeypatch.setattr(sweep, "RESIDUAL_BYTES", 0)
+    loaded, told = builders.loaded("qwen3"), []
+    seen = observe(loaded, ResidualsAlone(), TOKENS, on_event=told.append)
+    for side in sweep.SIDES:
+        if not kept:
+            told.clear()
+            in_order(seen.residuals[side])
+        mine = [event for event in told if event.phase == f"capture {side}"]
+        assert len(mine) == 3 * builders.LAYERS  # 13 texts in batches of 5
+        done = [0, *(event.done for event in mine)]
+        batches_done = done[:: builders.LAYERS]
+        assert done == sorted(done)
+        assert mine[-1].done == mine[-1].total >= sum(map(len, TOKENS[side]))
+        first, second, third = (b - a for a, b in pairwise(batches_done))
+        assert first > second > third > 0
+    assert not any(layer._forward_hooks for layer in loaded.anatomy.layers)
 
 
 def test_directions_alone_leave_no_tensors():

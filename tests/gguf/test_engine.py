@@ -11,6 +11,7 @@ from torch import Tensor
 
 from excise.engine.requests import Divergence, Responses
 from excise.engine.stacking import ORIGINAL
+from excise.events import Event, OnEvent, Progress, ignore
 from excise.gguf.engine import GgufEngine
 
 VOCABULARY = 7
@@ -49,10 +50,28 @@ class Words:
 PROMPTS = {"target": [[1, 2], [3]], "contrast": [[4, 5, 6], [2, 2]]}
 
 
-def engine(model: Any, reference: GgufEngine | None = None, limit: int = 5) -> GgufEngine:
+def engine(
+    model: Any, reference: GgufEngine | None = None, limit: int = 5, on_event: OnEvent = ignore
+) -> GgufEngine:
     return GgufEngine(
-        model, PROMPTS, Words(), ends=frozenset({0}), limit=limit, spoken=(6,), reference=reference
+        model,
+        PROMPTS,
+        Words(),
+        ends=frozenset({0}),
+        limit=limit,
+        spoken=(6,),
+        reference=reference,
+        on_event=on_event,
     )
+
+
+def test_measuring_a_file_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("excise.gguf.engine.EVENT_EVERY", 0.0)
+    said: list[Event] = []
+    one = engine(Spoken(1), on_event=said.append)
+    one.measure([ORIGINAL], [Responses("target"), Divergence("contrast")])
+    count = [Progress("responses", n, 2) for n in (1, 2)]
+    assert said == [*count, *count, Progress("passes", 1, 2), Progress("passes", 2, 2)]
 
 
 def test_divergence_is_of_the_edited_file_from_the_original_at_the_originals_responses() -> None:

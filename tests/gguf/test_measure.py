@@ -9,7 +9,7 @@ import gguf_models
 import pytest
 
 from excise.events import ignore
-from excise.export.exporter import Exported, Measurement
+from excise.export.exporter import Exported
 from excise.gguf import measure as ggufcheck
 from excise.gguf.export import GgufPlan
 from excise.gguf.llamacpp import Tools
@@ -32,7 +32,7 @@ def pairs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """(original, edited, adapter) of every measurement; the n-th of them says n and -n."""
     asked: list[tuple[Any, ...]] = []
 
-    def measure(original: Path, edited: Path, adapter: Path | None, by: Measurement) -> Any:
+    def measure(original: Path, edited: Path, adapter: Path | None, *_: Any) -> Any:
         asked.append((original, edited, adapter))
         number = len(asked)
         return [{"rate": ScoreRecord(value=value, n=1)} for value in (number, -number)]

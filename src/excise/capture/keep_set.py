@@ -83,7 +83,8 @@ def known_texts(
 
 
 def _encoded(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    return [list(row) for row in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+    found = tokenizer(list(texts), add_special_tokens=False, verbose=False)
+    return [list(row) for row in found["input_ids"]]
 
 
 def _size(rows: Sequence[Sequence[int]], texts: Sequence[str]) -> tuple[int, int]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, Literal, Protocol
 
 import torch
@@ -22,7 +23,7 @@ from excise.capture.directions import Directions, winsorise
 from excise.capture.residuals import Pass, last_token_residuals, residual_pass
 from excise.checkpoints.loading import Loaded
 from excise.errors import MemoryExhausted, is_out_of_memory
-from excise.events import OnEvent, ignore, track
+from excise.events import OnEvent, Progress, at_most_every, ignore
 from excise.model.anatomy import Writer
 from excise.model.experts import ExpertWatch, edited_forward
 from excise.model.overrides import replaced_forward
@@ -30,6 +31,7 @@ from excise.prompts.tokens import Batch, batches, pad_token
 
 SIDES = ("target", "contrast")
 ROWS = 64  # texts of a batch
+_EVERY = 1.0  # seconds between two reports of progress
 RESIDUAL_BYTES = 2**30  # of both sides' residuals; more are not kept but captured anew where needed
 
 # A prompt's last token; that and the response's, which predict the response; the prompt's before its last.
@@ -202,7 +204,37 @@ def streamed(
     pad = pad_token(loaded.model, loaded.tokenizer)
     chunks = batches(prompts, ROWS, pad, loaded.device, padding=loaded.anatomy.padding)
     run = residual_pass(loaded.anatomy, chunks, winsor)
-    return lambda: track(run(), f"capture {side}", len(chunks), on_event)
+
+    def told() -> Iterator[tuple[Batch, Tensor]]:
+        with telling(loaded.anatomy.layers, chunks, f"capture {side}", on_event):
+            yield from run()
+
+    return told
+
+
+@contextmanager
+def telling(
+    layers: Sequence[nn.Module], chunks: Sequence[Batch], name: str, on_event: OnEvent
+) -> Iterator[None]:
+    """Tell how far one pass over some batches is, in tokens; within a batch, by the layers passed."""
+    ends, calls = [0, *accumulate(batch.size for batch in chunks)], 0
+    tell = at_most_every(_EVERY, on_event)
+
+    def passed(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+        batch, layer = divmod(calls, len(layers))
+        done = ends[-1]
+        if batch < len(chunks):
+            done = ends[batch] + layer * chunks[batch].size // len(layers)
+        tell(Progress(name, done, ends[-1]))
+
+    handles = [layer.register_forward_hook(passed) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @dataclass
@@ -225,8 +257,9 @@ class Sweep:
         loaded, after = self.loaded, torch.tensor([len(text.ids) - text.prompt for text in texts])
         pad, padding = pad_token(loaded.model, loaded.tokenizer), loaded.anatomy.padding
         chunks = batches([text.ids for text in texts], ROWS, pad, loaded.device, padding=padding)
-        for batch in track(chunks, name, len(chunks), on_event):
-            self._run(batch, after, set())
+        with telling(loaded.anatomy.layers, chunks, name, on_event):
+            for batch in chunks:
+                self._run(batch, after, set())
 
     def residuals(self) -> Iterator[tuple[Batch, Tensor]]:
         """Yield the residuals (B, L+1, D) of one batch after another, on the CPU in float32."""

@@ -19,10 +19,12 @@ import torch
 from torch import Tensor
 
 from excise import children
+from excise.engine.engine import EVENT_EVERY
 from excise.engine.kl import kl
 from excise.engine.requests import Divergence, Evidence, Request, Response, Responses
 from excise.engine.stacking import CandidateEdits
 from excise.errors import ExportError
+from excise.events import OnEvent, at_most_every, ignore, track
 
 _WORKER = Path(__file__).with_name("worker.py")
 _LONGEST_LINE = 1 << 24  # bytes of an answer, without its logits
@@ -164,6 +166,7 @@ class GgufEngine:
         limit: int,
         spoken: Sequence[int] = (),
         reference: GgufEngine | None = None,
+        on_event: OnEvent = ignore,
     ) -> None:
         self._model = model
         self._prompts = prompts
@@ -172,6 +175,7 @@ class GgufEngine:
         self._limit = limit
         self._spoken = tuple(spoken)
         self._reference = reference
+        self._on_event = at_most_every(EVENT_EVERY, on_event)
         self._known: dict[str, list[Response]] = {}
 
     def measure(
@@ -190,7 +194,9 @@ class GgufEngine:
     def responses(self, side: str) -> list[Response]:
         """Return whole greedy responses to a side's prompts, decoded once."""
         if side not in self._known:
-            self._known[side] = [self._answer(ids) for ids in self._prompts[side]]
+            prompts = self._prompts[side]
+            asked = track(prompts, "responses", len(prompts), self._on_event)
+            self._known[side] = [self._answer(ids) for ids in asked]
         return self._known[side]
 
     def _answer(self, ids: list[int]) -> Response:
@@ -201,7 +207,8 @@ class GgufEngine:
     def _diverge(self, side: str) -> Iterator[Tensor]:
         """Yield KL(original || this) at every token of the original's responses, per prompt."""
         original = self._reference or self
-        for ids, response in zip(self._prompts[side], original.responses(side), strict=True):
+        pairs = list(zip(self._prompts[side], original.responses(side), strict=True))
+        for ids, response in track(pairs, "passes", len(pairs), self._on_event):
             whole = [*ids, *response.tokens[:-1]]
             keep = len(response.tokens)
             before = original._model.read(whole, keep)

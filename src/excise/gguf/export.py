@@ -20,7 +20,7 @@ from excise.checkpoints.gguf_header import GgufFile, check_sizes, gguf_name, rea
 from excise.checkpoints.model_folder import read_config, weight_files
 from excise.config import ExportSection
 from excise.errors import ConfigError, ExportError
-from excise.events import OnEvent, ignore, phase
+from excise.events import OnEvent, Progress, ignore, phase
 from excise.export.exporter import Exported
 from excise.export.low_rank import adapter_factors, relative_error
 from excise.export.merging import merge_checkpoint
@@ -34,7 +34,7 @@ from excise.files import (
 )
 from excise.gguf.ggml import FLOATS, check_file_type, file_types
 from excise.gguf.joining import Layout, join_projector, layout_of
-from excise.gguf.llamacpp import Tools, convert, find_tools, plain_copy, quantise
+from excise.gguf.llamacpp import Look, Tools, convert, find_tools, plain_copy, quantise
 from excise.gguf.patching import patch_gguf
 from excise.model.anatomy import Writer
 from excise.model.edits import Edit
@@ -194,23 +194,37 @@ def convert_all(
     """Yield (type, file in `room`) of every type; remove a file that nobody takes away at the end."""
     own = own_type(plain)
     small = [kind for kind in types if kind not in FLOATS]
+    weights = sum(path.stat().st_size for path in weight_files(plain)) / _bits(own)
     # Quantised files are made from the float file that loses nothing.
     floats = dict.fromkeys([kind for kind in types if kind in FLOATS] + ([own] if small else []))
     for kind in floats:
-        path = room / f"{kind}.gguf"
-        with phase(f"convert {kind}", on_event):
-            convert(tools, plain, path, kind, name)
+        path, step = room / f"{kind}.gguf", f"convert {kind}"
+        with phase(step, on_event):
+            look = _growing(path, step, weights * _bits(kind), on_event)
+            convert(tools, plain, path, kind, name, look=look)
         if kind != own:
             yield kind, path
             path.unlink(missing_ok=True)
     for kind in small:
-        path = room / f"{kind}.gguf"
-        with phase(f"quantise {kind}", on_event):
-            quantise(tools, room / f"{own}.gguf", path, kind)
+        path, step = room / f"{kind}.gguf", f"quantise {kind}"
+        with phase(step, on_event):
+            look = _growing(path, step, weights * _bits(kind), on_event)
+            quantise(tools, room / f"{own}.gguf", path, kind, look)
         yield kind, path
         path.unlink(missing_ok=True)
     if own in types:
         yield own, room / f"{own}.gguf"
+
+
+def _growing(path: Path, step: str, size: float, on_event: OnEvent) -> Look:
+    """Return what tells how many megabytes of a file are written, of about `size` bytes."""
+    total = int(size / 1e6)
+
+    def look() -> None:
+        written = int(path.stat().st_size / 1e6) if path.is_file() else 0
+        on_event(Progress(step, min(written, total), total))
+
+    return look
 
 
 def has_projector(source: Path) -> bool:

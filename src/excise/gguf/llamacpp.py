@@ -11,7 +11,7 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,8 @@ from excise import children
 from excise.errors import ConfigError, ExportError
 from excise.folders import list_files
 from excise.gguf.ggml import FLOATS, GET_LLAMA_CPP, file_types
+
+Look = Callable[[], None]
 
 _CONVERTER = "convert_hf_to_gguf.py"
 _QUANTIZER = "llama-quantize"
@@ -118,7 +120,14 @@ def plain_copy(source: Path, folder: Path) -> Path:
 
 
 def convert(
-    tools: Tools, source: Path, target: Path, kind: str, name: str, *, mmproj: bool = False
+    tools: Tools,
+    source: Path,
+    target: Path,
+    kind: str,
+    name: str,
+    *,
+    mmproj: bool = False,
+    look: Look | None = None,
 ) -> None:
     """Convert the checkpoint in `source` to the GGUF `target` of the type `kind` (F32, F16 or BF16).
 
@@ -129,6 +138,7 @@ def convert(
         kind: of the large tensors.
         name: the model's name, for the file's metadata.
         mmproj: write the vision and audio projector instead of the language model.
+        look: called now and then while it runs.
 
     Raises:
         ExportError: the converter failed; its own last line says why.
@@ -137,24 +147,27 @@ def convert(
     command += ["--outtype", kind.lower(), "--model-name", name]
     # It imports from its own folder, the checkout of llama.cpp.
     beside = [tools.converter.parent]
-    _run([*command, "--mmproj"] if mmproj else command, "llama.cpp's converter", beside)
+    _run([*command, "--mmproj"] if mmproj else command, "llama.cpp's converter", beside, look)
     _check_written(target, "llama.cpp's converter")
 
 
-def quantise(tools: Tools, source: Path, target: Path, kind: str) -> None:
-    """Quantise the GGUF `source` to `target` as `kind`, such as Q4_K_M.
+def quantise(tools: Tools, source: Path, target: Path, kind: str, look: Look | None = None) -> None:
+    """Quantise the GGUF `source` to `target` as `kind`, such as Q4_K_M; `look` now and then meanwhile.
 
     Raises:
         ExportError: the quantiser failed.
     """
     assert tools.quantizer is not None, "find_tools was not told of this type"
     number = kind if len(tools.quantizer) == 1 else str(file_types()[kind])
-    _run([*tools.quantizer, str(source), str(target), number], f"quantising to {kind}")
+    command = [*tools.quantizer, str(source), str(target), number]
+    _run(command, f"quantising to {kind}", look=look)
     _check_written(target, f"quantising to {kind}")
 
 
-def _run(command: Sequence[str], what: str, code: Sequence[Path] = ()) -> None:
-    number, complaints = children.run(command, what, code)
+def _run(
+    command: Sequence[str], what: str, code: Sequence[Path] = (), look: Look | None = None
+) -> None:
+    number, complaints = children.run(command, what, code, look)
     if number != 0:
         raise ExportError(f"{what} failed ({_reason(complaints, number)})")
 

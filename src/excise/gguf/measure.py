@@ -58,7 +58,7 @@ def measure_gguf(
                 _runnable(file, bool(made.details.get("joined"))) as path,
             ):
                 edited, lora = (base, path) if adapter else (path, None)
-                before, after = _measure_pair(base, edited, lora, by)
+                before, after = _measure_pair(base, edited, lora, by, on_event)
             one["original"] = {
                 name: score.model_dump(mode="json") for name, score in before.items()
             }
@@ -94,18 +94,20 @@ def _originals(
 
 
 def _measure_pair(
-    original: Path, edited: Path, adapter: Path | None, by: Measurement
+    original: Path, edited: Path, adapter: Path | None, by: Measurement, on_event: OnEvent
 ) -> tuple[Scores, Scores]:
     """Score the original file and the edited one, the latter's drift against the original's responses."""
     searched = by.engine
     longest = max(len(ids) for rows in searched.prompts.values() for ids in rows) + searched.limit
     with GgufModel(original, longest) as one, GgufModel(edited, longest, adapter) as other:
-        before = _engine(one, by, None)
-        after = _engine(other, by, before)
+        before = _engine(one, by, None, on_event)
+        after = _engine(other, by, before, on_event)
         return by.scores(before), by.scores(after)
 
 
-def _engine(model: GgufModel, by: Measurement, reference: GgufEngine | None) -> GgufEngine:
+def _engine(
+    model: GgufModel, by: Measurement, reference: GgufEngine | None, on_event: OnEvent
+) -> GgufEngine:
     return GgufEngine(
         model,
         by.engine.prompts,
@@ -114,6 +116,7 @@ def _engine(model: GgufModel, by: Measurement, reference: GgufEngine | None) -> 
         limit=by.engine.limit,
         spoken=by.engine.spoken,
         reference=reference,
+        on_event=on_event,
     )
 
 

@@ -43,6 +43,11 @@ class Batch:
     mask: Tensor  # (B, T) 1 where a token is real
 
     @property
+    def size(self) -> int:
+        """Number of its tokens, padding included."""
+        return self.ids.numel()
+
+    @property
     def positions(self) -> Tensor:
         """Position ids (B, T); padding sits at 0."""
         return (self.mask.cumsum(-1) - 1).clamp_min(0)
@@ -102,7 +107,8 @@ def rendered_ids(
     """Tokenise what a chat format has rendered."""
     # The template writes its own <bos>; adding another would change every position.
     special = chat_format.template is None
-    ids = tokenizer(list(rendered), add_special_tokens=special)["input_ids"]
+    # Not `verbose`: texts that are too long are said, or left out, by whoever reads them.
+    ids = tokenizer(list(rendered), add_special_tokens=special, verbose=False)["input_ids"]
     if special:
         ids = [_unended(tokenizer, text, row) for text, row in zip(rendered, ids, strict=True)]
     return [list(map(int, row)) for row in ids]

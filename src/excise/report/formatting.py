@@ -57,6 +57,7 @@ _PHASES = {
     "capture": "Capturing residuals",
     "capture target": "target prompts",
     "capture contrast": "contrast prompts",
+    "capture keep": "keep set",
     "capture moments": "contrast prompts, moments in bases",
     "plan": "Finding the batch size",
     "baseline": "Measuring the original model",
