@@ -20,6 +20,7 @@ import launches
 import long_search
 import machine
 import patch_memory
+import phases
 import quality
 import speed
 import torch
@@ -106,6 +107,47 @@ def speed_page(found: dict[str, Any]) -> str:
             table(["with", "relative time"], grown),
         ]
     )
+
+
+def phases_page(found: dict[str, Any]) -> str:
+    names = {"plan": "sizing", "together": "all together"}
+    wanted = {"capture": "at most 1.5", "together": "at most 2"}
+    parts = [
+        "## Beside the search",
+        "What a run takes before and after its trials, over the least that each phase can take: one "
+        "prefill of the prompts that it reads and one decode of the responses that it writes, both at the "
+        "rate that a prefill reaches here, each text once for each model. By the clock, and by the time of "
+        "the processor, in which other work on the machine counts little. The real model, smollm2, runs at "
+        "small sizes, with a sixteenth of the keep set (`bench/phases.py`).",
+    ]
+    for model, one in found.items():
+        rows = [
+            [
+                names.get(name, name),
+                phase.get("read", ""),
+                phase.get("written", ""),
+                f"{phase['seconds']:.1f}",
+                f"{phase['floor']:.1f}",
+                *(
+                    "" if phase[times] is None else f"{phase[times]:.1f} x"
+                    for times in ("times", "processor_times")
+                ),
+                wanted.get(name, ""),
+            ]
+            for name, phase in [*one["phases"].items(), ("together", one["together"])]
+        ]
+        head = [
+            f"{model}, {one['method']}",
+            "tokens to read",
+            "to write",
+            "seconds",
+            "floor",
+            "over the floor",
+            "the same, processor",
+            "wanted",
+        ]
+        parts.append(table(head, rows))
+    return "\n\n".join(parts)
 
 
 def quality_page(found: list[dict[str, Any]]) -> str:
@@ -242,6 +284,7 @@ def long_search_page(found: dict[str, Any]) -> str:
 PAGES: dict[str, Callable[[Any], str]] = {
     "speed": speed_page,
     "long_search": long_search_page,
+    "phases": phases_page,
     "quality": quality_page,
     "export": memory_page,
     "patch": patch_page,
@@ -288,6 +331,7 @@ def main() -> None:
     sections: dict[str, Callable[[], Any]] = {
         "speed": speed.main,
         "long_search": long_search.main,
+        "phases": phases.main,
         "export": lambda: exporting(arguments.gigabytes),
         "patch": patching,
         "large_vocabulary": large_vocab.main,
