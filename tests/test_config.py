@@ -267,6 +267,23 @@ def test_behaviours_load_and_come_back_from_toml(name, tmp_path):
     assert round_trip(config, tmp_path) == config
 
 
+@pytest.mark.parametrize(
+    ("role", "final"),
+    [
+        ("target", ("restored", "kept")),  # of the directions alone
+        ("target_eval", ("kept",)),
+        ("target_holdout", ("kept",)),
+        ("contrast_eval", ("restored",)),
+        ("contrast_holdout", ("restored",)),
+    ],
+)
+def test_prompts_of_ones_own_take_the_behaviours_known_answers_with_them(role, final):
+    flags = {"model.source": "owner/name", f"prompts.{role}": {"source": "own.txt"}}
+    assert load_config(behaviour="demo", flags=flags).scores.final == final
+    asked = load_config(behaviour="demo", flags=flags, sets=('scores.final=["restored", "kept"]',))
+    assert asked.scores.final == ("restored", "kept")
+
+
 def test_there_are_the_behaviours_of_the_contract():
     assert {"demo", "disclaimers", "refusal"} <= set(behaviours())
 

@@ -289,7 +289,7 @@ def load_config(
         )
     for key, value in (flags or {}).items():
         if isinstance(value, dict):  # a prompt source: drop the behaviour's columns
-            tree = merge(tree, nest(key, None))
+            tree = _unasked(merge(tree, nest(key, None)), key)
         tree = merge(tree, nest(key, value))
     for expression in sets:
         key, equals, text = expression.partition("=")
@@ -297,6 +297,17 @@ def load_config(
             raise ConfigError(f"--set {expression!r:.60}: write it as section.key=value")
         tree = merge(tree, resolve_paths(nest(key.strip(), parse_value(text.strip())), Path()))
     return validate(tree)
+
+
+def _unasked(tree: dict[str, Any], key: str) -> dict[str, Any]:
+    """Drop the final score that asks for known answers where these went with the prompts of `key`."""
+    side, _, part = key.removeprefix("prompts.").partition("_")
+    score = {"target": "restored", "contrast": "kept"}.get(side)
+    section = tree.get("scores")
+    final = section.get("final") if isinstance(section, dict) else None
+    if part not in ("eval", "holdout") or not isinstance(final, list):
+        return tree
+    return merge(tree, nest("scores.final", [name for name in final if name != score]))
 
 
 def validate(tree: dict[str, Any]) -> Config:

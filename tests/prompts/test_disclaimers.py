@@ -109,6 +109,11 @@ def test_questions_have_their_answers(name, groups, least):
     assert all(row["answer"] is None for row in ROWS[name] if row["group"] not in groups)
 
 
+def test_however_few_are_measured_some_have_an_answer_to_keep():
+    assert CONFIG.scores.final == ("kept",)
+    assert all(ROWS[f"contrast_{part}"][0]["answer"] for part in ("search", "holdout"))
+
+
 def test_no_answer_is_given_away_by_its_question():
     """But in longer texts, whose questions ask for what they say."""
     given = [
