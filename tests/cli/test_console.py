@@ -121,11 +121,16 @@ def test_groups_of_a_few_prompts_have_no_row():
     record = make_record()
     score = record.holdout["behaviour_rate"]
     part = score.model_copy(update={"parts": None})
-    parts = {"pets": part.model_copy(update={"n": 4}), "driving": part.model_copy(update={"n": 5})}
+    parts = {
+        "pets": part.model_copy(update={"n": 4}),
+        "driving": part.model_copy(update={"n": 5}),
+        "verse": part.model_copy(update={"n": 32, "interval": None}),  # tokens of one response
+    }
     holdout = {"behaviour_rate": score.model_copy(update={"parts": parts})}
     shown = drawn(figures_table(record.model_copy(update={"holdout": holdout})), 120)
     assert "driving" in shown
     assert "pets" not in shown
+    assert "verse" not in shown
 
 
 @pytest.mark.parametrize("width", [80, 120])

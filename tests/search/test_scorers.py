@@ -250,6 +250,8 @@ def test_drift_is_split_by_group():
     parts = {group: (part.value, part.n) for group, part in whole.parts.items()}
     assert parts == {"code": (10 / 3, 3), "facts": (2 / 3, 3)}
     assert {group: part.value for group, part in first.parts.items()} == {"code": 5.0, "facts": 0.0}
+    assert whole.parts["code"].interval[0] < 10 / 3 < whole.parts["code"].interval[1]
+    assert whole.parts["facts"].interval is None  # one response does not say how far others lie
     assert measure("drift", evidence).parts == {}
 
 

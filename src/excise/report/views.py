@@ -125,8 +125,16 @@ def side_by_side(record: Record, sets: list[PromptSet]) -> list[Row]:
 
 
 def large_groups(score: ScoreRecord | None) -> Scores:
-    """Return a score of each group that is large enough to say something."""
-    return {group: part for group, part in _parts(score).items() if part.n >= FEW}
+    """Return a score of each group that is large enough to say something.
+
+    Tokens are counted where a score is of tokens: of one response they are many, and have no interval.
+    """
+    whole = score is not None and score.interval is not None
+    return {
+        group: part
+        for group, part in _parts(score).items()
+        if part.n >= FEW and not (whole and part.interval is None)
+    }
 
 
 def leaves_out_groups(sets: list[PromptSet]) -> bool:

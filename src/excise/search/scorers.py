@@ -199,11 +199,11 @@ def mean_by_group(sums: Sequence[float], counts: Sequence[int], prompts: Sequenc
         value, interval = ratio([sums[n] for n in numbers], [counts[n] for n in numbers])
         return Score(value, sum(counts[n] for n in numbers), interval)
 
-    groups = dict.fromkeys(p.group for p in prompts if p.group is not None)
-    parts = {
-        str(group): score([n for n, p in enumerate(prompts) if p.group == group])
-        for group in groups
-    }
+    parts: dict[str, Score] = {}  # no interval of one response: it does not say how far others lie
+    for group in dict.fromkeys(p.group for p in prompts if p.group is not None):
+        numbers = [n for n, p in enumerate(prompts) if p.group == group]
+        part = score(numbers)
+        parts[str(group)] = part if len(numbers) > 1 else replace(part, interval=None)
     return replace(score(range(len(sums))), parts=parts, draws=Draws.of(sums, counts))
 
 
