@@ -107,7 +107,8 @@ def test_a_run_is_shown_and_its_points_are_picked(page, server):
     assert page.evaluate("document.documentElement.lang") == "en-US"
     for width in (375, 1600):
         page.set_viewport_size({"width": width, "height": 800})
-        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        # Figures follow the window a moment later.
+        page.wait_for_function(f"document.documentElement.scrollWidth <= {width}")
     page.set_viewport_size({"width": 1280, "height": 900})
 
 
