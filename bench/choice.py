@@ -1,7 +1,7 @@
 """How far a chosen trial is from the best one, by rules that choose: the knee, and the second measurement.
 
     python bench/choice.py run [--prompts 150] [--trials 96]   one study of the demo model, on many prompts
-    python bench/choice.py simulate [--seeds 30]               draws prompts of it again, and chooses
+    python bench/choice.py simulate [--seeds 300]              draws prompts of it again, and chooses
 
 `run` keeps what each prompt added to each trial's scores in `bench/choice.npz`. `simulate` takes that as
 all prompts that there are: each seed draws 100 to search on and 100 to confirm on, and the trial chosen
@@ -32,6 +32,9 @@ EVIDENCE, RESULTS = HERE / "choice.npz", HERE / "choice.json"
 GOALS = [Objective("behaviour_rate", 1, 1.0), Objective("drift", 1, 0.5)]
 SIDES = ("target", "contrast")
 SEARCHED, CONFIRMED, BUDGET = 100, 100, 0.1
+REPLICATES = (
+    100  # a tenth of a run's: what is chosen hardly depends on it, and there are many seeds
+)
 
 
 def evidence_of(folder: Path) -> dict[str, Array]:
@@ -103,18 +106,17 @@ def choices(known: dict[str, Array], seed: int) -> dict[str, int]:
     rows = {side: rng.integers(all_of_them, size=SEARCHED) for side in SIDES}
     fresh = {side: rng.integers(all_of_them, size=CONFIRMED) for side in SIDES}
     found, cost = drawn(known, rows), costs_on(known, rows)
-    values = resampling.resample(GOALS, found, seed=seed)
+    values = resampling.resample(GOALS, found, seed=seed, replicates=REPLICATES)
     assert values is not None
     most = int(BUDGET * len(found) * SEARCHED / CONFIRMED)
-    likely = resampling.choice_probability(values, GOALS, "knee")
     on_front = resampling.front_probability(values, GOALS)
     least = resampling.regret(values, GOALS)
     between = [n for n in np.argsort(least) if 0.1 <= on_front[n] <= 0.9][:most]
-    contenders = [n for n in np.argsort(-likely, kind="stable")[:most] if likely[n] >= 0.01]
+    contenders = list(np.argsort(least, kind="stable")[:most])
 
     def again(some: list[Any]) -> Array:
         more = dict(zip(some, drawn(known, fresh, some), strict=True))
-        both = resampling.resample(GOALS, found, more, seed=seed)
+        both = resampling.resample(GOALS, found, more, seed=seed, replicates=REPLICATES)
         assert both is not None
         return resampling.regret(both, GOALS)
 
@@ -126,10 +128,10 @@ def choices(known: dict[str, Array], seed: int) -> dict[str, int]:
         "least expected regret on them": int(least.argmin()),
         "front probability 0.1 to 0.9 measured again, best of these": best(between, again(between)),
         "the same, best of all trials": best(list(range(len(found))), again(between)),
-        "possible choices measured again, by the fresh prompts alone": best(
+        "least regrets measured again, by the fresh prompts alone": best(
             contenders, costs_on(known, fresh)
         ),
-        "possible choices measured again, by both (what a run does)": best(
+        "least regrets measured again, by both measurements (what a run does)": best(
             contenders, again(contenders)
         ),
     }
@@ -164,7 +166,7 @@ def main() -> None:
     parser.add_argument("job", choices=("run", "simulate"))
     parser.add_argument("--prompts", type=int, default=150)
     parser.add_argument("--trials", type=int, default=96)
-    parser.add_argument("--seeds", type=int, default=30)
+    parser.add_argument("--seeds", type=int, default=300)
     parser.add_argument("--study", type=Path, help="take the evidence of this run folder")
     given = parser.parse_args()
     if given.study is not None:

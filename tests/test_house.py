@@ -33,7 +33,7 @@ FOLDERS = sorted(path.parent for path in SOURCE.glob("*/__init__.py"))
 # Bottom to top, as ARCHITECTURE.md draws them: a folder imports only from those before it. "" is the root.
 ORDER = (
     *("", "model", "checkpoints", "prompts", "capture", "methods", "engine", "judges", "search"),
-    *("report", "export", "gguf", "runs", "chat", "page", "cli"),
+    *("report", "export", "gguf", "runs", "chat", "costs", "page", "cli"),
 )
 
 PURE = (
@@ -258,6 +258,10 @@ def test_the_command_line_is_what_the_contract_says():
         "judge": [
             *("--behaviour", "--config", "--json", "--labelled", "--markers", "--rubric", "--set"),
             *progress,
+        ],
+        "bench": [
+            *("--against", "--json", "--limit", "--tasks", "--trial", "--trust-run"),
+            *("--trust-tasks", *progress),
         ],
         "inspect": ["--json"],
         "geometry": ["--json", "--trust-run", *progress],

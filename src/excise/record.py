@@ -238,6 +238,28 @@ class ArtifactRecord(Part):
     details: Annotated[dict[str, Any], AfterValidator(_check_details)] = {}
 
 
+class BenchmarkRecord(Part):
+    """One metric of one task, of the original and of a trial's edit on the same samples.
+
+    `difference` is the edit's less the original's, with its 95 % `interval`. `gained` and `lost` count the
+    samples that only the edit, or only the original, gets right, `p` is of McNemar's test on these; None
+    where samples are not right or wrong. `samples_sha256` is over what the models were asked.
+    """
+
+    task: str
+    metric: str
+    trial: Size
+    n: Size
+    original: ScoreRecord
+    edited: ScoreRecord
+    difference: Finite
+    interval: tuple[Finite, Finite]
+    gained: Size | None = None
+    lost: Size | None = None
+    p: Annotated[float, Field(ge=0, le=1)] | None = None
+    samples_sha256: str = ""
+
+
 class Record(Part):
     """Whole run."""
 
@@ -271,6 +293,7 @@ class Record(Part):
     search: SearchRecord | None = None
     importance: dict[str, dict[str, float]] = {}
     samples: list[Sample] = []
+    benchmarks: list[BenchmarkRecord] = []
     timing: dict[str, Seconds]
     artifacts: list[ArtifactRecord] = []
     files: dict[str, str] = {}  # SHA-256 of what the run folder keeps of the model, by name
@@ -303,6 +326,12 @@ class Record(Part):
     def with_artifacts(self, artifacts: Sequence[ArtifactRecord]) -> Record:
         """Return the record with these exports in place of its own."""
         return self._with(artifacts=list(artifacts))
+
+    def with_benchmarks(self, found: Sequence[BenchmarkRecord]) -> Record:
+        """Return the record with these benchmarks, in place of those of the same trial and task."""
+        new = {(one.trial, one.task) for one in found}
+        kept = [one for one in self.benchmarks if (one.trial, one.task) not in new]
+        return self._with(benchmarks=[*kept, *found])
 
     def with_geometry(self, layers: Sequence[Mapping[str, float]]) -> Record:
         """Return the record with these figures of the residuals' geometry, by layer."""

@@ -57,14 +57,13 @@ def test_every_trial_meets_all_search_prompts(demo_run: Path):
 def test_trials_that_could_be_chosen_were_measured_again(demo_run: Path):
     record = read_record(demo_run)
     again = {t.number: t for t in record.trials if t.confirm}
-    assert 2 <= len(again) <= len(record.trials) / 10
-    assert set(again) <= set(record.front)
+    assert len(again) == len(record.trials) // 10
     assert record.selected == min(again.values(), key=lambda t: t.regret).number
     assert {t.confirm["behaviour_rate"].n for t in again.values()} == {100}
     assert record.prompts["target_confirm"].n == 100
     chances = {t.number: t.front_probability for t in record.trials}
     assert all(0 <= chance <= 1 for chance in chances.values())
-    assert max(chances.values()) == max(chances[n] for n in record.front)
+    assert record.selected in record.front
 
 
 def test_the_exported_model_measures_as_the_search_did(demo_run: Path):

@@ -6,11 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from excise.intervals import one_sided, ratio, wilson
-from excise.search.pareto import Objective, Point, beats, choose, knee, pareto
+from excise.search.pareto import Objective, Point, beats, knee, pareto
 from excise.search.resampling import (
     Draws,
     StoredDraws,
-    choice_probability,
     front_probability,
     regret,
     resample,
@@ -113,18 +112,6 @@ def test_the_least_regret_of_prompts_that_are_all_drawn_is_the_knee(seed):
         found = regret(values, goals)
         assert int(found.argmin()) == knee(pareto(points, goals), goals).number
         assert found.min() == 0
-
-
-@pytest.mark.parametrize("rule", ["knee", "rate<=0.4", "drift<=0.05", "drift<=0.00001"])
-def test_a_rule_is_asked_in_every_replicate(rule):
-    values = resample(GOALS, evidence(), replicates=60)
-    counts = np.zeros(6)
-    for one in values:
-        points = [Point(n, tuple(row)) for n, row in enumerate(one)]
-        chosen = choose(rule, pareto(points, GOALS), GOALS)
-        if chosen is not None:
-            counts[chosen.number] += 1
-    assert choice_probability(values, GOALS, rule) == pytest.approx(counts / 60)
 
 
 def test_bounds_of_one_side():

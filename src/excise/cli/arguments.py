@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from excise import __version__
+from excise.cli import benchmarks
 from excise.errors import EXIT_BAD_INPUT
 from excise.formats import DEFAULT, FORMATS
 from excise.visible import one_line
@@ -187,6 +188,14 @@ def _judge(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--config", type=Path, metavar="FILE", help="TOML file with any setting")
     sub.add_argument("--set", **_SET, help="any one setting; wins over all others")
     _json(sub)
+    _progress(sub)
+
+
+def _bench(sub: argparse.ArgumentParser) -> None:
+    benchmarks.fill(sub)
+    sub.add_argument("--trial", **_TRIAL)
+    _json(sub)
+    _trust(sub)
     _progress(sub)
 
 
@@ -379,6 +388,7 @@ _COMMANDS = {
         "./refusal-classifier --labelled responses.jsonl",
         _judge,
     ),
+    "bench": _Command(benchmarks.DOES, "RUN|MODEL", benchmarks.EXAMPLE, _bench),
     "inspect": _Command(
         "list layers, writers (output projections), and what is not edited",
         "MODEL",

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from excise.cli import terminal
+from excise.cli import benchmarks, terminal
 from excise.cli.arguments import PROMPT_FLAGS, parser
 from excise.cli.signals import Stoppable
 from excise.errors import (
@@ -85,6 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
             "push": _push,
             "evaluate": _evaluate,
             "judge": _judge,
+            "bench": _bench,
             "inspect": _inspect,
             "geometry": _geometry,
             "chat": _chat,
@@ -330,6 +331,10 @@ def _judge(arguments: argparse.Namespace) -> int:
     elif not _as_event(arguments, certification_json(found)):
         console.show(*certification_tables(found))
     return EXIT_DONE
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    return benchmarks.bench(arguments, _reporter(arguments), _as_event)
 
 
 def _inspect(arguments: argparse.Namespace) -> int:

@@ -24,13 +24,8 @@ from excise.report.rerun_command import command, withheld
 
 _LICENCE = re.compile(r"[a-z0-9][a-z0-9.-]*")
 _FUNCTIONS = (
-    *(
-        formatting.chance,
-        formatting.count,
-        formatting.difference,
-        formatting.heading,
-        formatting.inline,
-    ),
+    *(formatting.chance, formatting.count, formatting.difference, formatting.heading),
+    *(formatting.inline, formatting.points),
     *(formatting.large, formatting.measured, formatting.parameter, formatting.public_source),
     *(
         formatting.judge_words,
@@ -143,6 +138,7 @@ def _of_the_trial(record: Record, trial: TrialRecord) -> dict[str, Any]:
         "effect": formatting.assess(after, before),
         "change": formatting.change(after.get("behaviour_rate"), before.get("behaviour_rate")),
         "scores": views.score_names((), before, after),
+        "benchmarks": [one for one in record.benchmarks if one.trial == trial.number],
         "objectives": [name for name in record.objectives if name in after],
         "figures": views.side_by_side(record, sets),
         "few": views.FEW if views.leaves_out_groups(sets) else None,

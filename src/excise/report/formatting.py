@@ -15,7 +15,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from excise.formats import FORMATS
 from excise.named_models import ORIGINS, TITLES
-from excise.record import JudgeRecord, Record, ScoreRecord, Scores, TrialRecord
+from excise.record import BenchmarkRecord, JudgeRecord, Record, ScoreRecord, Scores, TrialRecord
 from excise.search.pareto import SHARES
 
 Change = Literal["less", "same", "more", "unmeasured"]
@@ -65,6 +65,9 @@ _PHASES = {
     "responses": "generating responses",
     "passes": "forward passes",
     "judge": "judging responses",
+    "tasks": "Reading tasks",
+    "bench original": "Benchmarks of the original",
+    "bench edited": "Benchmarks of the edited model",
     "confirm": "Measuring again what could be chosen",
     "holdout": "Measuring on holdout prompts",
     "export": "Exporting",
@@ -142,6 +145,12 @@ def difference(name: str, value: float) -> str:
 def parameter(value: object) -> str:
     """Return a parameter's value as tables show it."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def points(one: BenchmarkRecord) -> str:
+    """Return a difference of shares and its interval: '-1.5 points (-4.0 to 1.0)'."""
+    low, high = (f"{100 * bound:+.1f}" for bound in one.interval)
+    return f"{100 * one.difference:+.1f} points ({low} to {high})"
 
 
 def percent(value: float) -> str:

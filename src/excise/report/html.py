@@ -100,6 +100,7 @@ def html_report(record: Record) -> str:
         versions=_versions(record),
         facts=_facts(record),
         artifacts=_artifacts(record),
+        benchmarks=_benchmarks(record),
         samples_open=_SAMPLES_OPEN,
         plots={name: json.loads(figure.to_json()) for name, figure in plots.items()},
         style=(_DATA / "report.css").read_text(encoding="utf-8"),
@@ -302,6 +303,19 @@ def _facts(record: Record) -> Table:
         "Configuration": f"SHA-256 {model.config_sha256[:_HASH_CHARS]}",
     }
     return Table(["", ""], [_cells(name, fact) for name, fact in facts.items() if fact], words=2)
+
+
+def _benchmarks(record: Record) -> Table:
+    rows = [
+        [
+            *_cells(f"{one.task}, {one.metric}", str(one.trial)),
+            *(_measured("kept", score) for score in (one.original, one.edited)),
+            *_cells(wording.points(one), wording.MISSING if one.p is None else f"{one.p:.2g}"),
+            Cell(f"{one.n:,}"),
+        ]
+        for one in record.benchmarks
+    ]
+    return Table(["Task", "Trial", "Original", "Edited", "Difference", "p", "n"], rows, words=1)
 
 
 def _artifacts(record: Record) -> Table:

@@ -209,7 +209,8 @@ def _kept(out: Path) -> dict[str, Any]:
         return {}
     own = {form.folder for form in FORMATS.values()}
     elsewhere = [a for a in known.artifacts if a.path not in own]
-    return {"artifacts": elsewhere, "geometry": known.geometry}
+    kept = {"geometry": known.geometry, "benchmarks": known.benchmarks}
+    return {"artifacts": elsewhere, **kept}
 
 
 def _load(config: Config, scoring: Scoring, clock: Clock) -> Session:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import pydantic
 from pydantic import BaseModel, ConfigDict
 
@@ -22,8 +21,7 @@ from excise.search.loop import Measure, Search, draws_of
 from excise.search.pareto import SHARES, Objective, Point, choose, pareto
 from excise.search.resampling import Array, StoredDraws
 
-BUDGET = 0.1  # of what the search's trials cost
-_POSSIBLE = 0.01  # probability of being chosen below which a trial is not measured again
+BUDGET = 0.1  # of what the search's trials cost: bench/choice.py
 _CONFIRM = "confirm"  # the study's attribute
 
 
@@ -56,18 +54,20 @@ class Chooser:
         return resampling.resample(self._goals, self._evidence, more, seed=self._seed)
 
     def contenders(self, most: int) -> list[TrialRecord]:
-        """Return the trials of the front that the rule may choose, the likeliest first: to measure again.
+        """Return the trials to measure again: what the rule chooses, what it would without that, and so on.
 
-        Fewer than two leave nothing to decide.
+        They need not be on the front: what beats them there may be luck. Resampling does not tell which
+        to take, as 0 of 100 stays 0 however often it is drawn again. Fewer than two decide nothing.
         """
-        values = self.values() if most > 1 else None
-        if values is None:
+        if most < 2 or self.values() is None:
             return []
-        front = {point.number for point in pareto(self._search.points(), self._goals)}
-        places = [place for place, record in enumerate(self._records) if record.number in front]
-        likely = resampling.choice_probability(values[:, places], self._goals, self._rule)
-        order = np.argsort(-likely, kind="stable")[:most]
-        found = [self._records[places[at]] for at in order if likely[at] >= _POSSIBLE]
+        left, found = [t for t in self.annotated() if t.state == "complete"], list[TrialRecord]()
+        while left and len(found) < most:
+            best = choose_among(self._rule, left, self._goals)
+            if best is None:
+                break
+            found.append(best)
+            left.remove(best)
         return found if len(found) > 1 else []
 
     def confirm(self, trials: Sequence[TrialRecord], measure: Measure, on_event: OnEvent) -> None:
@@ -100,13 +100,16 @@ class Chooser:
     def choose(self, trials: Sequence[TrialRecord]) -> tuple[list[int], TrialRecord | None]:
         """Return the front, and the trial that the rule chooses of those annotated; None if it fits none.
 
-        Only what was measured twice is chosen, where that holds a trial that fits.
+        Only what was measured twice is chosen, where that holds a trial that fits. It stands on the front
+        by what both measurements say, whatever beats it on the search prompts alone.
         """
         front = [point.number for point in pareto(self._search.points(), self._goals)]
-        confirmed = [trial for trial in trials if trial.confirm and trial.number in front]
-        chosen = choose_among(self._rule, confirmed, self._goals)
-        on_front = [trial for trial in trials if trial.number in front]
-        return front, chosen or choose_among(self._rule, on_front, self._goals)
+        chosen = choose_among(self._rule, [t for t in trials if t.confirm], self._goals)
+        if chosen is None:
+            chosen = choose_among(self._rule, [t for t in trials if t.number in front], self._goals)
+        if chosen is not None and chosen.number not in front:
+            front.append(chosen.number)
+        return front, chosen
 
 
 def _stored(search: Search) -> dict[int, Confirmed]:

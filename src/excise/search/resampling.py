@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from excise.search.pareto import Objective, parse_rule
+from excise.search.pareto import Objective
 
 REPLICATES = 1000
 Array = NDArray[np.float64]
@@ -177,24 +177,3 @@ def regret(values: Array, objectives: Sequence[Objective]) -> Array:
     """Return each trial's expected regret (N): how far its cost is above the best of each replicate."""
     found = costs(values, objectives)
     return np.asarray((found - found.min(1, keepdims=True)).mean(0))
-
-
-def choice_probability(values: Array, objectives: Sequence[Objective], rule: str) -> Array:
-    """Return the share of replicates in which a rule chooses each trial (N).
-
-    Raises:
-        ConfigError: the rule does not parse or names no objective.
-    """
-    limits = parse_rule(rule, objectives)
-    counts = np.zeros(values.shape[1])
-    if limits is None:
-        np.add.at(counts, costs(values, objectives).argmin(1), 1)
-        return counts / len(values)
-    signed = values * [o.sign for o in objectives]
-    at, limit = limits.at, objectives[limits.at].sign * limits.limit
-    order = [at, *(i for i in reversed(range(len(objectives))) if i != at)]  # the last decides
-    for one in signed:
-        kept = np.flatnonzero(one[:, at] <= limit)
-        if len(kept):
-            counts[kept[np.lexsort(one[kept][:, order].T)[0]]] += 1
-    return counts / len(values)

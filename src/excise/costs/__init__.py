@@ -1,0 +1,1 @@
+"""What an edit costs in what the search does not measure: benchmarks, and edits beside each other."""
