@@ -34,8 +34,7 @@ from excise.methods.search_space import distributions
 from excise.prompts.sets import load_prompt_sets
 from excise.record import ScoreRecord
 from excise.runs import setup
-from excise.runs.pipeline import measurer
-from excise.search.evaluation import Panel
+from excise.search.evaluation import Panel, measurer
 from excise.search.journal import create_study
 from excise.search.loop import Measure, Measured, Search
 from excise.search.pareto import Objective
@@ -100,7 +99,7 @@ def search_seconds(job: Job, trials: int, *, whole: bool = True) -> float:
         )
         engine = job.engine(reference=Reference({"contrast": first}, engine._forward))
     panel = job.panel(engine)
-    measure = measurer(job.session, panel, engine.keeping_drafts)
+    measure = measurer(job.session.edits, panel, engine.keeping_drafts)
     return seconds_of(job, measure, trials, batch=job.sizing.batch)
 
 

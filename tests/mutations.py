@@ -192,8 +192,8 @@ MUTANTS = (
     Mutant(
         "the search is measured on the holdout",
         "runs/pipeline",
-        'engine = session.engine("search", plan)',
-        'engine = session.engine("holdout", plan)',
+        'engine = session.engine("search", sizing.plan)',
+        'engine = session.engine("holdout", sizing.plan)',
         f"{RUN} -k scores",
     ),
     Mutant(

@@ -33,7 +33,7 @@ FOLDERS = sorted(path.parent for path in SOURCE.glob("*/__init__.py"))
 # Bottom to top, as ARCHITECTURE.md draws them: a folder imports only from those before it. "" is the root.
 ORDER = (
     *("", "model", "checkpoints", "prompts", "capture", "methods", "engine", "judges", "search"),
-    *("report", "export", "gguf", "runs", "chat", "costs", "page", "cli"),
+    *("report", "export", "gguf", "runs", "cluster", "chat", "costs", "page", "cli"),
 )
 
 PURE = (
@@ -227,6 +227,7 @@ def test_the_command_line_is_what_the_contract_says():
         for name, sub in actions.items()
     }
     progress = ["--json-events", "--quiet"]
+    workers = ["--workers", "--ray", "--gpus-per-worker"]
     prompts = "--behaviour --chat-template --config --contrast --contrast-eval --direction-size "
     prompts += (
         "--eval-size --markers --max-new-tokens --method --quantize --set --strengthen --target "
@@ -242,9 +243,10 @@ def test_the_command_line_is_what_the_contract_says():
             "--startup-trials",
             "--time",
             "--trials",
+            *workers,
             *progress,
         ],
-        "resume": ["--anyway", "--time", "--trials", "--trust-run", *progress],
+        "resume": ["--anyway", "--time", "--trials", "--trust-run", *workers, *progress],
         "front": ["--json"],
         "export": [
             *("--dora", "--error", "--format", "--lora", "--rank", "--select", "--to", "--trial"),

@@ -10,6 +10,7 @@
     |   `-- RunStateError           a run folder that cannot be resumed, read or exported from
     |-- MeasurementError            a measurement is not a number, or cannot be made
     |-- JudgeError                  a judge cannot be asked, or its answers are no verdicts
+    |-- ClusterError                Ray cannot be started, or its cluster not be reached
     |-- MemoryExhausted             one row at a time does not fit
     |-- StorageError                disk full, or a write that failed
     |-- PageError                   a report or card could not be written; record and exports are there
@@ -71,6 +72,10 @@ class MeasurementError(ExciseError):
 
 class JudgeError(ExciseError):
     """A judge cannot be asked, or answers what is no verdict; what was measured before is kept."""
+
+
+class ClusterError(ExciseError):
+    """Ray cannot be started here, or no cluster of it answers."""
 
 
 class MemoryExhausted(ExciseError):

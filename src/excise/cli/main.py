@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from excise.cli import benchmarks, terminal
 from excise.cli.arguments import PROMPT_FLAGS, parser
 from excise.cli.signals import Stoppable
+from excise.cli.workers import workers_of
 from excise.errors import (
     EXIT_DONE,
     EXIT_FAILED,
@@ -175,7 +176,13 @@ def _do_run(config: Any, out: Path, arguments: argparse.Namespace, *, resume: bo
     anyway = getattr(arguments, "anyway", False)
     with _reporter(arguments) as on_event:
         record = run(
-            config, out, on_event, resume=resume, anyway=anyway, judge_token=_judge_token()
+            config,
+            out,
+            on_event,
+            resume=resume,
+            anyway=anyway,
+            judge_token=_judge_token(),
+            workers=workers_of(arguments, config, _judge_token()),
         )
     if not arguments.json_events:
         with terminal.beside_the_work():

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from excise import events
 from excise.checkpoints.loading import load
 from excise.config import Config, to_toml
 from excise.engine.batch_sizing import Sizing, from_dict, size, usual_length
-from excise.engine.engine import Engine, Plan
+from excise.engine.engine import Engine
 from excise.engine.stacking import ORIGINAL
 from excise.errors import MeasurementError, RunStateError
 from excise.events import OnEvent
@@ -22,7 +22,6 @@ from excise.export.exporter import exporters
 from excise.files import write_text
 from excise.formats import FORMATS
 from excise.methods.registry import check_method
-from excise.model.edits import Edit
 from excise.prompts.sets import load_prompt_sets
 from excise.record import Record, Separation, TrialRecord
 from excise.report.pages import write_pages
@@ -55,7 +54,7 @@ from excise.runs.session import EditingSession, Session
 from excise.runs.study_identity import identity
 from excise.search import journal
 from excise.search.choosing import BUDGET, Chooser
-from excise.search.evaluation import Panel
+from excise.search.evaluation import Panel, edits_or_reason, measurer
 from excise.search.loop import Measure, Measured, Search
 from excise.search.pareto import parse_rule
 from excise.search.region import region_of
@@ -80,6 +79,43 @@ class Clock:
         self.seconds[name] = round(self.seconds.get(name, 0.0) + spent, 3)
 
 
+@dataclass(frozen=True)
+class Shared:
+    """What workers are told of a search, to measure the same.
+
+    Attributes:
+        session: of this process.
+        panel: its scorers on its engine.
+        sizing: the sizes that the study was started with.
+        folder: the run, with directions and what the method captured.
+        first: parameters of trials that any worker can be compared by.
+    """
+
+    session: EditingSession
+    panel: Panel
+    sizing: Sizing
+    folder: Path
+    first: list[dict[str, Any]]
+
+    @cached_property
+    def probe(self) -> tuple[dict[str, Any], Measured] | None:
+        """The first of them that has an edit, with what this process measures of it."""
+        edits = ((params, edits_or_reason(self.session.edits, params)) for params in self.first)
+        good = ((params, one) for params, one in edits if not isinstance(one, str))
+        found = next(good, None)
+        return None if found is None else (found[0], self.panel.measure([found[1]])[0])
+
+
+class Sharing(Protocol):
+    """What measures batches on several workers, this process among them."""
+
+    count: int
+
+    def measuring(self, shared: Shared, mine: Measure) -> AbstractContextManager[Measure]:
+        """Have the workers; `mine` measures on this process alone."""
+        ...
+
+
 def run(
     config: Config,
     out: Path,
@@ -88,6 +124,7 @@ def run(
     resume: bool = False,
     anyway: bool = False,
     judge_token: str | None = None,
+    workers: Sharing | None = None,
 ) -> Record:
     """Find directions, search edits, choose one, measure and export it; write everything into `out`.
 
@@ -98,6 +135,7 @@ def run(
         resume: go on with the study in `out`, up to `config.search.trials` or `config.search.time` in all.
         anyway: search also where the original leaves nothing to find.
         judge_token: what a server that judges is shown; it is kept nowhere.
+        workers: what measures batches beside this process.
 
     Raises:
         InputError: something the user gave cannot be used; nothing was written.
@@ -124,10 +162,12 @@ def run(
         with clock.phase("capture"):
             session, separation = _capture(bare, out, resumed=known is not None)
         with clock.phase("plan"):
-            sizing, search = _open_search(session, out, known)
+            sizing, search = _open_search(
+                session, out, known, 1 if workers is None else workers.count
+            )
         engine = {**sizing.as_dict(), **_keep_facts(search.study)}
         facts = {"model": source, "separation": separation, "engine": engine}
-        record = _measure(session, search, sizing.plan, facts, out, clock, anyway=anyway)
+        record = _measure(session, search, sizing, facts, out, clock, workers, anyway=anyway)
     on_event(events.Finished(str(out)))
     return record
 
@@ -135,28 +175,33 @@ def run(
 def _measure(
     session: EditingSession,
     search: Search,
-    plan: Plan,
+    sizing: Sizing,
     facts: dict[str, Any],
     out: Path,
     clock: Clock,
+    workers: Sharing | None,
     *,
     anyway: bool,
 ) -> Record:
     """Measure, search, choose, record and export; `facts` are the record's so far."""
-    engine = session.engine("search", plan)
+    engine = session.engine("search", sizing.plan)
     panel = session.panel(engine, "search", session.scoring.every_trial)
     with clock.phase("baseline"):
         facts["judge"] = judge_record(session)
         baseline = panel.measure([ORIGINAL])[0].scores
         if not anyway and not search.records():  # with trials, that was decided before
             check_baseline(baseline, _said(session, engine), session.config, out)
-    section, measure = session.config.search, measurer(session, panel, engine.keeping_drafts)
+    section, measure = session.config.search, measurer(session.edits, panel, engine.keeping_drafts)
     search.aim(region_of(search.objectives, {k: score.value for k, score in baseline.items()}))
-    with clock.phase("search", None if section.time else section.trials):
+    shared = Shared(session, panel, sizing, out, search.first())
+    with (
+        clock.phase("search", None if section.time else section.trials),
+        nullcontext(measure) if workers is None else workers.measuring(shared, measure) as measured,
+    ):
         if section.time is None:
-            search.run(section.trials, measure, clock.on_event)
+            search.run(section.trials, measured, clock.on_event)
         else:
-            search.run_for(section.time, measure, clock.on_event)
+            search.run_for(section.time, measured, clock.on_event)
     trials, front, chosen = _choose(session, search, engine, out, clock)
     facts |= {"baseline": baseline, "trials": trials, "front": front, "selected": chosen.number}
     facts |= _kept(out)
@@ -243,11 +288,13 @@ def _capture(session: Session, out: Path, *, resumed: bool) -> tuple[EditingSess
 
 
 def _open_search(
-    session: EditingSession, out: Path, known: journal.Study | None
+    session: EditingSession, out: Path, known: journal.Study | None, workers: int
 ) -> tuple[Sizing, Search]:
     """Create the study of this run, or go on with `known`, with the sizes that it was started with."""
     config, scoring, space = session.config, session.scoring, session.method.space()
     sizing = _sizing(session) if known is None else from_dict(known.user_attrs["sizing"])
+    if known is None and not config.search.batch:
+        sizing = replace(sizing, batch=workers * sizing.batch)  # as many for each as for one
     mine, goals = identity(session, sizing.batch), scoring.goals()
     if known is None:
         ways = [s.goal for s in scoring.objectives]
@@ -288,7 +335,7 @@ def _choose(
             with clock.phase("confirm", len(contenders)):
                 held = session.engine("confirm", engine.fitted_plan)
                 panel = session.panel(held, "confirm", session.scoring.objectives)
-                measure = measurer(session, panel, nullcontext)
+                measure = measurer(session.edits, panel, nullcontext)
                 chooser.confirm(contenders, measure, clock.on_event)
     trials = chooser.annotated()
     front, chosen = chooser.choose(trials)
@@ -302,44 +349,6 @@ def _sizing(session: Session) -> Sizing:
     sides = [one.ids for one in session.sets.part("search").values()]
     usual, most = usual_length([len(ids) for side in sides for ids in side]), max(map(len, sides))
     return size(session.loaded, session.config, usual, most, session.on_event)
-
-
-def measurer(
-    session: EditingSession, panel: Panel, learning: Callable[[], AbstractContextManager[None]]
-) -> Measure:
-    """Return a function that measures a batch of parameters, for the search.
-
-    `learning` surrounds the first batch: its responses become drafts for later candidates.
-    """
-    batches = itertools.count()
-
-    def measure(params: list[dict[str, Any]]) -> list[Measured]:
-        begun = time.perf_counter()
-        edits = [_edits(session, one) for one in params]
-        built = (time.perf_counter() - begun) / len(params)
-        good = [one for one in edits if not isinstance(one, str)]
-        with learning() if next(batches) == 0 else nullcontext():
-            results = iter(panel.measure(good) if good else ())
-        return [
-            Measured(seconds={"edits": built}, reason=one)
-            if isinstance(one, str)
-            else _timed(next(results), built)
-            for one in edits
-        ]
-
-    return measure
-
-
-def _edits(session: EditingSession, params: dict[str, Any]) -> list[Edit | None] | str:
-    """Return a candidate's edits, or why it has none."""
-    try:
-        return session.edits(params)
-    except MeasurementError as error:
-        return str(error)
-
-
-def _timed(measured: Measured, built: float) -> Measured:
-    return replace(measured, seconds={"edits": built, **measured.seconds})
 
 
 def _nothing_chosen(config: Config, size_of_front: int, out: Path) -> str:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any, Protocol
 
 import pydantic
 
@@ -12,12 +15,14 @@ from excise.engine.requests import Divergence, Evidence, Request, Responses
 from excise.engine.stacking import CandidateEdits
 from excise.errors import MeasurementError
 from excise.record import ScoreRecord, Scores
-from excise.search.loop import Measured
+from excise.search.loop import Measure, Measured
 from excise.search.resampling import Draws, StoredDraws
 from excise.search.score_context import ScoreContext
 from excise.search.scorers import Score, Scorer, needs_of, score_of
 
 _Clock = Callable[[], float]
+# Parameters of a trial -> its edits; a MeasurementError says why it has none.
+EditsOf = Callable[[Mapping[str, Any]], CandidateEdits]
 
 
 class Measures(Protocol):
@@ -75,6 +80,44 @@ class Panel:
             seconds = seconds | {"judge": clock() - begun}
         known = {name: one for name, one in draws.items() if one is not None}
         return Measured(scores, dict(seconds), draws=known)
+
+
+def measurer(
+    edits_of: EditsOf, panel: Panel, learning: Callable[[], AbstractContextManager[None]]
+) -> Measure:
+    """Return a function that measures a batch of parameters, for the search.
+
+    `learning` surrounds the first batch: its responses become drafts for later candidates.
+    """
+    batches = itertools.count()
+
+    def measure(params: list[dict[str, Any]]) -> list[Measured]:
+        begun = time.perf_counter()
+        edits = [edits_or_reason(edits_of, one) for one in params]
+        built = (time.perf_counter() - begun) / len(params)
+        good = [one for one in edits if not isinstance(one, str)]
+        with learning() if next(batches) == 0 else nullcontext():
+            results = iter(panel.measure(good) if good else ())
+        return [
+            Measured(seconds={"edits": built}, reason=one)
+            if isinstance(one, str)
+            else _timed(next(results), built)
+            for one in edits
+        ]
+
+    return measure
+
+
+def edits_or_reason(edits_of: EditsOf, params: Mapping[str, Any]) -> CandidateEdits | str:
+    """Return a candidate's edits, or why it has none."""
+    try:
+        return edits_of(params)
+    except MeasurementError as error:
+        return str(error)
+
+
+def _timed(measured: Measured, built: float) -> Measured:
+    return replace(measured, seconds={"edits": built, **measured.seconds})
 
 
 def _recorded(one: Scorer, score: Score) -> ScoreRecord:

@@ -142,6 +142,10 @@ class Search:
         """How many random trials come first."""
         return int(self.study.user_attrs.get("startup", self._startup))
 
+    def first(self) -> list[dict[str, Any]]:
+        """Return random parameters: those of a study's first trials."""
+        return self._sampler.ask([], range(8), startup=1)
+
     def facts(self) -> SearchRecord:
         """Return how the search went, for the record."""
         region = region_of_study(self.study)
