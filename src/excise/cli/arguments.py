@@ -13,6 +13,7 @@ from typing import Any
 
 from excise import __version__
 from excise.cli import benchmarks
+from excise.cli.workers import add_flags
 from excise.errors import EXIT_BAD_INPUT
 from excise.formats import DEFAULT, FORMATS
 from excise.visible import one_line
@@ -103,7 +104,7 @@ def _resume(sub: argparse.ArgumentParser) -> None:
     long.add_argument("--trials", type=int, metavar="N", help=text)
     text = "time of the search in all, what it took so far included, such as 30m or 1h30m"
     long.add_argument("--time", metavar="T", help=text)
-    _several(sub)
+    add_flags(sub)
     _anyway(sub)
     _trust(sub)
     _progress(sub)
@@ -272,7 +273,7 @@ def _job(sub: argparse.ArgumentParser, *, search: bool = True) -> None:
         text = "random trials before TPE (default: 60)"
         looking.add_argument("--startup-trials", type=int, metavar="N", help=text)
         looking.add_argument("--seed", type=int, metavar="N", help="seed (default: 0)")
-        _several(sub)
+        add_flags(sub)
     settings = sub.add_argument_group("settings")
     settings.add_argument("--config", type=Path, metavar="FILE", help="TOML file with any setting")
     settings.add_argument("--set", **_SET, help="any one setting; wins over all others")
@@ -305,22 +306,6 @@ def _prompts(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--markers", metavar="FILE", help=text)
     text = "length limit of a response, in tokens (default: 100)"
     group.add_argument("--max-new-tokens", type=int, metavar="N", help=text)
-
-
-def _several(sub: argparse.ArgumentParser) -> None:
-    group = sub.add_argument_group("workers", "One search on several GPUs or machines, by Ray.")
-    text = "workers in all, this process among them"
-    group.add_argument("--workers", type=_count, metavar="N", help=text)
-    text = "Ray cluster that runs already: host:port, or auto"
-    group.add_argument("--ray", metavar="ADDRESS", help=text)
-    text = "GPUs of each worker, where there are any (default: 1)"
-    group.add_argument("--gpus-per-worker", type=_count, default=1, metavar="K", help=text)
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) <= 10_000:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a count from 1 to 10000")
-    return int(text)
 
 
 def _model(sub: argparse.ArgumentParser) -> None:

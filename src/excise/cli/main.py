@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -174,15 +173,11 @@ def _do_run(config: Any, out: Path, arguments: argparse.Namespace, *, resume: bo
 
     arguments.run = out
     anyway = getattr(arguments, "anyway", False)
+    token = terminal.judge_token()
+    workers = workers_of(arguments, config, token)
     with _reporter(arguments) as on_event:
         record = run(
-            config,
-            out,
-            on_event,
-            resume=resume,
-            anyway=anyway,
-            judge_token=_judge_token(),
-            workers=workers_of(arguments, config, _judge_token()),
+            config, out, on_event, resume=resume, anyway=anyway, judge_token=token, workers=workers
         )
     if not arguments.json_events:
         with terminal.beside_the_work():
@@ -218,7 +213,7 @@ def _export(arguments: argparse.Namespace) -> int:
             options=_export_options(arguments),
             trust_run=arguments.trust_run,
             on_event=on_event,
-            judge_token=_judge_token(),
+            judge_token=terminal.judge_token(),
         )
     if not _as_event(
         arguments,
@@ -295,7 +290,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
     config = _config(arguments, arguments.base)
     with _reporter(arguments) as on_event:
-        rows = evaluate(config, arguments.edited, on_event, judge_token=_judge_token())
+        rows = evaluate(config, arguments.edited, on_event, judge_token=terminal.judge_token())
     found = {
         where: {
             "original": {k: v.model_dump(exclude_none=True) for k, v in before.items()},
@@ -332,7 +327,7 @@ def _judge(arguments: argparse.Namespace) -> int:
         sets=tuple(arguments.sets),
     )
     with _reporter(arguments) as on_event:
-        found = certify_judge(config, on_event, judge_token=_judge_token())
+        found = certify_judge(config, on_event, judge_token=terminal.judge_token())
     if arguments.json:
         terminal.show_json(certification_json(found))
     elif not _as_event(arguments, certification_json(found)):
@@ -396,11 +391,6 @@ def _report(arguments: argparse.Namespace) -> int:
     with terminal.beside_the_work():
         terminal.say(str(arguments.folder / REPORT))
     return EXIT_DONE
-
-
-def _judge_token() -> str | None:
-    """Return what a server that judges is shown: read here alone, and kept in no setting."""
-    return os.environ.get("EXCISE_JUDGE_TOKEN") or None
 
 
 def _reporter(arguments: argparse.Namespace) -> Reporter:

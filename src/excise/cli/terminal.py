@@ -147,3 +147,8 @@ class _Unheeded:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+def judge_token() -> str | None:
+    """Return what a server that judges is shown: read here alone, and kept in no setting."""
+    return os.environ.get("EXCISE_JUDGE_TOKEN") or None
