@@ -213,10 +213,6 @@ def _geometry(sub: argparse.ArgumentParser) -> None:
     _progress(sub)
 
 
-def _report(sub: argparse.ArgumentParser) -> None:
-    _folder(sub)
-
-
 def _chat(sub: argparse.ArgumentParser) -> None:
     _folder(sub, "RUN")
     text = "trials to talk to, a column each (default: the original and the selected trial)"
@@ -417,6 +413,6 @@ _COMMANDS = {
         _ui,
     ),
     "report": _Command(
-        "rewrite report.html and the model cards of a run", "DIR", "runs/qwen3-4b", _report
+        "rewrite report.html and the model cards of a run", "DIR", "runs/qwen3-4b", _folder
     ),
 }
