@@ -194,7 +194,8 @@ def convert_all(
     """Yield (type, file in `room`) of every type; remove a file that nobody takes away at the end."""
     own = own_type(plain)
     small = [kind for kind in types if kind not in FLOATS]
-    weights = sum(path.stat().st_size for path in weight_files(plain)) / _bits(own)
+    # Its files are links of our own making, which loading a model would refuse.
+    weights = sum(path.stat().st_size for path in plain.glob("*.safetensors")) / _bits(own)
     # Quantised files are made from the float file that loses nothing.
     floats = dict.fromkeys([kind for kind in types if kind in FLOATS] + ([own] if small else []))
     for kind in floats:
