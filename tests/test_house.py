@@ -265,6 +265,7 @@ def test_the_command_line_is_what_the_contract_says():
             *("--against", "--json", "--limit", "--tasks", "--trial", "--trust-run"),
             *("--trust-tasks", *progress),
         ],
+        "compare": ["--json", "--out", "--trust-run", *progress],
         "inspect": ["--json"],
         "geometry": ["--json", "--trust-run", *progress],
         "chat": [
@@ -288,6 +289,10 @@ PAGES = "plotly jinja2 yaml".split()
         ("cli.build_parser().format_help()", [*LIGHT, *PAGES, "rich", "pydantic"]),
         ("cli.main(['front', folder])", [*LIGHT, *PAGES]),
         ("cli.main(['report', folder])", LIGHT),
+        (
+            "shutil.copytree(folder, folder + '2'); cli.main(['compare', folder, folder + '2'])",
+            LIGHT,
+        ),
         ("card.model_card(record.read_record(pathlib.Path(folder)))", [*LIGHT, "plotly"]),
     ],
 )
@@ -296,7 +301,7 @@ def test_what_reads_a_record_loads_no_more_than_it_needs(work: str, without: lis
     modules = {"cli": "excise.cli.main", "card": "excise.report.card"}
     modules["record"] = "excise.report.stored_record"
     imports = [f"import {at} as {name}" for name, at in modules.items() if f"{name}." in work]
-    lines = ["import pathlib, sys", *imports, f"folder = {str(tmp_path)!r}", work]
+    lines = ["import pathlib, shutil, sys", *imports, f"folder = {str(tmp_path)!r}", work]
     lines.append(f"print([name for name in {without} if name in sys.modules])")
     out = subprocess.run(
         [sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True

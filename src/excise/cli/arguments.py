@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from excise import __version__
-from excise.cli import benchmarks
+from excise.cli import benchmarks, page
 from excise.cli.workers import add_flags
 from excise.errors import EXIT_BAD_INPUT
 from excise.formats import DEFAULT, FORMATS
@@ -201,6 +201,13 @@ def _bench(sub: argparse.ArgumentParser) -> None:
     _progress(sub)
 
 
+def _compare(sub: argparse.ArgumentParser) -> None:
+    benchmarks.fill_compare(sub)
+    _json(sub)
+    _trust(sub)
+    _progress(sub)
+
+
 def _inspect(sub: argparse.ArgumentParser) -> None:
     _model(sub)
     _json(sub)
@@ -241,12 +248,7 @@ def _chat(sub: argparse.ArgumentParser) -> None:
 
 
 def _ui(sub: argparse.ArgumentParser) -> None:
-    text = "run folders, or folders of runs: all that the page may see (default: runs)"
-    sub.add_argument("folders", type=Path, nargs="*", metavar="DIR", help=text)
-    text = "port on this machine's loopback (default: a free one)"
-    sub.add_argument("--port", type=int, default=0, metavar="P", help=text)
-    text = "print the address, and open no browser"
-    sub.add_argument("--no-browser", action="store_true", help=text)
+    page.fill(sub)
     _trust(sub)
 
 
@@ -388,6 +390,7 @@ _COMMANDS = {
         _judge,
     ),
     "bench": _Command(benchmarks.DOES, "RUN|MODEL", benchmarks.EXAMPLE, _bench),
+    "compare": _Command(benchmarks.COMPARES, "RUN|MODEL ...", benchmarks.COMPARED, _compare),
     "inspect": _Command(
         "list layers, writers (output projections), and what is not edited",
         "MODEL",
@@ -406,12 +409,7 @@ _COMMANDS = {
         "runs/qwen3-4b --base --trial 31 87",
         _chat,
     ),
-    "ui": _Command(
-        "show runs in the browser: watch, talk, export, start",
-        "[DIR ...]",
-        "runs --no-browser",
-        _ui,
-    ),
+    "ui": _Command(page.DOES, "[DIR ...]", "runs --no-browser", _ui),
     "report": _Command(
         "rewrite report.html and the model cards of a run", "DIR", "runs/qwen3-4b", _folder
     ),

@@ -2,16 +2,54 @@
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from excise.judges.certification import Certification
+from excise.cli import console, terminal
+from excise.config import load_config
+from excise.errors import EXIT_DONE
+from excise.events import OnEvent
+from excise.judges.certification import Certification, certify_judge
 from excise.judges.verdicts import MEANINGS, VERDICTS
 from excise.report import formatting
+from excise.trees import BUILTIN, absolute
 from excise.visible import visible
+
+
+def judge(
+    arguments: argparse.Namespace,
+    reporter: AbstractContextManager[OnEvent],
+    as_event: Callable[[argparse.Namespace, dict[str, Any]], bool],
+) -> int:
+    """Run the command: measure the judge, and show what was found as the flags ask for it."""
+    labelled = arguments.labelled
+    flags: dict[str, Any] = {
+        "scores.judge.source": absolute(arguments.judge),
+        "scores.judge.labelled": labelled if labelled == BUILTIN else absolute(labelled),
+    }
+    if arguments.rubric is not None:
+        flags["scores.judge.rubric"] = arguments.rubric
+    if arguments.markers is not None:
+        flags |= {"scores.markers": [], "scores.markers_file": absolute(arguments.markers)}
+    config = load_config(
+        behaviour=arguments.behaviour,
+        file=arguments.config,
+        flags=flags,
+        sets=tuple(arguments.sets),
+    )
+    with reporter as on_event:
+        found = certify_judge(config, on_event, judge_token=terminal.judge_token())
+    if arguments.json:
+        terminal.show_json(certification_json(found))
+    elif not as_event(arguments, certification_json(found)):
+        console.show(*certification_tables(found))
+    return EXIT_DONE
 
 
 def certification_json(found: Certification) -> dict[str, Any]:

@@ -86,6 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
             "evaluate": _evaluate,
             "judge": _judge,
             "bench": _bench,
+            "compare": _compare,
             "inspect": _inspect,
             "geometry": _geometry,
             "chat": _chat,
@@ -306,37 +307,17 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _judge(arguments: argparse.Namespace) -> int:
-    from excise.cli import console
-    from excise.cli.judge import certification_json, certification_tables
-    from excise.config import load_config
-    from excise.judges.certification import certify_judge
+    from excise.cli.judge import judge
 
-    labelled = arguments.labelled
-    flags: dict[str, Any] = {
-        "scores.judge.source": absolute(arguments.judge),
-        "scores.judge.labelled": labelled if labelled == BUILTIN else absolute(labelled),
-    }
-    if arguments.rubric is not None:
-        flags["scores.judge.rubric"] = arguments.rubric
-    if arguments.markers is not None:
-        flags |= {"scores.markers": [], "scores.markers_file": absolute(arguments.markers)}
-    config = load_config(
-        behaviour=arguments.behaviour,
-        file=arguments.config,
-        flags=flags,
-        sets=tuple(arguments.sets),
-    )
-    with _reporter(arguments) as on_event:
-        found = certify_judge(config, on_event, judge_token=terminal.judge_token())
-    if arguments.json:
-        terminal.show_json(certification_json(found))
-    elif not _as_event(arguments, certification_json(found)):
-        console.show(*certification_tables(found))
-    return EXIT_DONE
+    return judge(arguments, _reporter(arguments), _as_event)
 
 
 def _bench(arguments: argparse.Namespace) -> int:
     return benchmarks.bench(arguments, _reporter(arguments), _as_event)
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    return benchmarks.compare(arguments, _reporter(arguments), _as_event)
 
 
 def _inspect(arguments: argparse.Namespace) -> int:

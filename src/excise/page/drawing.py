@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 
 from excise.record import Record
 from excise.report import formatting
-from excise.report.figures import FAINT, SERIES, front_figure
+from excise.report.figures import SERIES, front_figure, fronts_figure
 from excise.report.views import drift_axis, front_points
 
 _INK, _GRID = "#767c84", "rgba(128, 128, 128, 0.25)"
@@ -70,21 +70,5 @@ def history(record: Record) -> dict[str, Any]:
 
 def compared(records: Mapping[str, Record]) -> dict[str, Any]:
     """Draw the fronts of several runs over each other, by behaviour rate and drift."""
-    figure = go.Figure(layout={"template": "none", "height": 460, "margin": {"t": 30, "r": 20}})
-    for place, (name, record) in enumerate(records.items()):
-        trials = [point.trial for point in front_points(record)]
-        trials = [t for t in trials if {"behaviour_rate", "drift"} <= t.scores.keys()]
-        figure.add_trace(
-            go.Scatter(
-                name=html.escape(name),
-                mode="lines+markers",
-                x=[trial.scores["drift"].value for trial in trials],
-                y=[trial.scores["behaviour_rate"].value for trial in trials],
-                text=[f"trial {trial.number}" for trial in trials],
-                line={"shape": "hv", "color": SERIES[place % len(SERIES)]},
-                hovertemplate="%{text}: %{y:.1%}, %{x:.4g}",
-            )
-        )
-    figure.update_xaxes(title=html.escape(formatting.heading("drift")), linecolor=FAINT)
-    figure.update_yaxes(title="Behaviour rate", tickformat=".0%")
-    return drawn(figure)
+    fronts = {name: [p.trial for p in front_points(record)] for name, record in records.items()}
+    return drawn(fronts_figure(fronts, {}))

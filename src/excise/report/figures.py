@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import plotly.graph_objects as go
@@ -53,6 +53,34 @@ def front_figure(record: Record) -> go.Figure | None:
     if chosen:
         marker = {"symbol": "star", "size": 17, "color": CHOSEN}
         figure.add_trace(_points("chosen", chosen, axis, y, marker=marker))
+    figure.update_xaxes(title=_escape(formatting.heading(x)), **axis.layout())
+    figure.update_yaxes(title=_escape(formatting.heading(y)), **_y_axis(y))
+    return figure
+
+
+def fronts_figure(
+    fronts: Mapping[str, Sequence[TrialRecord]], chosen: Mapping[str, TrialRecord | None]
+) -> go.Figure:
+    """Plot fronts over each other by KL divergence and behaviour rate, each with its chosen trial."""
+    x, y = "drift", "behaviour_rate"
+    drawn = {
+        name: [t for t in front if t.scores.keys() >= {x, y}] for name, front in fronts.items()
+    }
+    every = [trial.scores for front in drawn.values() for trial in front]
+    figure = _figure(height=480)
+    if not every:
+        return figure
+    axis = _CostAxis(x, every)
+    for place, (name, front) in enumerate(drawn.items()):
+        gentle_first = sorted(front, key=lambda trial: trial.scores[x].value)
+        figure.add_trace(
+            _front_line(gentle_first, axis, y, name=_escape(name), color=_color(place))
+        )
+        star = chosen.get(name)
+        if star is not None and star.scores.keys() >= {x, y}:
+            marker = {"symbol": "star", "size": 16, "color": _color(place)}
+            trace = _points("chosen", [star], axis, y, marker=marker)
+            figure.add_trace(trace.update(legendgroup=_escape(name), showlegend=False))
     figure.update_xaxes(title=_escape(formatting.heading(x)), **axis.layout())
     figure.update_yaxes(title=_escape(formatting.heading(y)), **_y_axis(y))
     return figure
@@ -126,13 +154,16 @@ def _points(
     )
 
 
-def _front_line(front: Sequence[TrialRecord], axis: _CostAxis, y: str) -> go.Scatter:
+def _front_line(
+    front: Sequence[TrialRecord], axis: _CostAxis, y: str, name: str = "front", color: str = FRONT
+) -> go.Scatter:
     """Join the front's points in steps: between two of them no trial was measured."""
-    trace = _points("front", front, axis, y, marker={"size": 9, "color": FRONT})
-    bars = {"thickness": 1, "width": 2, "color": FRONT}
+    trace = _points(name, front, axis, y, marker={"size": 9, "color": color})
+    bars = {"thickness": 1, "width": 2, "color": color}
     trace.update(
         mode="lines+markers",
-        line={"shape": "hv", "width": 1.5, "color": FRONT},
+        legendgroup=name,
+        line={"shape": "hv", "width": 1.5, "color": color},
         error_x=_error_bars([t.scores for t in front], axis.name, axis.place) | bars,
         error_y=_error_bars([t.scores for t in front], y, lambda value: value) | bars,
     )
@@ -157,7 +188,8 @@ def _y_axis(name: str) -> dict[str, Any]:
 
 
 def _hover(trial: TrialRecord) -> str:
-    head = "<b>original</b>" if trial.number == _ORIGINAL else f"<b>trial {trial.number}</b>"
+    head = f"<b>trial {trial.number}</b>" if trial.number >= 0 else "<b>a model</b>"
+    head = "<b>original</b>" if trial.number == _ORIGINAL else head
     lines = [
         f"{formatting.heading(name)}: {formatting.measured(name, score)}"
         for name, score in trial.scores.items()

@@ -9,13 +9,15 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import plotly.graph_objects as go
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
 
 from excise.record import Record, ScoreRecord, Scores, TrialRecord
@@ -80,8 +82,9 @@ def html_report(record: Record) -> str:
     chosen = None if record.selected is None else record.trial(record.selected)
     profile = shape(record, chosen) if chosen is not None else None
     plots = {name: figure for name, figure in _figures(record, profile).items() if figure}
-    scripts = [get_plotlyjs(), (_DATA / "report.js").read_text(encoding="utf-8")]
-    return _template().render(
+    return page(
+        "report.html.j2",
+        plots,
         record=record,
         title=f"{wording.model_name(record.model.source)}: {behaviour(record)}",
         model=wording.model_name(record.model.source),
@@ -102,23 +105,40 @@ def html_report(record: Record) -> str:
         artifacts=_artifacts(record),
         benchmarks=_benchmarks(record),
         samples_open=_SAMPLES_OPEN,
-        plots={name: json.loads(figure.to_json()) for name, figure in plots.items()},
-        style=(_DATA / "report.css").read_text(encoding="utf-8"),
-        scripts=scripts,
-        hashes=[_content_hash(script) for script in scripts],
+    )
+
+
+def page(template: str, plots: Mapping[str, go.Figure], **parts: Any) -> str:
+    """Return a self-contained HTML document.
+
+    Args:
+        template: its file in the package's data.
+        plots: what is drawn where the template has `plot-NAME`, by name.
+        parts: what the template shows.
+    """
+    scripts = [get_plotlyjs(), (_DATA / "report.js").read_text(encoding="utf-8")]
+    return (
+        _environment()
+        .get_template(template)
+        .render(
+            **parts,
+            plots={name: json.loads(figure.to_json()) for name, figure in plots.items()},
+            style=(_DATA / "report.css").read_text(encoding="utf-8"),
+            scripts=scripts,
+            hashes=[_content_hash(script) for script in scripts],
+        )
     )
 
 
 @cache
-def _template() -> Template:
-    environment = Environment(
+def _environment() -> Environment:
+    return Environment(
         loader=FileSystemLoader(_DATA),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("report.html.j2")
 
 
 def _content_hash(script: str) -> str:
@@ -194,8 +214,8 @@ def _score_row(row: Row, record: Record, *, edited: bool) -> list[Cell]:
     title = Cell(wording.title(row.name), note)
     cells = [title if row.group is None else Cell(f"{wording.MISSING} group {row.group}")]
     for pair in row.cells.values():
-        measured = [pair.before, pair.after] if edited else [pair.before]
-        cells += [_measured(row.name, score) for score in measured]
+        scores = [pair.before, pair.after] if edited else [pair.before]
+        cells += [measured(row.name, score) for score in scores]
         cells.append(_sample(row.name, pair.after or pair.before))
     return cells
 
@@ -209,7 +229,8 @@ def _spread_row(row: Row) -> list[Cell]:
     return cells
 
 
-def _measured(name: str, score: ScoreRecord | None) -> Cell:
+def measured(name: str, score: ScoreRecord | None) -> Cell:
+    """Return a score's value with its interval below it; a dash where nothing was measured."""
     if score is None:
         return Cell(wording.MISSING)
     return Cell(wording.number(name, score.value), wording.interval(name, score))
@@ -226,7 +247,7 @@ def _front(record: Record) -> Table:
     rows = [
         [
             *(_number(p), Cell(p.words), Cell(wording.chance(p.trial))),
-            *(_measured(name, p.trial.scores.get(name)) for name in names),
+            *(measured(name, p.trial.scores.get(name)) for name in names),
         ]
         for p in points
     ]
@@ -309,7 +330,7 @@ def _benchmarks(record: Record) -> Table:
     rows = [
         [
             *_cells(f"{one.task}, {one.metric}", str(one.trial)),
-            *(_measured("kept", score) for score in (one.original, one.edited)),
+            *(measured("kept", score) for score in (one.original, one.edited)),
             *_cells(wording.points(one), wording.MISSING if one.p is None else f"{one.p:.2g}"),
             Cell(f"{one.n:,}"),
         ]
@@ -334,7 +355,7 @@ def _artifacts(record: Record) -> Table:
 
 
 def _expected_and_measured(name: str, expected: Scores, found: Scores) -> Cell:
-    old, new = _measured(name, expected.get(name)), _measured(name, found.get(name))
+    old, new = measured(name, expected.get(name)), measured(name, found.get(name))
     return Cell(f"{old.text} → {new.text}")
 
 

@@ -262,6 +262,15 @@ def _check_unchanged(record: Record, loaded: Loaded, sets: tuple[PromptSet, ...]
         raise RunStateError(
             f"the model in {loaded.folder} has changed since the run: its edits are of other weights"
         )
+    check_prompts(record, sets)
+
+
+def check_prompts(record: Record, sets: tuple[PromptSet, ...]) -> None:
+    """Prove that prompts are those that a run was measured on.
+
+    Raises:
+        RunStateError: some have changed.
+    """
     for prompts in sets:
         known = record.prompts.get(prompts.role)
         labels = None if known is None else known.labels_sha256
