@@ -204,7 +204,11 @@ def test_resume_to_more_trials_keeps_the_old_ones(demo_run: Path, tmp_path: Path
     assert cli.main(["resume", str(run), "--trials", "64", "--quiet"]) == 0
     after = read_record(run).trials
     assert len(after) == 64
-    assert after[:48] == before
+    # How likely a trial is on the front, and whether it was measured again, depends on all trials.
+    judged = {"front_probability": None, "regret": None, "confirm": None}
+    assert [one.model_copy(update=judged) for one in after[:48]] == [
+        one.model_copy(update=judged) for one in before
+    ]
 
 
 def test_a_resume_keeps_what_was_put_on_the_record_meanwhile(tiny: Path, tmp_path: Path):
