@@ -266,6 +266,12 @@ def test_the_command_line_is_what_the_contract_says():
             *("--trust-tasks", *progress),
         ],
         "compare": ["--json", "--out", "--trust-run", *progress],
+        "audit": [
+            *(flag for flag in prompts.split() if flag != "--method"),
+            *("--anyway", "--out", "--seed", "--startup-trials", "--time", "--trials"),
+            *workers,
+            *progress,
+        ],
         "inspect": ["--json"],
         "geometry": ["--json", "--trust-run", *progress],
         "chat": [

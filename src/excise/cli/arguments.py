@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,10 +90,11 @@ def _demo(sub: argparse.ArgumentParser) -> None:
     _progress(sub)
 
 
-def _run(sub: argparse.ArgumentParser) -> None:
+def _run(sub: argparse.ArgumentParser, *, method: bool = True) -> None:
     _model(sub)
-    sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="new run folder")
-    _job(sub)
+    text = "run folder" if method else "folder of a run of each method"
+    sub.add_argument("--out", type=Path, required=True, metavar="DIR", help=f"new {text}")
+    _job(sub, method=method)
     _anyway(sub)
     _progress(sub)
 
@@ -252,11 +254,13 @@ def _ui(sub: argparse.ArgumentParser) -> None:
     _trust(sub)
 
 
-def _job(sub: argparse.ArgumentParser, *, search: bool = True) -> None:
+def _job(sub: argparse.ArgumentParser, *, search: bool = True, method: bool = True) -> None:
     edit = sub.add_argument_group("the edit")
     text = "built-in behaviour (demo, disclaimers, refusal) or a TOML file of your own"
     edit.add_argument("--behaviour", metavar="NAME|FILE.toml", help=text)
-    edit.add_argument("--method", choices=METHODS, help="how weights are edited (default: ridge)")
+    text = "how weights are edited (default: ridge)"
+    if method:
+        edit.add_argument("--method", choices=METHODS, help=text)
     text = "strengthen the behaviour instead of removing it"
     edit.add_argument("--strengthen", action="store_true", help=text)
     text = "quantise the weights with bitsandbytes as they are loaded"
@@ -307,8 +311,7 @@ def _prompts(group: argparse._ArgumentGroup) -> None:
 
 
 def _model(sub: argparse.ArgumentParser) -> None:
-    text = "model folder, GGUF file, Hub id, or smollm2"
-    sub.add_argument("model", metavar="MODEL", help=text)
+    sub.add_argument("model", metavar="MODEL", help="model folder, GGUF file, Hub id, or smollm2")
 
 
 def _folder(sub: argparse.ArgumentParser, metavar: str = "DIR") -> None:
@@ -391,6 +394,7 @@ _COMMANDS = {
     ),
     "bench": _Command(benchmarks.DOES, "RUN|MODEL", benchmarks.EXAMPLE, _bench),
     "compare": _Command(benchmarks.COMPARES, "RUN|MODEL ...", benchmarks.COMPARED, _compare),
+    "audit": _Command(benchmarks.AUDITS, *benchmarks.AUDITED, partial(_run, method=False)),
     "inspect": _Command(
         "list layers, writers (output projections), and what is not edited",
         "MODEL",

@@ -1,4 +1,4 @@
-"""`excise bench` and `excise compare`: their flags, and edits beside each other as tables.
+"""`excise bench`, `compare` and `audit`: their flags, and edits beside each other as tables.
 
 The command line's help reads this module: what is heavy is imported where it is used.
 """
@@ -6,7 +6,7 @@ The command line's help reads this module: what is heavy is imported where it is
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from excise.trees import absolute
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from excise.config import Config
     from excise.costs.benchmark import Row
     from excise.costs.comparison import Comparison
     from excise.events import OnEvent
@@ -29,7 +30,12 @@ DOES = "compare an edit with its original on benchmarks"
 COMPARES = "compare runs and edited models at matched behaviour rates"
 COMPARED = "runs/ridge runs/directional ./edited-by-another-tool"
 PAGE = "comparison.html"
-_LABEL = 12  # characters of a name in a table
+AUDITS = "find what it costs to remove a behaviour, by every method"
+AUDITED = (
+    "MODEL --out DIR",
+    "Qwen/Qwen3-4B-Instruct-2507 --behaviour refusal --out audits/qwen3-4b",
+)
+_LABEL = 9  # characters of a name that leave figures room in 80 columns
 _HEADS = {
     "behaviour_rate": "rate",
     "drift": "KL",
@@ -165,8 +171,6 @@ def compare(
     """Run `excise compare`: write the page, and show the comparison as the flags ask for it."""
     from excise.cli import terminal
     from excise.costs.comparison import compare
-    from excise.costs.comparison_page import as_json, comparison_page
-    from excise.files import write_text
 
     out = _page_of(arguments)
     with reporter as on_event:
@@ -176,8 +180,7 @@ def compare(
             judge_token=terminal.judge_token(),
             on_event=on_event,
         )
-    write_text(out, comparison_page(found))
-    whole = {**as_json(found), "page": str(out)}
+    whole = _written(found, out)
     if arguments.json:
         terminal.show_json(whole)
     elif not as_event(arguments, whole):
@@ -185,6 +188,45 @@ def compare(
             _show_comparison(found)
             terminal.say(str(out))
     return EXIT_DONE
+
+
+def audit(
+    arguments: argparse.Namespace,
+    configs: Mapping[str, Config],
+    reporter: AbstractContextManager[OnEvent],
+    as_event: Callable[[argparse.Namespace, dict[str, Any]], bool],
+) -> int:
+    """Run `excise audit`: a run of every method, and their comparison."""
+    from excise.cli import terminal
+    from excise.cli.workers import workers_of
+    from excise.costs.audit import audit
+    from excise.costs.comparison import compare
+
+    token, out = terminal.judge_token(), arguments.out / PAGE
+    with reporter as on_event:
+        folders = audit(
+            configs,
+            arguments.out,
+            on_event,
+            anyway=arguments.anyway,
+            judge_token=token,
+            workers=lambda config: workers_of(arguments, config, token),
+        )
+    found = compare([str(folder) for folder in folders])
+    if not as_event(arguments, _written(found, out)):
+        with terminal.beside_the_work():
+            _show_comparison(found)
+            terminal.say(str(out))
+    return EXIT_DONE
+
+
+def _written(found: Comparison, out: Path) -> dict[str, Any]:
+    """Write the page of a comparison; return what `--json` prints of it."""
+    from excise.costs.comparison_page import as_json, comparison_page
+    from excise.files import write_text
+
+    write_text(out, comparison_page(found))
+    return {**as_json(found), "page": str(out)}
 
 
 def _page_of(arguments: argparse.Namespace) -> Path:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from excise.cli import benchmarks, terminal
-from excise.cli.arguments import PROMPT_FLAGS, parser
+from excise.cli.arguments import METHODS, PROMPT_FLAGS, parser
 from excise.cli.signals import Stoppable
 from excise.cli.workers import workers_of
 from excise.errors import (
@@ -87,6 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
             "judge": _judge,
             "bench": _bench,
             "compare": _compare,
+            "audit": _audit,
             "inspect": _inspect,
             "geometry": _geometry,
             "chat": _chat,
@@ -318,6 +319,16 @@ def _bench(arguments: argparse.Namespace) -> int:
 
 def _compare(arguments: argparse.Namespace) -> int:
     return benchmarks.compare(arguments, _reporter(arguments), _as_event)
+
+
+def _audit(arguments: argparse.Namespace) -> int:
+    # It is of costs: no model is exported where that is not asked for.
+    given = {**vars(arguments), "sets": ["export.formats=[]", *arguments.sets]}
+    configs = {
+        method: _config(argparse.Namespace(**{**given, "method": method}), arguments.model)
+        for method in METHODS
+    }
+    return benchmarks.audit(arguments, configs, _reporter(arguments), _as_event)
 
 
 def _inspect(arguments: argparse.Namespace) -> int:

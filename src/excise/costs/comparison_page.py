@@ -11,7 +11,7 @@ from excise.report.figures import fronts_figure
 from excise.report.html import Cell, Table, measured, page
 
 MARK = "\u00a0†"  # at the head of figures that may not be compared
-NONE = "no trial"
+NONE = "none"
 
 
 def matched_note() -> str:
