@@ -204,7 +204,7 @@ def audit(
 
     token, out = terminal.judge_token(), arguments.out / PAGE
     with reporter as on_event:
-        folders = audit(
+        folders, left_out = audit(
             configs,
             arguments.out,
             on_event,
@@ -213,9 +213,11 @@ def audit(
             workers=lambda config: workers_of(arguments, config, token),
         )
     found = compare([str(folder) for folder in folders])
-    if not as_event(arguments, _written(found, out)):
+    if not as_event(arguments, {**_written(found, out), "left_out": left_out}):
         with terminal.beside_the_work():
             _show_comparison(found)
+            for method, reason in left_out.items():
+                terminal.say(f"{method} is left out: {reason}")
             terminal.say(str(out))
     return EXIT_DONE
 

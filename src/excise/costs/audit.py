@@ -22,8 +22,8 @@ def audit(
     anyway: bool = False,
     judge_token: str | None = None,
     workers: Callable[[Config], Sharing | None] = lambda _: None,
-) -> list[Path]:
-    """Run every method in a folder of its own in `out`; return those of the runs, in their order.
+) -> tuple[list[Path], dict[str, str]]:
+    """Run every method in a folder of its own in `out`; return these, and why others are left out.
 
     What is there already is not done again: a finished run stays, one that was interrupted goes on. A
     method that cannot work with the settings is left out, and said.
@@ -41,7 +41,7 @@ def audit(
         ExciseError: a run failed; what was finished is kept.
     """
     check_writable(out)
-    done, refused = [], ""
+    done, left_out = list[Path](), dict[str, str]()
     for place, (method, config) in enumerate(configs.items(), 1):
         folder = out / method
         if _is_finished(folder, config):
@@ -60,13 +60,13 @@ def audit(
                 workers=workers(config),
             )
         except ConfigError as error:
-            refused = str(error)
-            on_event(Notice(f"{method} is left out: {refused}"))
+            left_out[method] = str(error)
         else:
             done.append(folder)
     if len(done) < 2:
-        raise ConfigError(f"fewer than two methods can work with these settings: {refused}")
-    return done
+        words = "; ".join(f"{method}: {reason}" for method, reason in left_out.items())
+        raise ConfigError(f"fewer than two methods can work with these settings: {words}")
+    return done, left_out
 
 
 def _is_finished(folder: Path, config: Config) -> bool:

@@ -262,7 +262,10 @@ def _measured(
     record = read_record(folder)
     config = read_settings(folder, trust=trust_run, unused=("export.llama_cpp",))
     config = check_settings(folder, config, record.config)
-    check_prompts(record, load_prompt_sets(config.prompts).all())
+    sets = load_prompt_sets(config.prompts).all()
+    check_prompts(
+        record, tuple(one for one in sets if one.role != "keep")
+    )  # nothing is edited here
     rows = evaluate(config, absolute(name), on_event, judge_token=judge_token)
     measured = {part: PromptSet(part, before, after) for part, before, after in rows}
     search = measured["search"]
