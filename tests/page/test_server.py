@@ -156,7 +156,7 @@ def test_a_point_is_exported_and_its_card_read(page, server, roots):
     page.get_by_label("Name of its folder").fill("exported")
     page.get_by_role("button", name="Export the point").click()
     page.get_by_role("button", name="Card of exported").click()
-    expect(page.get_by_role("dialog")).to_contain_text("base_model")
+    expect(page.get_by_role("dialog")).to_contain_text("Model details")
     assert (roots / "exported" / "model.safetensors").exists()
     assert not (roots.parent / "outside").exists()
     page.get_by_role("button", name="Close").click()
