@@ -6,6 +6,8 @@ result, how much memory is held. What it does not: how long anything takes.
 
 from __future__ import annotations
 
+import os
+import sys
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +16,7 @@ from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from unittest.mock import patch
 
 import torch
 from filelock import FileLock
@@ -102,7 +105,9 @@ def _library() -> Path:
                 "extra_cflags": ["-O1"],
                 "is_python_module": False,
             }
-            cpp_extension.load(name, [str(SOURCE)], **options)
+            beside = str(Path(sys.executable).parent)  # where pip puts ninja
+            with patch.dict(os.environ, PATH=os.pathsep.join((beside, os.environ["PATH"]))):
+                cpp_extension.load(name, [str(SOURCE)], **options)
             (Path(folder) / f"{name}.so").rename(kept)
     return kept
 
