@@ -10,9 +10,6 @@ import builders
 import families
 import templates
 import torch
-from compressed_tensors.quantization import QuantizationArgs
-from compressed_tensors.quantization.lifecycle.forward import quantize
-from compressed_tensors.quantization.utils import calculate_qparams
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -62,6 +59,11 @@ def fp8_checkpoint(folder: Path, **save) -> Path:
 
 def compressed_checkpoint(folder: Path, strategy: str) -> Path:
     """A Qwen3 in FP8 as compressed-tensors packs it, with a scale for each "channel" or "tensor"."""
+    # Here, as it starts threads, and what forks in other tests must find none.
+    from compressed_tensors.quantization import QuantizationArgs
+    from compressed_tensors.quantization.lifecycle.forward import quantize
+    from compressed_tensors.quantization.utils import calculate_qparams
+
     arguments = QuantizationArgs(num_bits=8, type="float", symmetric=True, strategy=strategy)
     builders.checkpoint(folder, "qwen3")
     path = folder / "model.safetensors"

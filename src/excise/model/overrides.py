@@ -40,6 +40,11 @@ def replaced_forward(
 def threads(count: int) -> Iterator[None]:
     """Compute with `count` threads here, and in threads that start within."""
     before = torch.get_num_threads()
+    if (
+        before == count
+    ):  # PyTorch cannot even set the same number again in a process that was forked
+        yield
+        return
     torch.set_num_threads(count)
     try:
         yield
