@@ -20,6 +20,7 @@ from excise.cluster.actor import Worker, facts_of
 from excise.cluster.sharing import LEAST_PATIENCE, disagreement, patience, shares
 from excise.errors import ConfigError, first_line
 from excise.events import Notice, OnEvent
+from excise.model.overrides import threads
 from excise.reading import is_file
 from excise.runs.pipeline import Shared
 from excise.runs.run_folder import CAPTURED, DIRECTIONS
@@ -82,7 +83,7 @@ class Workers:
             if self.address is None
             else ray_session.joined(self.address)
         )
-        with ray_there as ray, _threads(self._threads()):
+        with ray_there as ray, threads(min(torch.get_num_threads(), self._threads())):
             self._crew = self._started(ray, shared, files)
             self._crew = [m for m in self._crew if self._proven(ray, m, shared)]
             yield lambda params: self._measure(ray, params, mine, shared.session.on_event)
@@ -97,8 +98,8 @@ class Workers:
         sent, sizing, made = ray.put(dict(files)), shared.sizing.as_dict(), []
         for number in range(1, self.count):
             actor = ray.remote(Worker).options(**self._place(ray, number))
-            threads = self._threads()
-            made.append(Member(f"worker {number + 1}", actor.remote(config, sent, sizing, threads)))
+            cores = self._threads()
+            made.append(Member(f"worker {number + 1}", actor.remote(config, sent, sizing, cores)))
         return made
 
     def _place(self, ray: Any, number: int) -> dict[str, Any]:
@@ -170,14 +171,3 @@ def _cause(error: Exception) -> str:
     if "Died" in name or name == "RayActorError":
         return "its process ended"
     return first_line(getattr(error, "cause", None) or error)
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """Run this process on so many threads, as the workers beside it do."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(min(before, count))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
