@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+import torch
 
 SECONDS, BYTES = 60.0, 4 * 2**30
 _SLACK = 2**30
@@ -102,6 +103,7 @@ def _be_a_program(function: Callable[[], int], folder: Path, scratch: Path, most
     code = 1
     try:
         os.setsid()
+        torch.set_num_threads(1)  # one thread makes the pool anew, before several would at once
         faulthandler.disable()  # a program's own is off
         _hold_memory(most)
         for number, name in ((1, "stdout"), (2, "stderr")):

@@ -40,9 +40,6 @@ def replaced_forward(
 def threads(count: int) -> Iterator[None]:
     """Compute with `count` threads here, and in threads that start within."""
     before = torch.get_num_threads()
-    if before == count:  # where PyTorch was forked, it cannot even set the same number again
-        yield
-        return
     torch.set_num_threads(count)
     try:
         yield
